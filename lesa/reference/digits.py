@@ -1,0 +1,167 @@
+"""Real handwritten digits (scikit-learn's, 8 x 8 pixels) drawn as a prompt asks: 16 x 16 RGB images.
+
+Shape legend: N underlying digits, B images, H = W = IMAGE_SIZE pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lesa.reference.prompts import DIGITS, POLARITIES, POSITIONS, THICKNESSES, parse_prompt
+
+IMAGE_SIZE = 16  # pixels a side
+GLYPH_SIZE = 10.0  # pixels a side of the 8 x 8 original once drawn
+CORNER_OFFSET = 2.6  # pixels from the centre to a corner's place, on each axis
+SHEAR = {"upright": 0.0, "slanted": 0.36, "backslanted": -0.36}  # horizontal shift per unit of height
+STROKE_RADIUS = {"thin": -1, "plain": 0, "bold": 1}  # erosion or dilation, in 32 x 32 master pixels
+_MASTER = 32  # the digits are kept at this size while their strokes and outline change
+_SUPERSAMPLE = 2
+HELD_OUT_EVERY = 5  # every fifth underlying digit is never seen by a model or a scorer in training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DigitBank:
+    """Underlying digits as enlarged masters, values in [0, 1], ink = 1.
+
+    masters: [thickness, N, 1, 32, 32], one version a stroke width; labels: [N] int64.
+    """
+
+    masters: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Jitter:
+    """Half-widths of the uniform perturbations that make the training images a continuum."""
+
+    shift: float = 0.45  # pixels
+    scale: float = 0.05  # relative
+    rotation: float = 0.06  # radians
+    shear: float = 0.05
+    tint: float = 0.30  # how far paper and ink may be from pure black and white, each colour channel
+    shade: float = 0.20  # how much a corner of the paper may be lighter or darker than its middle
+
+
+def load_bank(*, held_out: bool) -> DigitBank:
+    """The training part (4/5) of scikit-learn's 1797 digits, or the held-out part.
+
+    Raises ModuleNotFoundError when scikit-learn is absent: it comes with the `pipeline` extra.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16
+    labels = torch.from_numpy(data.target).long()
+    is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    chosen = is_held_out if held_out else ~is_held_out
+    plain = F.interpolate(images[chosen], size=_MASTER, mode="bicubic", align_corners=False).clamp(0, 1)
+    versions = []
+    for thickness in THICKNESSES:
+        radius = STROKE_RADIUS[thickness]
+        window = 2 * abs(radius) + 1
+        if radius < 0:
+            versions.append(-F.max_pool2d(-plain, window, stride=1, padding=-radius))
+        elif radius > 0:
+            versions.append(F.max_pool2d(plain, window, stride=1, padding=radius))
+        else:
+            versions.append(plain)
+    # Thin strokes of blurred originals turn grey when eroded and bold ones keep soft edges: restore the contrast.
+    gains = {"thin": 1.25, "plain": 1.15, "bold": 1.1}
+    masters = [(v * gains[t]).clamp(0, 1) for t, v in zip(THICKNESSES, versions, strict=True)]
+    return DigitBank(masters=torch.stack(masters), labels=labels[chosen])
+
+
+def choose_originals(bank: DigitBank, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
+    """For each prompt, the index [B] of a random underlying digit of the right class."""
+    wanted = torch.tensor([DIGITS.index(parse_prompt(p).digit) for p in prompts])
+    by_class = [(bank.labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
+    sizes = torch.tensor([len(members) for members in by_class])
+    draws = (torch.rand(len(prompts), generator=generator, dtype=torch.float64) * sizes[wanted]).long()
+    table = torch.zeros(len(DIGITS), int(sizes.max()), dtype=torch.long)
+    for digit, members in enumerate(by_class):
+        table[digit, : len(members)] = members
+    return table[wanted, draws]
+
+
+def render(
+    bank: DigitBank,
+    prompts: list[str],
+    originals: torch.Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    jitter: Jitter | None = None,
+) -> torch.Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of the underlying digits `originals` [B] as `prompts` describe them.
+
+    Without `jitter` the result is a function of its arguments alone; with it, `generator` draws the noise.
+    """
+    assert len(prompts) == len(originals), "one underlying digit a prompt"
+    assert (jitter is None) == (generator is None), "jitter needs a generator, and only jitter does"
+    asked = [parse_prompt(prompt) for prompt in prompts]
+    num_images = len(asked)
+    thickness = torch.tensor([THICKNESSES.index(a.thickness) for a in asked])
+    shear = torch.tensor([SHEAR[a.slant] for a in asked])
+    centre = torch.tensor([_offset(a.position) for a in asked]).reshape(num_images, 2)
+    inverted = torch.tensor([a.polarity == POLARITIES[1] for a in asked])
+    scale, angle = torch.ones(num_images), torch.zeros(num_images)
+    # Departure of paper and ink from pure black and white: [B, 3, 1, 1], and over the paper [B, 1, H, W].
+    paper = ink = torch.zeros(num_images, 3, 1, 1)
+    shade = torch.zeros(num_images, 1, IMAGE_SIZE, IMAGE_SIZE)
+    if jitter is not None:
+        noise = torch.rand(13, num_images, generator=generator) * 2 - 1
+        centre = centre + jitter.shift * noise[:2].T
+        scale = 1 + jitter.scale * noise[2]
+        angle = jitter.rotation * noise[3]
+        shear = shear + jitter.shear * noise[4]
+        paper, ink = (jitter.tint * (n.T.reshape(num_images, 3, 1, 1) + 1) / 2 for n in (noise[5:8], noise[8:11]))
+        axis = torch.linspace(-0.5, 0.5, IMAGE_SIZE)
+        across, down = (n[:, None, None, None] for n in noise[11:13])
+        shade = jitter.shade * (across * axis + down * axis[:, None])
+    strokes = F.grid_sample(
+        bank.masters[thickness, originals],
+        _sampling_grid(centre=centre, scale=scale, angle=angle, shear=shear),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
+    )
+    strokes = F.avg_pool2d(strokes, _SUPERSAMPLE)
+    brightness = torch.lerp((paper + shade).clamp(0, 1), 1 - ink, strokes)
+    brightness = torch.where(inverted[:, None, None, None], 1 - brightness, brightness)
+    return brightness * 2 - 1
+
+
+def draw_images(
+    bank: DigitBank, prompts: list[str], generator: torch.Generator, jitter: Jitter | None = None
+) -> torch.Tensor:
+    """One jittered image [B, 3, H, W] in [-1, 1] a prompt, of a random underlying digit of its class."""
+    originals = choose_originals(bank, prompts, generator)
+    return render(bank, prompts, originals, generator=generator, jitter=jitter or Jitter())
+
+
+def _offset(position: str) -> tuple[float, float]:
+    assert position in POSITIONS
+    x = CORNER_OFFSET * (position.endswith("right") - position.endswith("left"))
+    y = CORNER_OFFSET * (position.startswith("bottom") - position.startswith("top"))
+    return x, y
+
+
+def _sampling_grid(
+    *, centre: torch.Tensor, scale: torch.Tensor, angle: torch.Tensor, shear: torch.Tensor
+) -> torch.Tensor:
+    """Where each output pixel looks in the master: the inverse of scale, then shear, then rotation, then shift."""
+    size = IMAGE_SIZE * _SUPERSAMPLE
+    # Pixel centres, in pixels of the final image from its middle.
+    axis = (torch.arange(size) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    x = x[None] - centre[:, 0, None, None]
+    y = y[None] - centre[:, 1, None, None]
+    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
+    x, y = cos * x + sin * y, cos * y - sin * x
+    x = x + shear[:, None, None] * y  # the top (negative y) of a slanted digit lies to the right
+    half = scale[:, None, None] * GLYPH_SIZE / 2
+    return torch.stack([x / half, y / half], dim=-1)
+
+
