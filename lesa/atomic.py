@@ -1,0 +1,283 @@
+"""Durable writing: aside, synced, then committed by one rename; and the digests and locks that go with it.
+
+Whatever ends in `.partial` is unfinished and belongs to nobody once the process in its name is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+PARTIAL = ".partial"
+_COUNTER = itertools.count()  # two threads of one process must not share a temporary name
+_BLOCK = 1 << 20  # bytes read at a time when hashing
+
+
+class Locked(RuntimeError):
+    """Somebody else holds the lock; `.pid` is the holder's process, None if it could not be read."""
+
+    def __init__(self, path: Path, pid: int | None):
+        self.path, self.pid = path, pid
+        holder = f"process {pid}" if pid is not None else "another process"
+        super().__init__(f"{path} is held by {holder}; wait for it to end, or end it, and try again")
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds its old content or all of the new one, also after a power cut."""
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_COUNTER)}{PARTIAL}")
+    try:
+        # O_EXCL and O_NOFOLLOW: a link planted under the temporary name is an error, not a way out.
+        descriptor = os.open(
+            aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(
+                error.errno, f"{error.strerror} while writing {len(data)} bytes", str(path)
+            ) from error
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: str | Path, value: object, *, sort_keys: bool = True) -> None:
+    """Write `value` as indented JSON with sorted keys; NaN and infinities are refused (ValueError)."""
+    write_bytes(path, json_bytes(value, sort_keys=sort_keys))
+
+
+def json_bytes(value: object, *, sort_keys: bool = True) -> bytes:
+    """`value` as indented JSON, UTF-8, with a final newline; NaN and infinities are refused (ValueError)."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def canonical_json(value: object) -> bytes:
+    """The one spelling of `value` that digests are taken of: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a regular file in hexadecimal; links and devices are refused (OSError)."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes; a link, FIFO, device or folder raises OSError naming it."""
+    # O_NONBLOCK: opening a FIFO must not wait for a writer that never comes.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def tree_digest(folder: str | Path) -> str:
+    """One SHA-256 for a folder: relative paths and contents, nothing of times, owners or order on disk.
+
+    Links and special files raise OSError.
+    """
+    digest = hashlib.sha256()
+    for relative in regular_files(Path(folder)):
+        digest.update(f"{relative}\0{sha256_file(Path(folder) / relative)}\n".encode())
+    return digest.hexdigest()
+
+
+def regular_files(folder: Path) -> list[str]:
+    """Relative paths of all files under `folder`, sorted; OSError for a link, FIFO or device among them."""
+    found = []
+    for root, folders, files in os.walk(folder, onerror=_raise):
+        for name in (*folders, *files):
+            path = Path(root) / name
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OSError(errno.EINVAL, "neither a regular file nor a folder", str(path))
+        found += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def fsync_dir(folder: str | Path) -> None:
+    """Make the names in `folder` durable (renames and new files)."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: str | Path) -> None:
+    """Make everything under `folder` durable: files first, then the folders that name them, deepest first."""
+    for root, _, files in os.walk(folder, topdown=False, onerror=_raise):
+        for name in files:
+            with open_regular(Path(root) / name) as file:
+                os.fsync(file.fileno())
+        fsync_dir(root)
+
+
+def commit_dir(partial: str | Path, final: str | Path) -> bool:
+    """Sync `partial` and rename it to `final`. False, and `partial` removed, if `final` is there already."""
+    partial, final = Path(partial), Path(final)
+    fsync_tree(partial)
+    try:
+        os.rename(partial, final)  # fails on a folder with content: the first to commit wins
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(partial)
+        return False
+    fsync_dir(final.parent)
+    return True
+
+
+def replace_dir(partial: str | Path, final: str | Path) -> None:
+    """Sync `partial` and put it in the place of `final`, which may exist.
+
+    A kill between the two renames leaves no `final`, never a mixed one: rerun what made it.
+    """
+    partial, final = Path(partial), Path(final)
+    fsync_tree(partial)
+    if final.is_dir() and not final.is_symlink():
+        remove_dir(final, before_delete=lambda: os.rename(partial, final))
+    else:
+        os.rename(partial, final)
+    fsync_dir(final.parent)
+
+
+def remove_dir(folder: str | Path, before_delete: Callable[[], object] | None = None) -> None:
+    """Remove a folder as one act: renamed to a `.partial` name first, so that no half of it is ever seen."""
+    folder = Path(folder)
+    aside = folder.with_name(partial_name(folder.name))
+    os.rename(folder, aside)
+    if before_delete is not None:
+        before_delete()
+    fsync_dir(folder.parent)
+    shutil.rmtree(aside)
+
+
+def partial_name(name: str) -> str:
+    """`<name>.<pid>.<n>.partial`: where this process builds `name` before committing it."""
+    return f"{name}.{os.getpid()}.{next(_COUNTER)}{PARTIAL}"
+
+
+def sweep_partials(folder: str | Path) -> list[str]:
+    """Delete unfinished files and folders of dead processes directly under `folder`; their names, sorted."""
+    swept = []
+    for entry in sorted(os.scandir(folder), key=lambda item: item.name):
+        parts = entry.name.split(".")
+        if not entry.name.endswith(PARTIAL) or len(parts) < 4 or not parts[-3].isdigit():
+            continue
+        if process_alive(int(parts[-3]), since=entry.stat(follow_symlinks=False).st_mtime):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+        swept.append(entry.name)
+    return swept
+
+
+def process_alive(pid: int, *, since: float | None = None) -> bool:
+    """Whether process `pid` runs; with `since` (seconds of the epoch), whether it ran then already.
+
+    A number that was given to a new process after `since` counts as dead, and so does a zombie.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return False
+        try:  # no /proc (macOS): the start is unknown, so a reused number counts as alive, the careful answer
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+    fields = text.rpartition(")")[2].split()  # after the name, which may hold spaces
+    if fields[0] in ("Z", "X"):
+        return False
+    started = int(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return since is None or started <= since + 2.0  # two seconds: the boot time is rounded
+
+
+@contextmanager
+def file_lock(path: str | Path) -> Iterator[None]:
+    """Hold `path` as an exclusive lock with our pid inside; `Locked` names the holder if it is taken.
+
+    The kernel drops the lock with its process, so one left by a dead process is simply taken over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            content = os.pread(descriptor, 32, 0).strip()
+            os.close(descriptor)
+            raise Locked(path, int(content) if content.isdigit() else None) from None
+        try:  # the last holder removes the file: what we locked may no longer be what the name points to
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def require_space(path: str | Path, num_bytes: int) -> None:
+    """OSError (ENOSPC) naming need and free space if the disk under `path` cannot hold `num_bytes` more."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        message = f"needs {format_bytes(num_bytes)} and {format_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, message, str(path))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`num_bytes` for a person, in binary units."""
+    value = float(num_bytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,314 @@
+"""Recording: what a workload's prompts and seeds make the transformer do, one trajectory a pipeline run.
+
+The plan comes first, from files alone; every entry's key says whether it is in the store already. A run is
+at batch size 1 with noise from a CPU generator, so its bytes depend on nothing but its identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lesa import atomic
+from lesa.families import TAP
+from lesa.fingerprint import base_parameters, fingerprint
+from lesa.params import Workload
+from lesa.pipelines import sample
+from lesa.prompts import PromptError, read_splits
+from lesa.store import FORMAT, Trajectory, TrajectoryStore, estimate_bytes, trajectory_key
+from lesa.tap import FeatureTap
+
+RECORDED_SPLITS = ("train", "validation")
+CONDITIONING = "conditioning."  # prefix of the transformer's own arguments in a trajectory's context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTrajectory:
+    """One run to record."""
+
+    key: str
+    identity: dict[str, Any]
+    prompt: str
+    seed: int
+    split: str  # train or validation; not part of the identity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordingSize:
+    """How large one trajectory of a workload is."""
+
+    num_steps: int
+    num_branches: int
+    num_tokens: int  # kept ones
+    channels: int
+    context_values: int  # float32 values beside the features
+
+    def bytes(self, num_trajectories: int) -> int:
+        """Bytes on disk of so many."""
+        return estimate_bytes(num_trajectories, **dataclasses.asdict(self))
+
+
+def describe_source(pipe: Any) -> dict[str, Any]:
+    """What of a loaded pipeline determines a recording, as JSON: classes, weights, scheduler.
+
+    The transformer by its fingerprint; text encoders and tokenizers by a digest, because the same transformer
+    behind another encoder runs differently.
+    """
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    described = {
+        "fingerprint": fingerprint(pipe.transformer),
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
+        "text": _text_digest(pipe),
+        "transformer": type(pipe.transformer).__name__,
+    }
+    plain: dict[str, Any] = json.loads(
+        atomic.canonical_json(described)
+    )  # tuples become the lists they are stored as
+    return plain
+
+
+def _text_digest(pipe: Any) -> str:
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module) and name not in ("transformer", "vae"):
+            for parameter, value in base_parameters(part):
+                digest.update(f"{name}.{parameter} {list(value.shape)}".encode())
+                start = value.reshape(-1)[:64].to("cpu", torch.bfloat16)
+                digest.update(start.contiguous().view(torch.int16).numpy().tobytes())
+        elif hasattr(part, "get_vocab"):
+            digest.update(name.encode() + atomic.canonical_json(part.get_vocab()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[PlannedTrajectory]:
+    """Every trajectory of the workload: the first prompts of train.txt and validation.txt, in file order.
+
+    Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation` the odd numbers
+    between: appending prompts to either file leaves every other trajectory's seed, and so its key, as it was.
+
+    Args:
+        source: what `describe_source` says of the pipeline.
+
+    Raises:
+        PromptError: unusable files, prompts in two splits, or fewer of them than are asked for.
+    """
+    planned = []
+    for split, prompts in recorded_prompts(workload).items():
+        for index, prompt in enumerate(prompts):
+            for repeat in range(workload.record.seeds_per_prompt):
+                number = index * workload.record.seeds_per_prompt + repeat
+                seed = workload.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
+                identity = _identity(workload, source, prompt, seed)
+                planned.append(
+                    PlannedTrajectory(
+                        key=trajectory_key(identity), identity=identity, prompt=prompt, seed=seed, split=split
+                    )
+                )
+    return planned
+
+
+def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
+    """The prompts that are recorded, by split, in file order; PromptError as in `plan_recording`."""
+    splits = read_splits(workload.paths.prompts)
+    counts = {"train": workload.record.train_prompts, "validation": workload.record.validation_prompts}
+    problems = [
+        f"record.{split}_prompts: {count} asked for, {split}.txt has {len(splits[split])}"
+        for split, count in counts.items()
+        if count > len(splits[split])
+    ]
+    if problems:
+        raise PromptError("; ".join(problems) + "; lower the number or add prompts")
+    return {split: splits[split][: counts[split]] for split in RECORDED_SPLITS}
+
+
+def _identity(workload: Workload, source: Mapping[str, Any], prompt: str, seed: int) -> dict[str, Any]:
+    return {
+        **source,
+        "call": dataclasses.asdict(workload.call),
+        "dtype": workload.model.dtype,
+        "format": FORMAT,
+        "prompt": prompt,
+        "seed": seed,
+        "tap": TAP,
+        "token_fraction": workload.record.token_fraction,
+    }
+
+
+def recorded_keys(workload: Workload, store: TrajectoryStore) -> dict[str, list[str]]:
+    """The committed keys by split, in the plan's order, without loading the pipeline.
+
+    Raises:
+        PromptError: a trajectory whose prompt is in neither split: the store belongs to other prompts.
+    """
+    place = {
+        prompt: (split, index)
+        for split, prompts in recorded_prompts(workload).items()
+        for index, prompt in enumerate(prompts)
+    }
+    found: dict[str, list[tuple[int, int, str]]] = {split: [] for split in RECORDED_SPLITS}
+    strangers = []
+    for key in store.keys():
+        record = store.record(key)
+        if record["prompt"] not in place:
+            strangers.append(key)
+            continue
+        split, index = place[record["prompt"]]
+        found[split].append((index, record["seed"], key))
+    if strangers:
+        raise PromptError(
+            f"{store.path} holds {len(strangers)} trajectories of prompts that are not recorded any more, "
+            f"e.g. {strangers[0]}; run the record stage, which removes them"
+        )
+    return {split: [key for _, _, key in sorted(entries)] for split, entries in found.items()}
+
+
+def record_trajectory(pipe: Any, planned: PlannedTrajectory, workload: Workload) -> Trajectory:
+    """Run the pipeline once, every step full, and keep what the tap sees.
+
+    Raises:
+        ValueError: a cache is enabled on the transformer, or an argument of it cannot be kept.
+    """
+    transformer = pipe.transformer
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError("a cache is enabled on the transformer; disable it: only full steps are recorded")
+    call = workload.call
+
+    def token_index(num_tokens: int) -> torch.Tensor | None:
+        return kept_tokens(planned.key, num_tokens, workload.record.token_fraction)
+
+    with FeatureTap(transformer, token_index=token_index) as tap:
+        latents = sample(pipe, [planned.prompt], [planned.seed], call, output_type="latent", batch_size=1)
+    steps, branches = call.num_inference_steps, tap.num_branches
+    if len(tap.features) != steps * branches or len(tap.temb) != steps * branches:
+        raise ValueError(
+            f"trajectory {planned.key}: {len(tap.features)} features, {branches} branch(es), {steps} steps; "
+            "something on the transformer skips or repeats steps"
+        )
+    assert tap.latents is not None
+    tensors, plain = _split_arguments(planned.key, tap.conditioning)
+    context = {
+        "latents_final": latents,
+        "latents_initial": tap.latents.float().cpu(),
+        "model_timesteps": torch.stack(tap.timesteps)[::branches, 0],
+        "temb": torch.cat(tap.temb).unflatten(0, (steps, branches)),
+        **tensors,
+    }
+    return Trajectory(
+        identity=planned.identity,
+        prompt=planned.prompt,
+        seed=planned.seed,
+        features=torch.cat(tap.features).unflatten(0, (steps, branches)),
+        sigmas=pipe.scheduler.sigmas.detach().float().cpu(),
+        timesteps=pipe.scheduler.timesteps.detach().float().cpu(),
+        context=context,
+        token_index=tap.tokens,
+        call_kwargs=plain,
+    )
+
+
+def kept_tokens(key: str, num_tokens: int, fraction: float) -> torch.Tensor | None:
+    """Increasing indices of a random part of the tokens, drawn from the key alone; None keeps all."""
+    if fraction >= 1.0:
+        return None
+    generator = torch.Generator("cpu").manual_seed(int(key[:15], 16))
+    kept = torch.randperm(num_tokens, generator=generator)[: max(1, round(fraction * num_tokens))]
+    return kept.sort().values
+
+
+def _split_arguments(
+    key: str, conditioning: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The transformer's arguments as tensors for the context and JSON for the record, a branch each."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: list[dict[str, Any]] = []
+    for branch, arguments in enumerate(conditioning):
+        kept: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                tensors[_argument_name(branch, name)] = value.detach().cpu()
+            elif value is not None:
+                try:
+                    kept[name] = json.loads(atomic.canonical_json(value))
+                except (TypeError, ValueError):
+                    raise ValueError(
+                        f"trajectory {key}: argument {name} of the transformer is {type(value).__name__}; "
+                        "only tensors and JSON values can be recorded"
+                    ) from None
+        plain.append(kept)
+    return tensors, plain
+
+
+def _argument_name(branch: int, name: str) -> str:
+    """`conditioning.<argument>` for the first branch, `conditioning.<branch>.<argument>` for the others."""
+    return f"{CONDITIONING}{name}" if branch == 0 else f"{CONDITIONING}{branch}.{name}"
+
+
+def transformer_arguments(
+    record: Mapping[str, Any], context: Mapping[str, torch.Tensor], branch: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments that the transformer was called with, all but hidden_states and timestep."""
+    prefix = _argument_name(branch, "")
+    tensors = {
+        name.removeprefix(prefix): value
+        for name, value in context.items()
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+    }
+    return {**record["call_kwargs"][branch], **tensors}
+
+
+def measure_size(pipe: Any, workload: Workload) -> RecordingSize:
+    """The size of one trajectory, from a run of a single step with the longest prompt."""
+    prompts = [prompt for split in recorded_prompts(workload).values() for prompt in split]
+    one_step = dataclasses.replace(workload, call=dataclasses.replace(workload.call, num_inference_steps=1))
+    probe = PlannedTrajectory(key="0" * 32, identity={}, prompt=max(prompts, key=len), seed=0, split="train")
+    trajectory = record_trajectory(pipe, probe, one_step)
+    _, branches, tokens, channels = trajectory.features.shape
+    steps = workload.call.num_inference_steps
+    per_step = ("model_timesteps", "temb")
+    values = sum(t.numel() * (steps if n in per_step else 1) for n, t in trajectory.context.items())
+    return RecordingSize(
+        num_steps=steps, num_branches=branches, num_tokens=tokens, channels=channels, context_values=values
+    )
+
+
+def missing(store: TrajectoryStore, plan: Iterable[PlannedTrajectory]) -> list[PlannedTrajectory]:
+    """The part of the plan that is not committed yet, in its order, every key once."""
+    have = set(store.keys())
+    return list({item.key: item for item in plan if item.key not in have}.values())
+
+
+def record_all(
+    workload: Workload,
+    store: TrajectoryStore,
+    pipe: Any,
+    report: Callable[[int, dict[str, float]], object] = lambda step, values: None,
+) -> list[str]:
+    """Record what is missing, one after the other in this process; then remove what the plan does not name.
+
+    A run that was killed goes on where it was. `report` gets the number of trajectories done.
+
+    Returns:
+        The plan's keys in its order.
+
+    Raises:
+        OSError: the disk cannot hold the rest (before anything is recorded).
+        lesa.atomic.Locked: another recorder is at work on this store.
+    """
+    plan = plan_recording(workload, describe_source(pipe))
+    with store.writer_lock():
+        store.sweep()
+        todo = missing(store, plan)
+        if todo:
+            atomic.require_space(store.path, measure_size(pipe, workload).bytes(len(todo)))
+        for done, planned in enumerate(todo, start=1):
+            store.commit(record_trajectory(pipe, planned, workload))
+            report(done, {"recorded": float(done), "planned": float(len(todo))})
+        store.prune({item.key for item in plan})
+    return [item.key for item in plan]
