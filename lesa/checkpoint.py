@@ -1,0 +1,119 @@
+"""Resumable training state: a new folder a checkpoint, committed by rename; the two newest stay.
+
+A checkpoint holds the experts, the optimiser, the iteration and the best state so far. Batches are drawn from
+generators seeded by (seed, iteration), so the iteration is the whole of the RNG state and the data order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+from torch import nn
+
+from lesa import atomic
+
+KEPT = 2
+_NAME = re.compile(r"iteration-(\d{8})")
+
+
+@dataclass
+class TrainingState:
+    """What a loop needs to go on."""
+
+    iteration: int  # optimiser steps done
+    best_loss: float | None  # lowest validation loss so far
+    best: dict[str, torch.Tensor]  # the experts' state at that loss
+
+
+def save_checkpoint(
+    folder: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
+) -> Path:
+    """Commit `<folder>/iteration-<n>` and delete all but the newest two.
+
+    Args:
+        folder: of this training run alone.
+        key: identity of the run (settings and data); a checkpoint of another is never resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"module/{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
+    tensors |= {f"best/{name}": tensor.contiguous() for name, tensor in state.best.items()}
+    tensors |= _optimizer_tensors(optimizer)
+    data = serialise_tensors(tensors)
+    final = folder / f"iteration-{state.iteration:08d}"
+    partial = folder / atomic.partial_name(final.name)
+    partial.mkdir()
+    try:
+        atomic.write_bytes(partial / "state.safetensors", data)
+        record = {
+            "key": key,
+            "iteration": state.iteration,
+            "best_loss": state.best_loss,
+            "sha256": atomic.sha256_bytes(data),
+        }
+        atomic.write_json(partial / "state.json", record)
+        atomic.replace_dir(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in _checkpoints(folder)[KEPT:]:
+        atomic.remove_dir(old)
+    return final
+
+
+def load_checkpoint(
+    folder: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> TrainingState | None:
+    """Restore the newest intact checkpoint of this run; None when there is none.
+
+    A torn or altered checkpoint is passed over for the one before it.
+    """
+    if not folder.is_dir():
+        return None
+    atomic.sweep_partials(folder)
+    for path in _checkpoints(folder):
+        try:
+            record = json.loads((path / "state.json").read_text())
+            data = (path / "state.safetensors").read_bytes()
+            if record["key"] != key or record["sha256"] != atomic.sha256_bytes(data):
+                continue
+            tensors = parse_tensors(data)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+        module.load_state_dict(_part(tensors, "module/"))
+        _restore_optimizer(optimizer, tensors)
+        return TrainingState(record["iteration"], record["best_loss"], _part(tensors, "best/"))
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"optimizer/{index}/{name}": value.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in _part(tensors, "optimizer/").items():
+        index, field = name.split("/")
+        state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,256 @@
+"""The second training step, closed loop: the experts see the states their own predictions lead to.
+
+LESA (arXiv 2602.20497) mixes predicted and computed features in the history. Here the accelerated sampler itself is
+the loop, run through the real pipeline with the experts in the hook, in one of two ways:
+    through_sampler   the error of the final latents, differentiated through the whole run, full steps included
+    drifted_states    no gradient through the run: histories come from the accelerated run (the model's own drifted
+                      states), targets from the unaccelerated one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lesa import gate as gates
+from lesa import losses
+from lesa.ends import Ends, ends_of, freeze
+from lesa.expert import Expert
+from lesa.families import blocks, family_of
+from lesa.history import History
+from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
+from lesa.loop import LoopSettings, Report, optimise
+from lesa.params import Workload
+from lesa.pipelines import call_arguments
+from lesa.predictor import Predictor, Variant
+from lesa.schedule import Schedule
+from lesa.stages import stage_of_steps
+from lesa.training import Job, Windows, expert_seed, new_expert, training_key
+from lesa.trajectories import Trajectories, draw, trajectories_digest
+
+
+@dataclass(kw_only=True)
+class ExpertRule:
+    """Experts in training as a `lesa.forecast.Rule`: predictions carry gradients."""
+
+    experts: dict[int, Expert]
+    schedule: Schedule
+    sigmas: torch.Tensor
+    boundaries: tuple[float, ...]
+    sizes: tuple[int, ...]
+    history: str
+    name: str = "experts in training"
+    captured: dict[int, torch.Tensor] | None = None  # features of the full steps, where asked for
+    stages: tuple[int, ...] = field(init=False)
+    history_size: int = field(init=False)
+    keeps_predictions: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stages = tuple(stage_of_steps(self.sigmas, self.boundaries))
+        self.history_size = max(self.sizes)
+        self.keeps_predictions = self.history == "steps"
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        stage = self.stages[step]
+        expert, size = self.experts[stage], self.sizes[stage]
+        past = history.steps[:size]
+        if self.captured is not None:
+            self.captured |= dict(zip(past, history.features[:size], strict=True))
+        if stage not in history.memo:
+            history.memo[stage] = expert.project(history.features[:size])
+        alpha = expert.alpha(gates.offsets(self.sigmas, step, past)[None], [step])
+        return history.features[0] + alpha * history.memo[stage]
+
+
+def train_budget(
+    workload: Workload,
+    budget: str,
+    start: Predictor,
+    pipe: Any,
+    train: Trajectories,
+    validation: Trajectories,
+    *,
+    work_dir: Path,
+    report: Report,
+) -> tuple[dict[Job, dict[str, torch.Tensor]], dict[str, float]]:
+    """Train all experts of one budget in the loop; resumes from its checkpoints in `work_dir`.
+
+    Args:
+        start: the predictor of the first training step.
+        pipe: the workload's pipeline; its parameters are frozen and its hooks are left as they were.
+
+    Returns:
+        Every expert's tensors, and the validation error of the final latents in decibels before and after.
+    """
+    settings = workload.closed_loop
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            freeze(part)
+    schedule = workload.budgets()[budget]
+    jobs = [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
+    experts = {job.stage: new_expert(workload, job, train.sigmas, train.channels) for job in jobs}
+    variant = next(v for v in start.spec.variants if v.name == budget)
+    for stage, expert in experts.items():
+        restore(expert, start, variant, stage)
+    rule = ExpertRule(
+        experts=experts,
+        schedule=schedule,
+        sigmas=train.sigmas,
+        boundaries=workload.predictor.boundaries,
+        sizes=workload.predictor.history_sizes,
+        history=workload.predictor.history,
+    )
+    compare = losses.CLOSED_LOOP[settings.loss]
+
+    def through_sampler(batch: torch.Generator) -> torch.Tensor:
+        indices = draw(batch, len(train), settings.batch_size)
+        latents = accelerated_latents(pipe, workload, rule, train, indices, settings.gradient_checkpointing)
+        return compare(latents, train.latents[indices].to(latents.device))
+
+    ends = ends_of(pipe.transformer)
+
+    def drifted_states(batch: torch.Generator) -> torch.Tensor:
+        indices = draw(batch, len(train), settings.batch_size)
+        return drifted_loss(pipe, workload, rule, train, indices, ends, budget)
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        total = 0.0
+        for chunk in torch.arange(len(validation)).split(settings.batch_size):
+            latents = accelerated_latents(pipe, workload, rule, validation, chunk.tolist())
+            total += float(compare(latents, validation.latents[chunk].to(latents.device))) * len(chunk)
+        return total / len(validation)
+
+    before = validation_loss()
+    best = optimise(
+        nn.ModuleDict({str(stage): expert for stage, expert in experts.items()}),
+        through_sampler if settings.gradient == "through_sampler" else drifted_states,
+        validation_loss,
+        settings=LoopSettings(
+            iterations=settings.iterations,
+            learning_rate=settings.learning_rate,
+            gate_learning_rate=settings.gate_learning_rate,
+            weight_decay=settings.weight_decay,
+            gradient_clip=settings.gradient_clip,
+            checkpoint_every=settings.checkpoint_every,
+            seed=expert_seed(workload, jobs[0]),
+        ),
+        folder=work_dir / budget,
+        key=training_key(
+            workload, "closed_loop", budget, trajectories_digest(train, validation) + predictor_digest(start)
+        ),
+        report=report,
+    )
+    tensors = {job: experts[job.stage].export() for job in jobs}
+    return tensors, {"validation_loss_start": before, "validation_loss": best}
+
+
+def accelerated_latents(
+    pipe: Any,
+    workload: Workload,
+    rule: ExpertRule,
+    data: Trajectories,
+    indices: Sequence[int],
+    gradient_checkpointing: bool = False,
+) -> torch.Tensor:
+    """Final latents of the accelerated pipeline for the same prompts and noise as the recorded runs.
+
+    The pipeline's own call does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+    """
+    call = type(pipe).__call__.__wrapped__
+    prompts = [data.prompts[i] for i in indices]
+    with in_loop(pipe, rule, gradient_checkpointing):
+        return call(
+            pipe,
+            prompt=prompts,
+            generator=[torch.Generator("cpu").manual_seed(data.seeds[i]) for i in indices],
+            output_type="latent",
+            return_dict=False,
+            **call_arguments(pipe, workload.call, len(prompts)),
+        )[0]
+
+
+def drifted_loss(
+    pipe: Any,
+    workload: Workload,
+    rule: ExpertRule,
+    data: Trajectories,
+    indices: Sequence[int],
+    ends: Ends,
+    budget: str,
+) -> torch.Tensor:
+    """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
+    rule.captured = {}
+    try:
+        with torch.no_grad():
+            accelerated_latents(pipe, workload, rule, data, indices)
+        captured = rule.captured
+    finally:
+        rule.captured = None
+    loss = losses.GROUND_TRUTH[workload.ground_truth.loss]
+    parts = []
+    for stage, expert in rule.experts.items():
+        windows = Windows.of(workload, Job(budget, stage), rule.sigmas)
+        if not windows.steps:
+            continue
+        target = data.feature_batch(indices, windows.steps)
+        history_steps = {step for past in windows.past for step in past}
+        features = torch.stack(
+            [
+                captured[step].float() if step in history_steps else target[:, windows.steps.index(step)]
+                for step in windows.needed
+            ],
+            dim=1,
+        )
+        temb = data.temb[list(indices)][:, list(windows.steps)]
+        parts.append(loss(windows.predict(expert, features), target, temb, windows.weights, ends))
+    return torch.stack(parts).mean()
+
+
+@contextmanager
+def in_loop(pipe: Any, rule: ExpertRule, gradient_checkpointing: bool) -> Iterator[None]:
+    """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
+    transformer = pipe.transformer
+    modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
+    for block in modules:
+        block.forward = _recomputed(block.forward)  # beneath the hook: only full steps are recomputed
+    config = LesaCacheConfig(
+        schedule=rule.schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
+    )
+    apply_lesa_cache(transformer, config)
+    try:
+        yield
+    finally:
+        remove_lesa_cache(transformer)
+        for block in modules:
+            del block.forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputing
+
+
+def restore(expert: Expert, predictor: Predictor, variant: Variant, stage: int) -> None:
+    """Put a predictor's tensors into a fresh expert; exact, so that training goes on from what was judged."""
+    expert.load_export(predictor.expert(variant, stage, "projection"), predictor.expert(variant, stage, "gate"))
+
+
+def predictor_digest(predictor: Predictor) -> str:
+    """SHA-256 over names and values."""
+    from lesa.atomic import sha256_bytes
+
+    parts = [
+        name.encode() + predictor.tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+        for name in sorted(predictor.tensors)
+    ]
+    return sha256_bytes(b"".join(parts))

@@ -1,0 +1,123 @@
+"""The two training steps cut into jobs that load what they need and can run anywhere: in this process or on a cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+
+from lesa import atomic
+from lesa.closed_loop import train_budget
+from lesa.ends import load_ends
+from lesa.loop import Report
+from lesa.params import Workload
+from lesa.pipelines import load_pipeline
+from lesa.predictor import Predictor, PredictorSpec
+from lesa.prompts import read_splits
+from lesa.training import Job, assemble, ground_truth_jobs, train_expert
+from lesa.trajectories import Trajectories, load_trajectories
+
+Tensors = dict[str, torch.Tensor]
+Figures = dict[str, float]
+
+
+def recorded_splits(workload: Workload) -> tuple[Trajectories, Trajectories]:
+    """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
+    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
+    train = load_trajectories(path, splits["train"][: workload.record.train_prompts])
+    validation = load_trajectories(path, splits["validation"][: workload.record.validation_prompts])
+    return train, validation
+
+
+def list_ground_truth_jobs(workload: Workload) -> list[Job]:
+    """The jobs of the first training step; impossible windows are refused here, before anything is trained."""
+    return ground_truth_jobs(workload, recorded_splits(workload)[1].sigmas)
+
+
+def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
+    """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
+    train, validation = recorded_splits(workload)
+    ends = load_ends(_transformer_folder(workload))
+    return train_expert(
+        workload, job, train, validation, ends, work_dir=work_dir(workload) / "ground_truth", report=report
+    )
+
+
+def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
+    """Train one budget's experts in the loop, from the predictor of the first step; resumes likewise."""
+    train, validation = recorded_splits(workload)
+    return train_budget(
+        workload,
+        budget,
+        load_predictor(workload.paths.ground_truth),
+        load_pipeline(workload),
+        train,
+        validation,
+        work_dir=work_dir(workload) / "closed_loop",
+        report=report,
+    )
+
+
+def finish(
+    workload: Workload, step: str, experts: Mapping[Job, Tensors], figures: Mapping[str, Figures]
+) -> Predictor:
+    """Join all jobs' experts, save them as the step's result and drop the step's checkpoints.
+
+    Args:
+        step: `ground_truth` or `closed_loop`.
+    """
+    some = next(iter(experts.values()))
+    predictor = assemble(workload, some["projection.bias"].shape[0], dict(experts))
+    save_predictor(getattr(workload.paths, step), predictor, figures)
+    shutil.rmtree(work_dir(workload) / step, ignore_errors=True)
+    return predictor
+
+
+def work_dir(workload: Workload) -> Path:
+    """Where checkpoints of unfinished training lie; not an output of any stage."""
+    return Path("data/checkpoints") / workload.name / "work"
+
+
+def save_predictor(folder: Path, predictor: Predictor, figures: Mapping[str, Any]) -> None:
+    """Write `predictor.json` and `weights.safetensors` as one act."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / atomic.partial_name(folder.name)
+    partial.mkdir()
+    try:
+        weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+        atomic.write_bytes(partial / "weights.safetensors", weights)
+        record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
+        atomic.write_json(partial / "predictor.json", record)
+        atomic.replace_dir(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """The predictor that a training step saved; `ValueError` where it is missing, torn or altered."""
+    try:
+        record = json.loads((folder / "predictor.json").read_text())
+        weights = (folder / "weights.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} does not exist; run the training stages first") from None
+    if record["sha256"] != atomic.sha256_bytes(weights):
+        raise ValueError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
+    return Predictor(PredictorSpec.from_dict(record["spec"]), parse_tensors(weights))
+
+
+def load_figures(folder: Path) -> dict[str, Any]:
+    """What the training step noted of itself: validation losses before and after, a job each."""
+    return json.loads((folder / "predictor.json").read_text())["figures"]
+
+
+def _transformer_folder(workload: Workload) -> Path:
+    from lesa.pipelines import pipeline_folder
+
+    return pipeline_folder(workload) / "transformer"

@@ -1,0 +1,85 @@
+"""From a trained predictor and the pipeline it was trained for to the published folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lesa.bundle import Bundle, write_bundle
+from lesa.families import FAMILIES, TAP
+from lesa.fingerprint import fingerprint
+from lesa.params import Workload
+from lesa.predictor import Predictor
+from lesa.prompts import prompt_digests, prompts_digest
+from lesa.trajectories import Trajectories, trajectories_digest
+
+
+def make_bundle(
+    folder: Path,
+    workload: Workload,
+    pipe: Any,
+    predictor: Predictor,
+    train: Trajectories,
+    validation: Trajectories,
+    *,
+    quality: Mapping[str, Mapping[str, Any]],
+    evaluation: Mapping[str, Any],
+    created_from: Mapping[str, Any],
+) -> Bundle:
+    """Write the bundle of a workload.
+
+    Args:
+        folder: where; an existing bundle is replaced.
+        pipe: the loaded pipeline: class, scheduler and fingerprint are read from it.
+        quality: what was measured, for each budget (psnr_mean, psnr_p5 in dB, ...).
+        evaluation: how it was measured (prompt digest, counts, seeds).
+        created_from: revisions of the code and the data.
+    """
+    manifest = {
+        "workload": workload.name,
+        "created_from": dict(created_from),
+        "model": {
+            "family": workload.model.family,
+            "pipeline_class": type(pipe).__name__,
+            "transformer_class": type(pipe.transformer).__name__,
+            "fingerprint": fingerprint(pipe.transformer),
+            "source": workload.model.source,
+            "revision": workload.model.revision,
+            "dtype": workload.model.dtype,
+        },
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": {
+                name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")
+            },
+        },
+        "tap": TAP,
+        "branches": list(FAMILIES[workload.model.family].branches),
+        "call": dataclasses.asdict(workload.call),
+        "num_inference_steps": workload.call.num_inference_steps,
+        "sigmas": [float(sigma) for sigma in train.sigmas],
+        "budgets": {
+            name: {
+                "full_steps": list(schedule.full_steps),
+                "interval": workload.schedule.budgets[name].interval,
+                "quality": dict(quality.get(name, {})),
+            }
+            for name, schedule in workload.budgets().items()
+        },
+        "default_budget": workload.schedule.default_budget,
+        "training": {
+            "num_trajectories": len(set(train.keys)),
+            "num_validation_trajectories": len(set(validation.keys)),
+            "trajectories_sha256": trajectories_digest(train, validation),
+            "prompts_sha256": prompts_digest([*train.prompts, *validation.prompts]),
+            "prompt_digests": prompt_digests([*train.prompts, *validation.prompts]),
+            "noise_seeds": [min((*train.seeds, *validation.seeds)), max((*train.seeds, *validation.seeds))],
+            "seed": workload.seed,
+        },
+        "evaluation": dict(evaluation),
+        "license": "Apache-2.0",
+        "base_license": None,
+    }
+    return write_bundle(folder, manifest, predictor)

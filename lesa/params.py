@@ -1,0 +1,454 @@
+"""params.yaml -> frozen, validated settings: the only place that knows ranges and cross-field rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lesa.families import FAMILIES
+from lesa.schedule import Schedule
+from lesa.stages import boundary_problems
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # workloads, prompt sets, budgets
+
+
+class ParamsError(ValueError):
+    """Every problem of a parameter file in one message."""
+
+    def __init__(self, path: object, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__(f"{path}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def setting(default: Any = dataclasses.MISSING, *, low: Any = None, high: Any = None) -> Any:
+    """A dataclass field with an inclusive range."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelParams:
+    """Which pipeline."""
+
+    family: str  # row of lesa.families
+    source: str  # folder of a diffusers pipeline, or a hub id
+    revision: str | None = None  # commit of a hub id; required there
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the pipeline while recording, training and judging
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallParams:
+    """How the pipeline is called, everywhere."""
+
+    height: int = setting(low=8)  # pixels
+    width: int = setting(low=8)  # pixels
+    num_frames: int | None = setting(None, low=1)  # video only
+    num_inference_steps: int = setting(low=1)
+    guidance_scale: float | None = setting(None, low=0.0)  # distilled guidance; None where the model has none
+    true_cfg_scale: float | None = setting(None, low=0.0)  # classifier-free guidance with two branches
+    max_sequence_length: int | None = setting(None, low=1)  # text tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseParams:
+    """Training of the workload's own model; absent where the model is given."""
+
+    trainer: Literal["flux-digits"]
+    steps: int = setting(low=1)  # optimiser steps of the transformer
+    batch_size: int = setting(64, low=1)
+    learning_rate: float = setting(1e-3, low=0.0)
+    seed: int = setting(0, low=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetParams:
+    """One schedule of the bundle: either an interval or a list."""
+
+    interval: int | None = setting(None, low=1)  # steps from one full step to the next
+    full_steps: tuple[int, ...] | None = None  # explicit full steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleParams:
+    """Which steps are full."""
+
+    budgets: dict[str, BudgetParams]
+    default_budget: str
+    warmup_steps: int = setting(3, low=0)  # W
+    cooldown_steps: int = setting(0, low=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordParams:
+    """What is recorded and with how much of the machine."""
+
+    train_prompts: int = setting(low=1)  # first lines of train.txt
+    validation_prompts: int = setting(low=1)  # first lines of validation.txt
+    seeds_per_prompt: int = setting(1, low=1)
+    seed_offset: int = setting(10_000, low=0)  # noise seeds start here; judging uses others
+    token_fraction: float = setting(1.0, low=0.001, high=1.0)  # random subset of tokens kept
+    actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
+    threads_per_actor: int = setting(1, low=1)
+    timeout_s: int = setting(600, low=1)  # per trajectory; then the actor is replaced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictorParams:
+    """The experts: noise stages, projection of the history, KAN over time (LESA, arXiv 2602.20497)."""
+
+    history: Literal["full_steps", "steps"] = "full_steps"  # the last K full steps, or steps with own predictions
+    boundaries: tuple[float, ...] = (0.8, 0.4)  # noise levels between the stages, decreasing
+    history_sizes: tuple[int, ...] = (3, 3, 3)  # K of each stage's expert
+    projection: Literal["dense", "low_rank", "per_channel"] = "dense"
+    rank: int = setting(32, low=1)  # of the low-rank part
+    gate: Literal["kan", "mlp", "table"] = "kan"  # what gives alpha from the time offsets
+    hidden: int = setting(8, low=1)  # width of the gate
+    grid: int = setting(5, low=1, high=64)  # spline intervals of the KAN
+    start: Literal["extrapolation", "random"] = "extrapolation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroundTruthParams:
+    """Training on true histories."""
+
+    loss: Literal["output", "feature", "normalised_feature"] = "output"
+    iterations: int = setting(400, low=0)  # optimiser steps per expert
+    batch_size: int = setting(16, low=1)  # trajectories a step
+    learning_rate: float = setting(1e-3, low=0.0)
+    gate_learning_rate: float = setting(1e-3, low=0.0)
+    weight_decay: float = setting(1e-4, low=0.0)
+    gradient_clip: float = setting(1.0, low=0.0)
+    checkpoint_every: int = setting(100, low=1)  # optimiser steps
+    workers: int = setting(2, low=1)  # experts trained side by side
+    threads_per_worker: int = setting(1, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClosedLoopParams:
+    """Training on the accelerated sampler's own states."""
+
+    gradient: Literal["through_sampler", "drifted_states"] = "through_sampler"
+    loss: Literal["latents", "log_latents"] = "log_latents"  # squared error of the final latents, or its logarithm
+    iterations: int = setting(100, low=0)
+    batch_size: int = setting(16, low=1)
+    learning_rate: float = setting(1e-4, low=0.0)
+    gate_learning_rate: float = setting(1e-3, low=0.0)
+    weight_decay: float = setting(0.0, low=0.0)
+    gradient_clip: float = setting(1.0, low=0.0)
+    gradient_checkpointing: bool = False  # recompute full steps in the backward pass: memory for time
+    checkpoint_every: int = setting(10, low=1)
+    workers: int = setting(2, low=1)  # budgets trained side by side
+    threads_per_worker: int = setting(1, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateParams:
+    """Judging on held-out prompts and seeds."""
+
+    prompts: int = setting(64, low=2)  # first lines of test.txt
+    seeds_per_prompt: int = setting(2, low=1)
+    seed_offset: int = setting(20_000, low=0)
+    converged_fraction: float = setting(0.1, low=0.0, high=1.0)  # of the samples also compared to a converged run
+    converged_steps: int = setting(1000, low=1)
+    batch_size: int = setting(32, low=1)
+    bootstrap: int = setting(2000, low=100)  # resamples
+    wall_clock_repeats: int = setting(3, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishParams:
+    """The gate and the registry."""
+
+    gate_prompts: int = setting(64, low=2)  # test prompts the gate measures
+    gate_seed_offset: int = setting(30_000, low=0)  # never the evaluation's seeds
+    tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the 5th percentile may be at any budget
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One workload: a pipeline, its prompts, and all settings of its predictor."""
+
+    name: str
+    model: ModelParams
+    call: CallParams
+    prompts: str  # prompt set: folder under data/prompts
+    schedule: ScheduleParams
+    record: RecordParams
+    predictor: PredictorParams = PredictorParams()
+    ground_truth: GroundTruthParams = GroundTruthParams()
+    closed_loop: ClosedLoopParams = ClosedLoopParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    publish: PublishParams = PublishParams()
+    base: BaseParams | None = None
+    scorer: str | None = None  # folder of the scorer; without one the column is absent
+    seed: int = setting(0, low=0)  # of training
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self)
+
+    def budgets(self) -> dict[str, Schedule]:
+        """The schedule of every budget."""
+        steps, rule = self.call.num_inference_steps, self.schedule
+        return {
+            name: Schedule.explicit(steps, budget.full_steps)
+            if budget.full_steps is not None
+            else Schedule.uniform(steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps)
+            for name, budget in rule.budgets.items()
+        }
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a workload keeps what it makes, relative to the repository root."""
+
+    workload: Workload
+
+    @property
+    def prompts(self) -> Path:
+        return Path("data/prompts") / self.workload.prompts
+
+    @property
+    def base(self) -> Path:
+        return Path("data/base") / self.workload.name
+
+    @property
+    def scorer(self) -> Path:
+        return Path("data/scorers") / self.workload.name
+
+    @property
+    def trajectories(self) -> Path:
+        return Path("data/trajectories") / f"{self.workload.name}.zarr"
+
+    @property
+    def ground_truth(self) -> Path:
+        return Path("data/checkpoints") / self.workload.name / "ground_truth"
+
+    @property
+    def closed_loop(self) -> Path:
+        return Path("data/checkpoints") / self.workload.name / "closed_loop"
+
+    @property
+    def bundle(self) -> Path:
+        return Path("data/bundles") / self.workload.name
+
+    @property
+    def report(self) -> Path:
+        return Path("data/reports") / self.workload.name
+
+
+def load_params(path: str | Path = "params.yaml", workload: str | None = None) -> Workload:
+    """Read and check one workload of a parameter file.
+
+    Args:
+        path: the file.
+        workload: section under `workloads`; None takes the file's `default_workload`.
+
+    Raises:
+        ParamsError: listing every unknown key, wrong type, range and impossible combination by its dotted path.
+    """
+    data = read_yaml(path)
+    problems: list[str] = []
+    for key in sorted(set(data) - {"workloads", "default_workload"}):
+        problems.append(f"{key}: unknown section; known are default_workload and workloads")
+    workloads = data.get("workloads")
+    if not isinstance(workloads, dict) or not workloads:
+        raise ParamsError(path, [*problems, "workloads: must be a mapping with at least one workload"])
+    name = data.get("default_workload") if workload is None else workload
+    if not isinstance(name, str) or name not in workloads:
+        raise ParamsError(path, [*problems, f"workload {name!r} is not in the file; known: {sorted(map(str, workloads))}"])
+    parsed = None
+    for key, section in workloads.items():
+        where = f"workloads.{key}"
+        if not isinstance(key, str) or not NAME.fullmatch(key):
+            problems.append(f"{where}: a name is lower-case letters, digits, '.', '_' and '-', at most 64")
+            continue
+        if isinstance(section, dict) and "name" in section:
+            problems.append(f"{where}.name: unknown key; the name is the section's")
+            continue
+        before = len(problems)
+        built = _build(Workload, {"name": key, **section} if isinstance(section, dict) else section, where, problems)
+        if len(problems) == before:
+            problems += [f"{where}.{problem}" for problem in _cross_field(built)]
+        if key == name:
+            parsed = built
+    if problems:
+        raise ParamsError(path, problems)
+    return typing.cast(Workload, parsed)
+
+
+def _cross_field(workload: Workload) -> list[str]:
+    """Combinations that no single field shows."""
+    problems = []
+    if workload.model.family not in FAMILIES:
+        problems.append(f"model.family: {workload.model.family!r} is not one of {sorted(FAMILIES)}")
+    is_hub = not workload.model.source.startswith(("data/", "/", "./"))
+    if is_hub and workload.model.revision is None:
+        problems.append("model.revision: required for a hub id, so that the weights cannot change underneath")
+    if not NAME.fullmatch(workload.prompts):
+        problems.append(f"prompts: {workload.prompts!r} is not a name of a folder under data/prompts")
+    rule, steps = workload.schedule, workload.call.num_inference_steps
+    if rule.default_budget not in rule.budgets:
+        problems.append(f"schedule.default_budget: {rule.default_budget!r} is not one of {sorted(rule.budgets)}")
+    for name, budget in rule.budgets.items():
+        where = f"schedule.budgets.{name}"
+        if not NAME.fullmatch(name):
+            problems.append(f"{where}: not a name")
+        if (budget.interval is None) == (budget.full_steps is None):
+            problems.append(f"{where}: give either interval or full_steps")
+        elif budget.interval is not None and steps > 1 and budget.interval >= steps:
+            problems.append(f"{where}.interval: {budget.interval} must be below call.num_inference_steps {steps}")
+    predictor = workload.predictor
+    problems += [f"predictor.{problem}" for problem in boundary_problems(predictor.boundaries)]
+    if len(predictor.history_sizes) != len(predictor.boundaries) + 1:
+        problems.append(
+            f"predictor.history_sizes: {len(predictor.boundaries)} boundaries make "
+            f"{len(predictor.boundaries) + 1} stages, got {len(predictor.history_sizes)} sizes"
+        )
+    if any(size < 1 for size in predictor.history_sizes):
+        problems.append(f"predictor.history_sizes: each must be at least 1, got {list(predictor.history_sizes)}")
+    if predictor.start == "extrapolation" and any(size < 2 for size in predictor.history_sizes):
+        problems.append("predictor.start: extrapolation needs history_sizes of at least 2; use random or more history")
+    if not problems:
+        try:
+            schedules = workload.budgets()
+        except ValueError as error:
+            return [f"schedule.budgets: {error}"]
+        for name, schedule in schedules.items():
+            early = [s for s in schedule.predicted_steps if len(schedule.anchors(s, 10**6)) < min(predictor.history_sizes)]
+            if early and predictor.history == "full_steps":
+                have = len(schedule.anchors(early[0], 10**6))
+                problems.append(
+                    f"schedule.budgets.{name}: history_size {min(predictor.history_sizes)} needs "
+                    f"{min(predictor.history_sizes)} full steps before step {early[0]}, the schedule has {have}: "
+                    "lower predictor.history_sizes or raise schedule.warmup_steps"
+                )
+    seeds = {
+        "record.seed_offset": workload.record.seed_offset,
+        "evaluate.seed_offset": workload.evaluate.seed_offset,
+        "publish.gate_seed_offset": workload.publish.gate_seed_offset,
+    }
+    spans = {
+        "record.seed_offset": (workload.record.train_prompts + workload.record.validation_prompts)
+        * workload.record.seeds_per_prompt,
+        "evaluate.seed_offset": workload.evaluate.prompts * workload.evaluate.seeds_per_prompt,
+        "publish.gate_seed_offset": workload.publish.gate_prompts * 8,
+    }
+    names = list(seeds)
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            if seeds[first] < seeds[second] + spans[second] and seeds[second] < seeds[first] + spans[first]:
+                problems.append(f"{first} {seeds[first]} and {second} {seeds[second]}: their noise seeds overlap")
+    return problems
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping, safely: no tags, no aliases, no duplicate keys.
+
+    Raises:
+        ParamsError: naming the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParamsError(path, ["the file does not exist; run from the repository root or name it"]) from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(path, [f"not UTF-8 (byte {error.start})"]) from None
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader with fewer freedoms
+    except yaml.YAMLError as error:
+        raise ParamsError(path, [" ".join(str(error).split())]) from None
+    if not isinstance(data, dict):
+        raise ParamsError(path, ["must be a mapping"])
+    return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases and duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases are refused, line {event.start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _build(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """Convert a plain value to an annotated type, appending what is wrong to `problems`."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, where, problems)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, where, problems)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            problems.append(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            problems.append(f"{where}: must be a list, got {_describe(value)}")
+            return ()
+        return tuple(_build(arguments[0], item, f"{where}[{i}]", problems) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict) or not value:
+            problems.append(f"{where}: must be a mapping with at least one entry, got {_describe(value)}")
+            return {}
+        return {str(key): _build(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        hint = " (write 1.0e-3: YAML reads 1e-3 as text)" if kind is float and isinstance(value, str) else ""
+        problems.append(f"{where}: must be {kind.__name__}, got {_describe(value)}{hint}")
+    elif kind is float and (value != value or value in (float("inf"), float("-inf"))):
+        problems.append(f"{where}: must be finite, got {value}")
+    return value
+
+
+def _build_dataclass(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{where}: must be a mapping, got {_describe(value)}")
+        return None
+    hints, before = typing.get_type_hints(kind), len(problems)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            close = [name for name in fields if name.startswith(str(key)[:4])]
+            hint = f"; did you mean {', '.join(close)}?" if close else f"; known: {', '.join(fields)}"
+            problems.append(f"{where}.{key}: unknown key{hint}")
+    arguments = {}
+    for name, spec in fields.items():
+        if name not in value:
+            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                problems.append(f"{where}.{name}: missing")
+            continue
+        mark = len(problems)
+        arguments[name] = built = _build(hints[name], value[name], f"{where}.{name}", problems)
+        low, high = spec.metadata.get("low"), spec.metadata.get("high")
+        if len(problems) == mark and built is not None:
+            if low is not None and built < low:
+                problems.append(f"{where}.{name}: must be at least {low}, got {built}")
+            if high is not None and built > high:
+                problems.append(f"{where}.{name}: must be at most {high}, got {built}")
+    return kind(**arguments) if len(problems) == before else None
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:80]

@@ -1,0 +1,83 @@
+"""Prompt sets: a folder with train.txt, validation.txt and test.txt, a prompt a line, disjoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+MAX_PROMPT_CHARACTERS = 4000  # far beyond what any text encoder reads
+
+
+class PromptError(ValueError):
+    """A prompt set that cannot be used; the message lists every problem."""
+
+
+def read_prompts(folder: Path, split: str) -> list[str]:
+    """The prompts of one split in file order.
+
+    Raises:
+        PromptError: missing file, not UTF-8, empty, duplicate, control characters or overlong lines, all listed.
+    """
+    path = Path(folder) / f"{split}.txt"
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise PromptError(f"prompts: {path} does not exist; a set needs train.txt, validation.txt, test.txt") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"prompts: {path} is not UTF-8 (byte {error.start})") from None
+    prompts = text.split("\n")
+    if prompts and prompts[-1] == "":
+        prompts.pop()
+    problems, seen = [], dict[str, int]()
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            problems.append(f"line {number} is empty")
+        elif len(prompt) > MAX_PROMPT_CHARACTERS:
+            problems.append(f"line {number} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS}")
+        elif any(ord(character) < 32 or ord(character) == 127 for character in prompt):
+            problems.append(f"line {number} has control characters: {prompt[:60]!r}")
+        elif prompt in seen:
+            problems.append(f"line {number} repeats line {seen[prompt]}: {prompt[:60]!r}")
+        else:
+            seen[prompt] = number
+    if not prompts:
+        problems.append("no prompt in it")
+    if problems:
+        raise PromptError(f"prompts: {path}: " + "; ".join(problems))
+    return prompts
+
+
+def read_splits(folder: Path) -> dict[str, list[str]]:
+    """All three splits, checked to be disjoint.
+
+    Raises:
+        PromptError: any problem of a file, or prompts that stand in two splits.
+    """
+    splits = {split: read_prompts(folder, split) for split in SPLITS}
+    refuse_overlap(splits, where=str(folder))
+    return splits
+
+
+def refuse_overlap(sets: dict[str, Iterable[str]], *, where: str) -> None:
+    """`PromptError` naming prompts that stand in two of the sets: training on what is judged proves nothing."""
+    names = list(sets)
+    problems = []
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            shared = sorted(set(sets[first]) & set(sets[second]))
+            if shared:
+                problems.append(f"{len(shared)} in both {first} and {second}, e.g. {shared[0][:60]!r}")
+    if problems:
+        raise PromptError(f"prompts of {where} overlap: " + "; ".join(problems))
+
+
+def prompts_digest(prompts: Iterable[str]) -> str:
+    """SHA-256 over the sorted distinct prompts; what a manifest states of a set."""
+    return hashlib.sha256("\n".join(sorted(set(prompts))).encode()).hexdigest()
+
+
+def prompt_digests(prompts: Iterable[str]) -> list[str]:
+    """First 16 hex digits of every distinct prompt's SHA-256, sorted: overlap can be told without the prompts."""
+    return sorted({hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts})

@@ -1,0 +1,134 @@
+"""Which steps of a sampler run are full: the one object recorder, trainer, evaluator, sampler and bundle share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The full steps of one run of `num_steps` sampler steps; every other step is predicted.
+
+    Raises:
+        ValueError: naming every rule that the steps break.
+    """
+
+    num_steps: int  # sampler steps in a run, >= 1
+    full_steps: tuple[int, ...]  # increasing step indices at which the transformer runs; step 0 is one
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not _is_int(self.num_steps) or self.num_steps < 1:
+            problems.append(f"num_steps must be an integer of at least 1, got {self.num_steps!r}")
+        elif not all(_is_int(step) for step in self.full_steps):
+            problems.append(f"full_steps must be integers, got {list(self.full_steps)}")
+        else:
+            if list(self.full_steps) != sorted(set(self.full_steps)):
+                problems.append(f"full_steps must increase without repeats, got {list(self.full_steps)}")
+            outside = [step for step in self.full_steps if not 0 <= step < self.num_steps]
+            if outside:
+                problems.append(f"full_steps {outside} lie outside 0..{self.num_steps - 1}")
+            if 0 not in self.full_steps:
+                problems.append("full_steps must contain step 0: nothing can be predicted before it")
+        if problems:
+            raise ValueError("schedule: " + "; ".join(problems))
+
+    @classmethod
+    def uniform(
+        cls, num_steps: int, interval: int, warmup_steps: int = 3, cooldown_steps: int = 0
+    ) -> Schedule:
+        """`{0 .. W-1} U {W + kN}`, plus the last `cooldown_steps`: LESA's rule with W = 3 (10 full of 50 at N = 7).
+
+        Args:
+            num_steps: sampler steps, >= 1.
+            interval: N, steps from one full step to the next, >= 1; 1 is plain sampling.
+            warmup_steps: W, leading steps that are always full, >= 0 (step 0 is full in any case).
+            cooldown_steps: trailing steps that are always full, >= 0.
+        """
+        problems = []
+        if not _is_int(num_steps) or num_steps < 1:
+            problems.append(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+        if not _is_int(interval) or interval < 1:
+            problems.append(f"interval must be an integer of at least 1 (1 is plain sampling), got {interval!r}")
+        for name, value in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
+            if not _is_int(value) or value < 0:
+                problems.append(f"{name} must be an integer of at least 0, got {value!r}")
+        if problems:
+            raise ValueError("schedule: " + "; ".join(problems))
+        steps = {0, *range(min(warmup_steps, num_steps)), *range(warmup_steps, num_steps, interval)}
+        steps |= set(range(max(num_steps - cooldown_steps, 0), num_steps))
+        return cls(num_steps, tuple(sorted(steps)))
+
+    @classmethod
+    def explicit(cls, num_steps: int, full_steps: Iterable[int]) -> Schedule:
+        """A list of full steps as given, for example a searched one."""
+        return cls(num_steps, tuple(full_steps))
+
+    def is_full(self, step: int) -> bool:
+        return step in self.full_steps
+
+    @property
+    def num_full(self) -> int:
+        return len(self.full_steps)
+
+    @property
+    def predicted_steps(self) -> tuple[int, ...]:
+        full = set(self.full_steps)
+        return tuple(step for step in range(self.num_steps) if step not in full)
+
+    @property
+    def ratio(self) -> float:
+        """Step ratio `num_steps / num_full`, the acceleration the papers print."""
+        return self.num_steps / self.num_full
+
+    def anchors(self, step: int, size: int) -> tuple[int, ...]:
+        """The `size` newest full steps before `step`, newest first; fewer where the run is still young."""
+        return tuple(full for full in reversed(self.full_steps) if full < step)[:size]
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps, "full_steps": list(self.full_steps)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Schedule:
+        return cls(data["num_steps"], tuple(data["full_steps"]))
+
+    def __str__(self) -> str:
+        return f"{self.num_full} full of {self.num_steps}: {self.ratio:.2f}x"
+
+
+def picture(schedule: Schedule) -> str:
+    """One character a step, `#` full and `.` predicted, in groups of ten."""
+    marks = "".join("#" if schedule.is_full(step) else "." for step in range(schedule.num_steps))
+    return " ".join(marks[start : start + 10] for start in range(0, len(marks), 10))
+
+
+def history_problems(schedule: Schedule, sizes: Sequence[int], stages: Sequence[int]) -> list[str]:
+    """Every predicted step whose expert wants more full steps than the run has had by then.
+
+    Args:
+        schedule: the steps.
+        sizes: K of each noise stage's expert.
+        stages: noise stage of each step, length `num_steps`.
+    """
+    problems = []
+    for stage, size in enumerate(sizes):
+        for step in schedule.predicted_steps:
+            if stages[step] == stage and len(schedule.anchors(step, size)) < size:
+                available = len(schedule.anchors(step, size))
+                problems.append(
+                    f"history_size {size} of noise stage {stage} needs {size} full steps before step {step}, "
+                    f"the schedule ({schedule}) has {available}: lower the history size or raise warmup_steps"
+                )
+                break
+    return problems
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,236 @@
+"""The first training step, ground-truth guided: true histories in, true features as targets (LESA, arXiv 2602.20497).
+
+Every expert of every budget is a job of its own, so jobs can run side by side. What a prediction is off by is
+measured where it counts: after norm_out and proj_out, weighted by how far its step moves the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lesa import gate as gates
+from lesa import losses
+from lesa.ends import Ends
+from lesa.expert import Expert, exported_predictor_tensors
+from lesa.loop import LoopSettings, Report, optimise
+from lesa.params import Workload
+from lesa.predictor import Predictor, PredictorSpec, Variant
+from lesa.schedule import Schedule, history_problems
+from lesa.stages import stage_of_steps
+from lesa.trajectories import Trajectories, draw, trajectories_digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One expert to train: a noise stage's, for one budget."""
+
+    budget: str
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.budget}.stage{self.stage}"
+
+
+def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
+    """Every expert that has steps to predict.
+
+    Raises:
+        ValueError: naming every window that is impossible.
+    """
+    problems, jobs = [], []
+    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+    for budget, schedule in workload.budgets().items():
+        if workload.predictor.history == "full_steps":
+            found = history_problems(schedule, workload.predictor.history_sizes, stages)
+            problems += [f"budget {budget}: {problem}" for problem in found]
+        jobs += [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
+    empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
+    problems += [f"noise stage {stage} has no step: move predictor.boundaries" for stage in empty]
+    if problems:
+        raise ValueError("predictor: " + "; ".join(problems))
+    return jobs
+
+
+def new_expert(workload: Workload, job: Job, sigmas: torch.Tensor, channels: int) -> Expert:
+    """A fresh expert, started as the parameters say."""
+    schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
+    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+    past = {
+        step: gates.history_steps(schedule, step, size, workload.predictor.history)
+        for step in range(schedule.num_steps)
+        if stages[step] == job.stage
+    }
+    # Full steps count too: there the error meter asks what the expert would have said.
+    steps = [step for step, entries in past.items() if len(entries) == size]
+    if not steps:  # all of the stage's steps are warm-up: nothing to predict, a start is still well defined
+        steps, past = [1], {1: tuple([0] * size)}
+        offsets = torch.arange(1, size + 1, dtype=torch.float32)[None] / schedule.num_steps
+    else:
+        offsets = torch.stack([gates.offsets(sigmas, step, past[step]) for step in steps])
+    return Expert(
+        workload.predictor,
+        channels=channels,
+        history_size=size,
+        offsets=offsets,
+        steps=steps,
+        num_steps=schedule.num_steps,
+        seed=expert_seed(workload, job),
+    )
+
+
+def expert_seed(workload: Workload, job: Job) -> int:
+    digest = hashlib.sha256(f"{workload.seed}/{job}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """What an expert predicts: its steps, grouped by the history they share."""
+
+    steps: tuple[int, ...]
+    past: tuple[tuple[int, ...], ...]  # history steps of each, newest first
+    offsets: torch.Tensor  # [n, K]
+    weights: torch.Tensor  # [n] |sigma_{s+1} - sigma_s|
+    needed: tuple[int, ...]  # every step whose feature is read, sorted
+
+    @classmethod
+    def of(cls, workload: Workload, job: Job, sigmas: torch.Tensor) -> Windows:
+        schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
+        stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+        steps = tuple(step for step in schedule.predicted_steps if stages[step] == job.stage)
+        past = tuple(gates.history_steps(schedule, step, size, workload.predictor.history) for step in steps)
+        return cls(
+            steps=steps,
+            past=past,
+            offsets=torch.stack([gates.offsets(sigmas, s, p) for s, p in zip(steps, past, strict=True)])
+            if steps
+            else torch.zeros(0, size),
+            weights=torch.tensor([abs(float(sigmas[s + 1] - sigmas[s])) for s in steps]),
+            needed=tuple(sorted(set(steps).union(*past))) if steps else (),
+        )
+
+    def predict(self, expert: Expert, features: torch.Tensor) -> torch.Tensor:
+        """[B, n, L, C] predictions from features [B, len(needed), L, C]; z is shared where the history is."""
+        place = {step: index for index, step in enumerate(self.needed)}
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, past in enumerate(self.past):
+            groups[past].append(index)
+        alphas = expert.alpha(self.offsets, self.steps)
+        columns: list[torch.Tensor] = [torch.empty(0)] * len(self.steps)
+        for past, members in groups.items():
+            history = [features[:, place[step]] for step in past]
+            z = expert.project(history)
+            for index in members:
+                columns[index] = history[0] + alphas[index] * z
+        return torch.stack(columns, dim=1)
+
+
+def train_expert(
+    workload: Workload,
+    job: Job,
+    train: Trajectories,
+    validation: Trajectories,
+    ends: Ends,
+    *,
+    work_dir: Path,
+    report: Report,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Train one expert on true histories; resumes from its checkpoints in `work_dir`.
+
+    Returns:
+        The expert's tensors and its figures: validation loss before and after.
+    """
+    settings = workload.ground_truth
+    expert = new_expert(workload, job, train.sigmas, train.channels)
+    windows = Windows.of(workload, job, train.sigmas)
+    if not windows.steps:
+        return expert.export(), {}
+    loss = losses.GROUND_TRUTH[settings.loss]
+
+    def loss_on(data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
+        features = data.feature_batch(indices, windows.needed)
+        target = features[:, [windows.needed.index(step) for step in windows.steps]]
+        temb = data.temb[list(indices)][:, list(windows.steps)]
+        return loss(windows.predict(expert, features), target, temb, windows.weights, ends)
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        chunks = torch.arange(len(validation)).split(settings.batch_size)
+        total = sum(float(loss_on(validation, chunk.tolist())) * len(chunk) for chunk in chunks)
+        return total / len(validation)
+
+    start = validation_loss()
+    best = optimise(
+        nn.ModuleDict({"expert": expert}),
+        lambda batch: loss_on(train, draw(batch, len(train), settings.batch_size)),
+        validation_loss,
+        settings=LoopSettings(
+            iterations=settings.iterations,
+            learning_rate=settings.learning_rate,
+            gate_learning_rate=settings.gate_learning_rate,
+            weight_decay=settings.weight_decay,
+            gradient_clip=settings.gradient_clip,
+            checkpoint_every=settings.checkpoint_every,
+            seed=expert_seed(workload, job),
+        ),
+        folder=work_dir / str(job),
+        key=training_key(workload, "ground_truth", str(job), trajectories_digest(train, validation)),
+        report=report,
+    )
+    return expert.export(), {"validation_loss_start": start, "validation_loss": best}
+
+
+def training_key(workload: Workload, step: str, job: str, data: str) -> str:
+    """Identity of a training run: everything that its result depends on."""
+    sections = {
+        name: dataclasses.asdict(getattr(workload, name))
+        for name in ("predictor", "schedule", "call", "model", step)
+    }
+    for name in ("workers", "threads_per_worker", "checkpoint_every"):
+        sections[step].pop(name, None)  # how it runs, not what comes out
+    text = json.dumps([sections, workload.seed, step, job, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
+    """The spec that the workload's parameters call for."""
+    params = workload.predictor
+    return PredictorSpec(
+        channels=channels,
+        num_steps=workload.call.num_inference_steps,
+        boundaries=params.boundaries,
+        history_sizes=params.history_sizes,
+        variants=tuple(
+            Variant(name=name, num_full=schedule.num_full) for name, schedule in workload.budgets().items()
+        ),
+        history=params.history,
+        projection=params.projection,
+        rank=params.rank,
+        gate=params.gate,
+        hidden=params.hidden,
+        grid=params.grid,
+    )
+
+
+def assemble(workload: Workload, channels: int, experts: dict[Job, dict[str, torch.Tensor]]) -> Predictor:
+    """One predictor of all jobs' tensors."""
+    tensors = {
+        f"{job.budget}/{job.stage}/{name}": tensor for job, part in experts.items() for name, tensor in part.items()
+    }
+    return Predictor(predictor_spec(workload, channels), tensors)
+
+
+def untrained_predictor(workload: Workload, sigmas: torch.Tensor, channels: int) -> Predictor:
+    """The predictor before any training: first-order extrapolation in sigma where the parameters start so."""
+    jobs = ground_truth_jobs(workload, sigmas)
+    experts = {(job.budget, job.stage): new_expert(workload, job, sigmas, channels) for job in jobs}
+    return Predictor(predictor_spec(workload, channels), exported_predictor_tensors(experts))

@@ -1,0 +1,103 @@
+"""Recorded trajectories as training reads them. Shapes: B trajectories, S steps, L tokens, C channels, D of temb."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lesa.store import TrajectoryStore
+
+MEMORY_LIMIT = 4 << 30  # bytes; above it features are read from the store batch by batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectories:
+    """The trajectories of one split, one entry a trajectory and branch.
+
+    `features` is None where they are too large for memory and are read when asked for.
+    """
+
+    store: TrajectoryStore
+    keys: tuple[str, ...]
+    branch: tuple[int, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sigmas: torch.Tensor  # [S + 1], the same for all
+    temb: torch.Tensor  # [B, S, D] conditioning of norm_out
+    latents: torch.Tensor  # [B, ...] final latents of the unaccelerated run
+    features: torch.Tensor | None  # bfloat16 [B, S, L, C]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def channels(self) -> int:
+        return self.feature_batch([0], [0]).shape[-1]
+
+    def feature_batch(self, indices: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+        """[len(indices), len(steps), L, C] in float32."""
+        if self.features is not None:
+            return self.features[list(indices)][:, list(steps)].float()
+        rows = [self.store.features(self.keys[i])[list(steps), self.branch[i]] for i in indices]
+        return torch.stack(rows).float()
+
+
+def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
+    """All trajectories of the given prompts, verified.
+
+    Raises:
+        ValueError: prompts without a trajectory, or trajectories with different noise levels, are named.
+    """
+    store = TrajectoryStore.open(path)
+    records = {key: store.record(key) for key in store.keys()}
+    wanted = set(prompts)
+    keys = [key for key, record in records.items() if record["prompt"] in wanted]
+    keys.sort(key=lambda key: (records[key]["prompt"], records[key]["seed"]))
+    missing = wanted - {records[key]["prompt"] for key in keys}
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(wanted)} prompts have no trajectory, e.g. {sorted(missing)[0]!r}; "
+            "run the record stage"
+        )
+    sigmas = {tuple(records[key]["sigmas"]) for key in keys}
+    if len(sigmas) != 1:
+        raise ValueError(f"{path}: trajectories with {len(sigmas)} different lists of noise levels; record anew")
+    rows: list[tuple[str, int]] = []
+    temb, latents, features = [], [], []
+    size = 0
+    for key in keys:
+        context = store.context(key)
+        for branch in range(context["temb"].shape[1]):
+            rows.append((key, branch))
+            temb.append(context["temb"][:, branch])
+            latents.append(context["latents_final"])
+        recorded = store.features(key)
+        size += recorded.numel() * recorded.element_size()
+        if size <= MEMORY_LIMIT:
+            features += list(recorded.unbind(1))
+    return Trajectories(
+        store=store,
+        keys=tuple(key for key, _ in rows),
+        branch=tuple(branch for _, branch in rows),
+        prompts=tuple(records[key]["prompt"] for key, _ in rows),
+        seeds=tuple(records[key]["seed"] for key, _ in rows),
+        sigmas=torch.tensor(next(iter(sigmas)), dtype=torch.float32),
+        temb=torch.stack(temb),
+        latents=torch.stack(latents),
+        features=torch.stack(features) if size <= MEMORY_LIMIT else None,
+    )
+
+
+def trajectories_digest(*sets: Trajectories) -> str:
+    """Identity of the data a training run saw."""
+    return hashlib.sha256("\n".join(key for data in sets for key in sorted(set(data.keys))).encode()).hexdigest()
+
+
+def draw(generator: torch.Generator, count: int, size: int) -> list[int]:
+    """`size` distinct indices below `count` (all of them where there are fewer)."""
+    return torch.randperm(count, generator=generator)[:size].tolist()
+
