@@ -1,0 +1,268 @@
+"""enable, disable, summary: a bundle on somebody's pipeline, and off again without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+
+from lesa.bundle import Bundle, load_bundle
+from lesa.call_check import call_problems
+from lesa.families import family_of
+from lesa.fingerprint import adapters, fingerprint, is_quantized
+from lesa.history import History
+from lesa.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
+from lesa.manifest import Manifest
+from lesa.predictor import BoundPredictor, Predictor
+from lesa.run_check import FirstCall, MismatchError
+from lesa.run_statistics import RunStatistics
+from lesa.schedule import Schedule
+
+ALLOWANCES = ("lora", "quantized")
+REGISTRY_PREFIX = "models:/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Enabled:
+    bundle: Bundle
+    schedule: Schedule
+
+
+_ENABLED: weakref.WeakKeyDictionary[torch.nn.Module, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable(
+    pipe: Any,
+    bundle: Bundle | str | Path,  # a bundle, its folder, or "models:/name@alias" of a registry
+    *,
+    interval: int | None = None,  # steps from one full step to the next; 1 is plain sampling
+    full_steps: Sequence[int] | None = None,  # the full steps themselves
+    budget: str | None = None,  # a schedule of the bundle by name; None of the three: its default budget
+    allow: Collection[str] = (),  # "lora", "quantized": accept what the bundle was not measured with
+    measure: bool = True,  # at full steps, measure what the predictor would have been off by
+) -> None:
+    """Accelerate a diffusers pipeline with a bundle made for its model.
+
+    The scheduler and the call are checked again at the first transformer call of every run, before anything
+    is computed.
+
+    Raises:
+        MismatchError: the pipeline is not what the bundle was made for; every difference is listed, and the
+            pipeline is as it was.
+        BundleError: the bundle is broken.
+        ValueError: a schedule that the predictor cannot serve, or an argument out of range.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown or isinstance(allow, str):
+        got = allow if isinstance(allow, str) else ", ".join(unknown)
+        raise ValueError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
+    transformer = _transformer(pipe)
+    if is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError("another cache is enabled: call pipe.transformer.disable_cache() first")
+    family_of(transformer)
+    loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
+    manifest = loaded.manifest
+    problems = _pipeline_problems(pipe, transformer, manifest, allow)
+    if problems:
+        raise MismatchError(f"bundle {manifest.workload} does not fit this pipeline", problems)
+    schedule, chosen = choose_schedule(manifest, interval=interval, full_steps=full_steps, budget=budget)
+    rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
+    owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
+
+    def check(call: FirstCall) -> list[str]:
+        return [
+            *_scheduler_problems(call.scheduler, manifest),
+            *_weights_problems(call.transformer, allow),
+            *call_problems(owner(), manifest.call, call),
+        ]
+
+    apply_lesa_cache(
+        transformer,
+        LesaCacheConfig(
+            schedule=schedule,
+            rule=rule,
+            scheduler=lambda: getattr(owner(), "scheduler", None),
+            sigmas=manifest.sigmas,
+            check=check,
+            num_branches=len(manifest.branches),
+            measure=measure,
+            notes=_notes(loaded, chosen, transformer),
+        ),
+    )
+    _ENABLED[transformer] = _Enabled(loaded, schedule)
+
+
+def disable(pipe: Any) -> None:
+    """Take LESA off a pipeline: it samples as before, bit for bit. Harmless where LESA is not enabled."""
+    transformer = _transformer(pipe)
+    remove_lesa_cache(transformer)
+    _ENABLED.pop(transformer, None)
+
+
+def summary(pipe: Any) -> RunStatistics:
+    """The newest run: `print` it for a table a step, `.to_dict()` for plain values.
+
+    Raises:
+        ValueError: LESA is not enabled on the pipeline.
+    """
+    transformer = _transformer(pipe)
+    if not is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+    return cache_state(transformer)
+
+
+def call_kwargs(pipe: Any) -> dict[str, Any]:
+    """The call the enabled bundle was made for: size, steps, guidance, text length, for the pipeline."""
+    enabled = _ENABLED.get(_transformer(pipe))
+    if enabled is None:
+        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    call = dataclasses.asdict(enabled.bundle.manifest.call)
+    given = {name: value for name, value in call.items() if value is not None and name in accepted}
+    if given.get("true_cfg_scale", 0.0) > 1.0:
+        given["negative_prompt"] = " "  # without one the pipelines leave out the unconditional branch
+    return given
+
+
+def choose_schedule(
+    manifest: Manifest,
+    *,
+    interval: int | None = None,
+    full_steps: Sequence[int] | None = None,
+    budget: str | None = None,
+) -> tuple[Schedule, str]:
+    """The schedule asked for, and words for it.
+
+    Raises:
+        ValueError: more than one was asked for, or an unknown budget.
+    """
+    asked = {"interval": interval, "full_steps": full_steps, "budget": budget}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if len(asked) > 1:
+        raise ValueError(f"give one of interval, full_steps and budget, got {' and '.join(asked)}")
+    num_steps = len(manifest.sigmas) - 1
+    if full_steps is not None:
+        return Schedule.explicit(num_steps, full_steps), "full_steps"
+    if interval is not None:
+        for name, known in manifest.budgets.items():
+            if known.interval == interval and interval > 1:  # with the warm-up that the bundle was made for
+                return known.schedule, name
+        return Schedule.uniform(num_steps, interval), f"interval {interval}"
+    name = manifest.default_budget if budget is None else budget
+    if name not in manifest.budgets:
+        raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
+    return manifest.budgets[name].schedule, name
+
+
+class _MovingRule:
+    """A predictor on one schedule that follows the features to their device and precision."""
+
+    def __init__(self, predictor: Predictor, schedule: Schedule, sigmas: torch.Tensor) -> None:
+        self._predictor, self._schedule, self._sigmas = predictor, schedule, sigmas
+        self._place = (torch.device("cpu"), torch.float32)
+        self._bound: BoundPredictor = predictor.bind(schedule, sigmas)
+        self.name = self._bound.name
+        self.history_size = self._bound.history_size
+        self.keeps_predictions = self._bound.keeps_predictions
+        self.stages, self.sizes = self._bound.stages, self._bound.sizes
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        newest = history.features[0]
+        place = (newest.device, newest.dtype)
+        if place != self._place:
+            self._bound = self._predictor.bind(
+                self._schedule, self._sigmas, device=newest.device, dtype=newest.dtype
+            )
+            self._place = place
+        return self._bound(history, step)
+
+
+def _load(bundle: str | Path) -> Bundle:
+    if str(bundle).startswith(REGISTRY_PREFIX):
+        from lesa.pull import pull
+
+        folder = pull(str(bundle))
+        return load_bundle(folder, expected_digest=folder.name)
+    return load_bundle(bundle)
+
+
+def _transformer(pipe: Any) -> torch.nn.Module:
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, torch.nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
+    return unwrap_module(transformer)
+
+
+def _pipeline_problems(
+    pipe: Any, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]
+) -> list[str]:
+    problems = []
+    for what, got, expected in (
+        ("pipeline class", type(pipe).__name__, manifest.pipeline_class),
+        ("transformer class", type(transformer).__name__, manifest.transformer_class),
+    ):
+        if got != expected:
+            problems.append(f"{what}: got {got}, expected {expected}")
+    problems += _scheduler_problems(getattr(pipe, "scheduler", None), manifest)
+    problems += _weights_problems(transformer, allow)
+    if not is_quantized(transformer):  # rounded weights have another fingerprint whatever they were
+        got = fingerprint(transformer)
+        if got != manifest.fingerprint:
+            problems.append(f"fingerprint of the transformer: got {got}, expected {manifest.fingerprint}")
+    return problems
+
+
+def _weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> list[str]:
+    problems = []
+    names = adapters(transformer)
+    if names and "lora" not in allow:
+        problems.append(
+            f"adapters: got {', '.join(names)}, expected none; unload them or pass allow=('lora',) to "
+            "accept a predictor that was not measured with them"
+        )
+    if is_quantized(transformer) and "quantized" not in allow:
+        problems.append(
+            "weights: got quantised ones, expected plain ones; pass allow=('quantized',) to accept a "
+            "predictor that was not measured with them (the fingerprint is not compared then)"
+        )
+    return problems
+
+
+def _scheduler_problems(scheduler: Any, manifest: Manifest) -> list[str]:
+    name = type(scheduler).__name__
+    if name != manifest.scheduler_class:
+        return [f"scheduler class: got {name}, expected {manifest.scheduler_class}"]
+    got = _settings(scheduler, dict(scheduler.config))
+    expected = _settings(scheduler, dict(manifest.scheduler_config))
+    return [
+        f"scheduler {key}: got {got.get(key)!r}, expected {expected.get(key)!r}"
+        for key in sorted(got.keys() | expected.keys())
+        if got.get(key) != expected.get(key)
+    ]
+
+
+def _settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration with its defaults spelt out: what an older version did not write counts."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in (defaults | public).items()}
+
+
+def _notes(bundle: Bundle, chosen: str, transformer: torch.nn.Module) -> dict[str, str]:
+    notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
+    names = adapters(transformer)
+    if names:
+        notes["not measured with"] = f"adapters {', '.join(names)}"
+    if is_quantized(transformer):
+        notes["weights"] = "quantised; the fingerprint was not compared"
+    return notes

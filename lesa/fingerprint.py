@@ -1,0 +1,129 @@
+"""A name for a transformer's configuration and base weights.
+
+It survives precision, adapters, compilation and offload, and is cheap enough for twelve billion parameters:
+a few slices of every tensor are read. It tells models and fine-tunes apart, not weights edited between the
+slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+
+_VERSION = "lesa-fingerprint-1"
+_NUM_SLICES = 4
+_SLICE = 64  # elements
+_ADAPTER_PARTS = ("lora_", "hada_", "lokr_", "oft_", "magnitude_vector", "modules_to_save")  # PEFT's names
+_WRAPPERS = ("_orig_mod", "base_layer", "_fsdp_wrapped_module")  # path elements that wrap a module
+_NOT_ARCHITECTURE = ("quantization_config",)  # how weights are stored, not what they are
+
+
+def fingerprint(transformer: torch.nn.Module) -> str:
+    """`sha256:...` over configuration, parameter names and shapes, and sampled values rounded to bfloat16.
+
+    Equal for float32 and bfloat16 loads of the same weights, with or without unfused adapters, compiled or
+    offloaded (accelerate's and diffusers' hooks).
+
+    Raises:
+        ValueError: for weights that are on the meta device with no offload hook to read them from.
+    """
+    transformer = unwrap_module(transformer)
+    digest = hashlib.sha256(_VERSION.encode())
+    digest.update(type(transformer).__name__.encode())
+    digest.update(json.dumps(_architecture(transformer), sort_keys=True, default=str).encode())
+    samples: list[torch.Tensor] = []
+    names: list[str] = []
+    for name, value in sorted(base_parameters(transformer)):
+        names.append(f"{name} {list(value.shape)}")
+        samples.append(_sample(value))
+    digest.update("\n".join(names).encode())
+    if samples:
+        # One transfer for all: a wait per tensor would cost more than the reading.
+        devices = {sample.device for sample in samples}
+        joined = torch.cat(samples) if len(devices) == 1 else torch.cat([sample.cpu() for sample in samples])
+        digest.update(joined.cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def adapters(transformer: torch.nn.Module) -> list[str]:
+    """Names of the adapters (LoRA and the like) loaded into the transformer, fused ones not included."""
+    return sorted(getattr(unwrap_module(transformer), "peft_config", None) or {})
+
+
+def is_quantized(transformer: torch.nn.Module) -> bool:
+    """Whether the weights are stored in fewer bits than a floating type of 16."""
+    transformer = unwrap_module(transformer)
+    if getattr(transformer, "hf_quantizer", None) is not None or getattr(transformer, "is_quantized", False):
+        return True
+    return any(
+        not value.dtype.is_floating_point or value.dtype.itemsize < 2 or _is_tensor_subclass(value)
+        for _, value in base_parameters(transformer, read=False)
+    )
+
+
+def base_parameters(transformer: torch.nn.Module, *, read: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every parameter of the base model, as if nothing wrapped it.
+
+    With `read`, values that an offload hook keeps elsewhere are fetched from there.
+    """
+    for prefix, module in transformer.named_modules():
+        for leaf, value in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if any(part in name for part in _ADAPTER_PARTS):
+                continue
+            clean = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            yield clean, (_offloaded(module, leaf, value, clean) if read else value)
+
+
+def _architecture(transformer: torch.nn.Module) -> dict[str, Any]:
+    """Settings that differ from the class's defaults: one that a newer diffusers adds changes nothing."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(transformer).__init__).parameters.items()
+    }
+    settings = dict(getattr(transformer, "config", {}))
+    plain = {name: _plain(value) for name, value in settings.items()}
+    return {
+        name: value
+        for name, value in plain.items()
+        if not name.startswith("_") and name not in _NOT_ARCHITECTURE and value != _plain(defaults.get(name))
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and lists are the same setting: JSON turns one into the other."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _offloaded(module: torch.nn.Module, leaf: str, value: torch.Tensor, name: str) -> torch.Tensor:
+    if value.device.type != "meta":
+        return value.detach()
+    hook = getattr(module, "_hf_hook", None)
+    for candidate in (hook, *getattr(hook, "hooks", ())):
+        kept: Mapping[str, torch.Tensor] | None = getattr(candidate, "weights_map", None)
+        if kept is not None and leaf in kept:
+            return kept[leaf].detach()
+    raise ValueError(
+        f"parameter {name} is on the meta device and no offload hook says where its values are: "
+        "enable LESA before offloading, or load the weights"
+    )
+
+
+def _sample(value: torch.Tensor) -> torch.Tensor:
+    """Evenly spaced slices of the flattened tensor, all of it where it is small, as bfloat16."""
+    flat = value.reshape(-1)
+    if flat.numel() > _NUM_SLICES * _SLICE:
+        gap = (flat.numel() - _SLICE) // (_NUM_SLICES - 1)
+        flat = torch.cat([flat[index * gap : index * gap + _SLICE] for index in range(_NUM_SLICES)])
+    return flat.to(torch.bfloat16)
+
+
+def _is_tensor_subclass(value: torch.Tensor) -> bool:
+    inner = value.data if isinstance(value, torch.nn.Parameter) else value
+    return type(inner).__module__.split(".")[0] in ("torchao", "bitsandbytes", "optimum")

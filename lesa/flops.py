@@ -1,0 +1,128 @@
+"""Floating-point operations of full and predicted steps, counted on the meta device: no weights needed.
+
+A multiply-add is two operations, as the papers count. `torch.utils.flop_counter` counts matrix products,
+convolutions and attention; element-wise work of the transformer is left out there, that of the rules is
+added here by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+from torch.utils.flop_counter import FlopCounterMode
+
+from lesa.families import blocks, family_of
+from lesa.predictor import PredictorSpec
+from lesa.schedule import Schedule
+from lesa.stages import stage_of_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlops:
+    """One call of a transformer, for one sample and one guidance branch."""
+
+    total: float  # full step
+    ends: float  # what is left at a predicted step: embedders, norm_out, proj_out
+    head_block: float  # the first block, which FirstBlockCache runs at every step
+    tokens: int  # image tokens L of the tapped feature
+    channels: int  # width C of the tapped feature
+
+
+class CallShapes:
+    """Remembers the first call of a transformer as tensors without memory; use as a forward pre-hook."""
+
+    def __init__(self) -> None:
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.call is None:
+            self.call = (_on_meta(args), _on_meta(kwargs))
+
+
+def count_transformer(
+    transformer: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> ModelFlops:
+    """Operations of `transformer(*args, **kwargs)` divided by the batch size of `hidden_states`.
+
+    The transformer's class is built anew from its configuration on the meta device; `args` and `kwargs` may
+    be meta tensors, since only shapes count.
+
+    Raises:
+        ValueError: for a transformer outside the table of families.
+    """
+    original = unwrap_module(transformer)
+    family = family_of(original)
+    with torch.device("meta"):
+        model = type(original).from_config(original.config).eval()
+    rows = blocks(model, family)
+    tapped: list[torch.Size] = []
+    model.norm_out.register_forward_pre_hook(lambda _, inputs: tapped.append(inputs[0].shape))
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(*_on_meta(args), **_on_meta(dict(kwargs)))
+    by_module = {
+        name.removeprefix(type(model).__name__ + "."): float(sum(operations.values()))
+        for name, operations in counter.get_flop_counts().items()
+    }
+    batch, tokens, channels = tapped[0]
+    total = float(counter.get_total_flops())
+    inside = sum(by_module.get(name, 0.0) for name, _, _ in rows)
+    return ModelFlops(
+        total=total / batch,
+        ends=(total - inside) / batch,
+        head_block=by_module.get(rows[0][0], 0.0) / batch,
+        tokens=int(tokens),
+        channels=int(channels),
+    )
+
+
+def predictor_flops(spec: PredictorSpec, schedule: Schedule, sigmas: torch.Tensor, *, tokens: int) -> float:
+    """Operations of a LESA predictor in one run, for one sample and one branch.
+
+    z = W [h] is computed once an anchor and noise stage, then every predicted step is one multiply-add an
+    element; alpha is evaluated when the schedule is fixed, once for all runs, and is not counted.
+
+    Args:
+        spec: widths, history, projection.
+        schedule: which steps are predicted.
+        sigmas: [S + 1] noise levels.
+        tokens: L of the tapped feature.
+    """
+    stages = stage_of_steps(sigmas, spec.boundaries)
+    projected = set()
+    for step in schedule.predicted_steps:
+        anchor = schedule.anchors(step, 1)[0] if spec.history == "full_steps" else step - 1
+        projected.add((anchor, stages[step]))
+    products = sum(_projection_flops(spec, spec.history_sizes[stage]) for _, stage in projected)
+    additions = 2.0 * spec.channels * len(schedule.predicted_steps)
+    return tokens * (products + additions)
+
+
+def taylor_flops(order: int, schedule: Schedule, *, tokens: int, channels: int) -> float:
+    """Operations of TaylorSeer's rule in one run: differences once an anchor, multiply-adds once a step."""
+    anchors = {schedule.anchors(step, 1)[0] for step in schedule.predicted_steps}
+    return 2.0 * order * tokens * channels * (len(anchors) + len(schedule.predicted_steps))
+
+
+def _projection_flops(spec: PredictorSpec, history_size: int) -> float:
+    """Operations of one token's z."""
+    channels, inputs = float(spec.channels), float(history_size * spec.channels)
+    if spec.projection == "dense":  # the per-channel part is folded into the matrix
+        return 2.0 * inputs * channels
+    per_channel = 2.0 * inputs
+    if spec.projection == "low_rank":
+        return per_channel + 2.0 * spec.rank * (inputs + channels)
+    return per_channel
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, tuple | list):
+        return type(value)(_on_meta(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _on_meta(item) for key, item in value.items()}
+    return value

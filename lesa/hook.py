@@ -1,0 +1,410 @@
+"""Skips a transformer's blocks at predicted steps, on diffusers' own hooks: config, state, hook, apply.
+
+LESA (arXiv 2602.20497): at a full step the transformer runs as it is and the feature of its last block is
+kept; at a predicted step a rule says that feature and only the model's cheap ends run. A root hook on the
+transformer decides, one hook a block obeys: pass the inputs through, and at the last block (the tail) return
+the prediction. Embedders, ControlNet residuals, `norm_out` and `proj_out` run unchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
+from diffusers.utils.torch_utils import unwrap_module
+
+from lesa.clock import Clock, SchedulerClock, Tick, TimestepClock
+from lesa.families import BlockList, blocks, family_of
+from lesa.forecast import Rule
+from lesa.history import History
+from lesa.run_check import FirstCall, MismatchError, run_problems
+from lesa.run_statistics import RunStatistics
+from lesa.schedule import Schedule
+
+_ROOT_HOOK = "lesa_cache"
+_BLOCK_HOOK = "lesa_cache_block"
+_NORM_JUMP = 10.0  # a prediction this many times larger than the feature it starts from is no prediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LesaCacheConfig:
+    """How one transformer is accelerated.
+
+    Exactly one of `scheduler` and `timesteps` says where a call belongs.
+    """
+
+    schedule: Schedule
+    rule: Rule  # predicts the feature: lesa.forecast.RULES or a predictor's `bind`
+    scheduler: Any | None = None  # the scheduler that steps, or a function that returns it
+    timesteps: Sequence[float] | None = None  # `timestep` of every step, as the transformer receives it
+    sigmas: Sequence[float] | None = None  # [S + 1] expected noise levels, checked at every run's first call
+    check: Callable[[FirstCall], Sequence[str]] | None = None  # further problems of a run's first call
+    num_branches: int | None = None  # transformer calls a step; None takes what comes
+    measure: bool = True  # at full steps, record what the rule would have been off by
+    guard: bool = True  # run in full where the prediction is not finite or jumps in size
+    notes: Mapping[str, str] = field(default_factory=dict)  # facts for the summary
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.scheduler is None) == (self.timesteps is None):
+            problems.append("give exactly one of scheduler and timesteps")
+        if self.timesteps is not None and len(self.timesteps) != self.schedule.num_steps:
+            problems.append(f"timesteps: got {len(self.timesteps)}, expected {self.schedule.num_steps}")
+        if self.sigmas is not None and len(self.sigmas) != self.schedule.num_steps + 1:
+            problems.append(f"sigmas: got {len(self.sigmas)}, expected {self.schedule.num_steps + 1}")
+        if self.num_branches is not None and self.num_branches < 1:
+            problems.append(f"num_branches must be at least 1, got {self.num_branches}")
+        if problems:
+            raise ValueError("LesaCacheConfig: " + "; ".join(problems))
+
+
+class LesaBranchState(BaseState):
+    """What one branch of a run remembers."""
+
+    def __init__(self, history_size: int) -> None:
+        self.history = History(history_size)
+        self.norm: torch.Tensor | None = None  # of the newest feature
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        self.history.reset()
+        self.norm = None
+
+
+class LesaCallState:
+    """What the hooks of one transformer tell each other during one call."""
+
+    __slots__ = ("feature", "prediction", "skip")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.skip = False  # whether the blocks pass their inputs through
+        self.prediction: torch.Tensor | None = None  # what the tail returns then
+        self.feature: torch.Tensor | None = None  # what the tail returned otherwise
+
+
+class LesaRootHook(ModelHook):
+    """Decides each call of the transformer, keeps the features and the statistics."""
+
+    _is_stateful = True
+
+    def __init__(self, config: LesaCacheConfig, call: LesaCallState) -> None:
+        super().__init__()
+        self.config = config
+        # An attribute, so that `cache_context` finds it and sets the context.
+        self.state_manager = StateManager(LesaBranchState, (max(config.rule.history_size, 1),))
+        self.statistics = self._blank()
+        self._call = call
+        self._clock: Clock = (
+            SchedulerClock(config.scheduler, config.num_branches)
+            if config.timesteps is None
+            else TimestepClock(config.timesteps, config.num_branches)
+        )
+        self._full_steps = frozenset(config.schedule.full_steps)
+        self._stages: Sequence[int] | None = getattr(config.rule, "stages", None)
+        self._started = 0.0  # host clock at the run's first call
+        self._event: torch.cuda.Event | None = None  # device clock at this call's start
+        self._busy = False
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._busy:
+            raise RuntimeError("the transformer is in a call already: one accelerated run at a time")
+        self._busy = True
+        try:
+            tick, state, entered = self._begin(module, args, kwargs)
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            self._end(tick, state, entered)
+        except BaseException:
+            # The features of a broken run are of no use to any other.
+            self.reset_state(module)
+            self._clock.fail()
+            raise
+        finally:
+            self._call.clear()
+            self._busy = False
+        return output
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        context = self.state_manager._context
+        self.state_manager.reset()
+        self.state_manager.set_context(context)
+        return module
+
+    @torch.compiler.disable
+    def _begin(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tick, LesaBranchState, float]:
+        """Decide the call that is about to run."""
+        entered = time.perf_counter()
+        self._event = _device_event(kwargs.get("hidden_states"))
+        context = self.state_manager._context
+        timestep = None if self.config.timesteps is None else _argument(module, "timestep", args, kwargs)
+        tick = self._clock.tick(None if context is None else context.name, timestep)
+        if tick.new_run:
+            self._start_run(module, tick, args, kwargs)
+            self._started = entered
+        state = self._branch(tick.branch)
+        planned = "full" if tick.step in self._full_steps else "predicted"
+        if planned == "predicted":
+            self._predict(tick, state)
+        kind = "predicted" if self._call.skip else "full"
+        stage = None if self._stages is None else int(self._stages[tick.step])
+        self.statistics.record(tick.step, planned, kind, stage)
+        return tick, state, entered
+
+    def _branch(self, name: str) -> LesaBranchState:
+        context = self.state_manager._context
+        self.state_manager.set_context(CacheContext(name=name))
+        state = self.state_manager.get_state()
+        self.state_manager.set_context(context)
+        self.statistics.num_branches = len(self.state_manager._state_cache)
+        return state
+
+    def _start_run(
+        self, module: torch.nn.Module, tick: Tick, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.reset_state(module)
+        self.statistics = self._blank()
+        clock, config = self._clock, self.config
+        scheduler = clock.scheduler if isinstance(clock, SchedulerClock) else None
+        call = FirstCall(transformer=module, scheduler=scheduler, args=args, kwargs=kwargs)
+        problems = run_problems(
+            call,
+            first_step=tick.step,
+            num_steps=clock.num_steps,
+            expected_steps=config.schedule.num_steps,
+            expected_sigmas=config.sigmas,
+        )
+        problems += _hook_problems(module)
+        if config.check is not None:
+            problems += config.check(call)
+        if problems:
+            raise MismatchError(
+                "this run does not fit the cache that is enabled on the transformer", problems
+            )
+
+    def _blank(self) -> RunStatistics:
+        config = self.config
+        return RunStatistics(rule=config.rule.name, schedule=config.schedule, notes=dict(config.notes))
+
+    def _predict(self, tick: Tick, state: LesaBranchState) -> None:
+        if not state.history.features:
+            raise ValueError(
+                f"branch {tick.branch!r} is first called at step {tick.step}, where the schedule "
+                f"({self.config.schedule}) predicts: it has no feature to predict from"
+            )
+        prediction = self.config.rule(state.history, tick.step)
+        if self.config.guard and not self._plausible(prediction, state):
+            return
+        self._call.prediction = prediction
+        self._call.skip = True
+
+    def _plausible(self, prediction: torch.Tensor, state: LesaBranchState) -> bool:
+        """One reduction tells NaN, infinity and a jump in size; it costs the device one synchronisation."""
+        if state.norm is None:
+            state.norm = _norm(state.history.features[0])
+        return bool(_norm(prediction) <= _NORM_JUMP * state.norm)  # False with NaN on either side
+
+    def _history_needed(self, step: int) -> int:
+        """Features the rule must have; a rule without noise stages takes what there is."""
+        sizes = getattr(self.config.rule, "sizes", None)
+        return 1 if sizes is None or self._stages is None else int(sizes[self._stages[step]])
+
+    @torch.compiler.disable
+    def _end(self, tick: Tick, state: LesaBranchState, entered: float) -> None:
+        """Keep what the call has shown."""
+        record = self.statistics.steps[-1]
+        history, rule = state.history, self.config.rule
+        if self._call.skip:
+            if rule.keeps_predictions:
+                assert self._call.prediction is not None
+                history.push(tick.step, self._call.prediction)
+                state.norm = None
+        else:
+            feature = self._call.feature
+            if feature is None:
+                raise RuntimeError(
+                    "the last block did not run inside the transformer's call: its hook was removed. "
+                    "Disable and enable again, after whatever changed the hooks"
+                )
+            if self.config.measure and len(history.features) >= self._history_needed(tick.step):
+                record._errors.append(_relative_l1(rule(history, tick.step), feature))
+            if record.planned == "full" or rule.keeps_predictions:
+                # What the guard ran in full stays out: a bound rule counts on the schedule's own anchors.
+                history.push(tick.step, _alone(feature))
+                state.norm = None
+        states = self.state_manager._state_cache.values()
+        held = sum(branch.history.nbytes for branch in states)
+        self.statistics.peak_bytes = max(self.statistics.peak_bytes, held)
+        if tick.step == self.config.schedule.num_steps - 1:
+            history.reset()  # nothing is predicted after the last step
+            self.statistics.finished = True
+        if self._event is not None:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            record._events.append((self._event, end))
+        now = time.perf_counter()
+        record.seconds += now - entered
+        self.statistics.seconds = now - self._started
+
+
+class LesaBlockHook(ModelHook):
+    """Runs the block, or passes its inputs through in the order of its outputs."""
+
+    def __init__(self, call: LesaCallState, block: torch.nn.Module, row: BlockList, is_tail: bool) -> None:
+        super().__init__()
+        self._call = call
+        self._row = row
+        self._is_tail = is_tail
+        names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]  # without self
+        self._positions = {name: index for index, name in enumerate(names)}
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if not call.skip:
+            output = self.fn_ref.original_forward(*args, **kwargs)
+            if self._is_tail:
+                index = self._row.encoder_index
+                call.feature = output if index is None else output[self._row.hidden_index]
+            return output
+        hidden = call.prediction if self._is_tail else self._input("hidden_states", args, kwargs)
+        if self._row.encoder_index is None:
+            return hidden
+        encoder = self._input("encoder_hidden_states", args, kwargs)
+        return (hidden, encoder) if self._row.hidden_index == 0 else (encoder, hidden)
+
+    def _input(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs[name] if name in kwargs else args[self._positions[name]]
+
+
+def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> None:
+    """Accelerate `transformer` until `remove_lesa_cache`.
+
+    Hooks that other tools add (offloading, context parallelism) come first: the last hook registered is the
+    outermost, and a block that is skipped then moves no weights either.
+
+    Raises:
+        ValueError: for a transformer outside the table of families, or one that has a cache already.
+    """
+    transformer = unwrap_module(transformer)
+    family = family_of(transformer)
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "the transformer has one of diffusers' caches enabled: call transformer.disable_cache() first"
+        )
+    if _hook_of(transformer, _ROOT_HOOK) is not None:
+        raise ValueError(
+            "LESA is enabled on this transformer already: call lesa.disable(pipe) or "
+            "remove_lesa_cache(transformer) first"
+        )
+    call = LesaCallState()
+    root = LesaRootHook(config, call)
+    rows = blocks(transformer, family)
+    if not rows:
+        raise ValueError(f"{type(transformer).__name__} has no blocks to skip")
+    for index, (_, block, row) in enumerate(rows):
+        hook = LesaBlockHook(call, block, row, is_tail=index == len(rows) - 1)
+        HookRegistry.check_if_exists_or_initialize(unwrap_module(block)).register_hook(hook, _BLOCK_HOOK)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(root, _ROOT_HOOK)
+    registry.invalidate_child_registries_cache()
+
+
+def remove_lesa_cache(transformer: torch.nn.Module) -> None:
+    """Take every hook of ours away; a transformer without them is left as it is."""
+    transformer = unwrap_module(transformer)
+    for module in transformer.modules():
+        _unhook(module, _ROOT_HOOK)
+        _unhook(module, _BLOCK_HOOK)
+    if isinstance(getattr(transformer, "_diffusers_hook", None), HookRegistry):
+        transformer._diffusers_hook.invalidate_child_registries_cache()
+
+
+def cache_state(transformer: torch.nn.Module) -> RunStatistics:
+    """Statistics of the newest run; `ValueError` where LESA is not enabled."""
+    root = _hook_of(unwrap_module(transformer), _ROOT_HOOK)
+    if root is None:
+        raise ValueError("LESA is not enabled on this transformer")
+    assert isinstance(root, LesaRootHook)
+    return root.statistics
+
+
+def is_lesa_cache_enabled(transformer: torch.nn.Module) -> bool:
+    """Whether our hooks are on the transformer."""
+    return _hook_of(unwrap_module(transformer), _ROOT_HOOK) is not None
+
+
+def _hook_of(module: torch.nn.Module, name: str) -> ModelHook | None:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
+def _unhook(module: torch.nn.Module, name: str) -> None:
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None or name not in registry.hooks:
+        return
+    index = registry._hook_order.index(name)
+    outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
+    kept = None if outer is None or outer.original_forward is None else outer.forward
+    registry.remove_hook(name, recurse=False)
+    if outer is not None and kept is not None:
+        # `remove_hook` hands the inner forward to the outer hook as its own, which would silence an outer
+        # hook that replaces the forward; it belongs where that hook looks for the original.
+        outer.original_forward, outer.forward = outer.forward, kept
+    own = module.__dict__.get("forward")
+    if not registry.hooks and getattr(own, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]  # nothing of ours stays on the module
+
+
+def _hook_problems(transformer: torch.nn.Module) -> list[str]:
+    """Blocks whose hook was silenced by somebody's removal of an inner one."""
+    silenced = []
+    for name, block, _ in blocks(transformer, family_of(transformer)):
+        hook = _hook_of(unwrap_module(block), _BLOCK_HOOK)
+        if hook is None or getattr(hook.fn_ref.forward, "func", None) != hook.new_forward:
+            silenced.append(name)
+    if not silenced:
+        return []
+    return [
+        f"the hooks of {', '.join(silenced)} were removed or silenced by another tool: "
+        "disable and enable again after it"
+    ]
+
+
+def _argument(module: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return args[names.index(name)] if name in names[: len(args)] else None
+
+
+def _device_event(tensor: Any) -> torch.cuda.Event | None:
+    if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda):
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _alone(feature: torch.Tensor) -> torch.Tensor:
+    """The feature in storage of its own: a tail that splits text from image returns a view of both."""
+    own = feature.contiguous()
+    return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
+
+
+def _norm(value: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.linalg.vector_norm(value, dtype=torch.float32)
+
+
+def _relative_l1(said: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = true.abs().mean(dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+        return (said - true).abs().mean(dtype=torch.float32) / scale

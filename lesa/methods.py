@@ -1,0 +1,268 @@
+"""Everything that is compared, in one form: a name and a way to put it on a pipeline and take it off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
+
+from lesa.flops import ModelFlops, predictor_flops, taylor_flops
+from lesa.forecast import RULES, RuleFactory
+from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
+from lesa.params import CallParams
+from lesa.predictor import Predictor
+from lesa.schedule import Schedule
+from lesa.solvers import even_grid, solver
+
+Using = Callable[[Any, torch.Tensor], AbstractContextManager[None]]  # (pipe, sigmas [S + 1] of the plain run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to sample with fewer evaluations."""
+
+    name: str  # key in tables and files
+    label: str  # for people
+    budget: str  # which budget it is compared at
+    kind: Literal["lesa", "rule", "solver", "cache"]
+    using: Using = field(repr=False)
+    num_steps: int  # sampler steps of its run
+    schedule: Schedule | None = None  # full steps, where they are fixed and on the plain run's steps
+    skipped_part: Literal["ends", "head_block"] = "ends"  # what runs at a step that is not computed
+    own_flops: Callable[[ModelFlops, torch.Tensor], float] = field(
+        default=lambda model, sigmas: 0.0, repr=False
+    )
+    weight_bytes: int = 0  # of a predictor
+    settings: Mapping[str, Any] = field(default_factory=dict)  # shown in the table
+
+    @property
+    def same_steps(self) -> bool:
+        """Whether its features can be compared with the plain run's, step by step."""
+        return self.kind != "solver"
+
+    def call(self, call: CallParams) -> CallParams:
+        """The pipeline call of this method: plain Euler asks for fewer steps, all others as the plain run."""
+        if self.kind == "solver" and "grid" not in self.settings:
+            return dataclasses.replace(call, num_inference_steps=self.num_steps)
+        return call
+
+    def flops(self, model: ModelFlops, computed: float, sigmas: torch.Tensor) -> float:
+        """Operations a sample and branch of a run with `computed` full steps (a mean for adaptive caches)."""
+        skipped = model.ends + (model.head_block if self.skipped_part == "head_block" else 0.0)
+        return computed * model.total + (self.num_steps - computed) * skipped + self.own_flops(model, sigmas)
+
+
+def rule_method(
+    rule: str,
+    budget: str,
+    schedule: Schedule,
+    *,
+    name: str | None = None,
+    label: str | None = None,
+) -> Method:
+    """A training-free rule of `lesa.forecast.RULES` through our hook."""
+    if rule not in RULES:
+        raise ValueError(f"{rule!r} is not a rule; known: {', '.join(RULES)}")
+    factory = RULES[rule]
+    order = int(rule.removeprefix("taylor")) if rule.startswith("taylor") else 0
+
+    def own_flops(model: ModelFlops, sigmas: torch.Tensor) -> float:
+        return taylor_flops(order, schedule, tokens=model.tokens, channels=model.channels) if order else 0.0
+
+    default = f"TaylorSeer, order {order}" if order else "reuse"
+    return Method(
+        name=name or rule,
+        label=label or default,
+        budget=budget,
+        kind="rule",
+        using=lambda pipe, sigmas: _hooked(pipe, schedule, factory, sigmas),
+        num_steps=schedule.num_steps,
+        schedule=schedule,
+        own_flops=own_flops,
+        settings={"full_steps": list(schedule.full_steps)},
+    )
+
+
+def lesa_method(
+    budget: str, predictor: Predictor, schedule: Schedule, *, name: str = "lesa", label: str = "LESA"
+) -> Method:
+    """A learned predictor through our hook."""
+
+    def using(pipe: Any, sigmas: torch.Tensor) -> AbstractContextManager[None]:
+        weights = pipe.transformer
+
+        def factory(schedule: Schedule, sigmas: torch.Tensor) -> Any:
+            return predictor.bind(schedule, sigmas, device=weights.device, dtype=weights.dtype)
+
+        return _hooked(pipe, schedule, factory, sigmas)
+
+    return Method(
+        name=name,
+        label=label,
+        budget=budget,
+        kind="lesa",
+        using=using,
+        num_steps=schedule.num_steps,
+        schedule=schedule,
+        own_flops=lambda model, sigmas: predictor_flops(
+            predictor.spec, schedule, sigmas, tokens=model.tokens
+        ),
+        weight_bytes=predictor.nbytes,
+        settings={"full_steps": list(schedule.full_steps)},
+    )
+
+
+def euler_method(budget: str, num_evaluations: int) -> Method:
+    """The pipeline's own scheduler with fewer steps."""
+    return Method(
+        name="euler",
+        label="fewer Euler steps",
+        budget=budget,
+        kind="solver",
+        using=lambda pipe, sigmas: _as_it_is(),
+        num_steps=num_evaluations,
+        settings={"num_inference_steps": num_evaluations},
+    )
+
+
+def multistep_method(
+    budget: str,
+    num_steps: int,
+    num_evaluations: int | None = None,
+    *,
+    grid: Sequence[int] | None = None,
+    order: int = 2,
+    name: str = "adams_bashforth2",
+    label: str = "Adams-Bashforth, order 2",
+) -> Method:
+    """A multistep solver on even steps of the plain run's, or on a grid that is given."""
+    if (num_evaluations is None) == (grid is None):
+        raise ValueError("multistep_method: give exactly one of num_evaluations and grid")
+    steps = tuple(grid) if grid is not None else even_grid(num_steps, num_evaluations or 0)
+    return Method(
+        name=name,
+        label=label,
+        budget=budget,
+        kind="solver",
+        using=lambda pipe, sigmas: solver(pipe, steps, order),
+        num_steps=len(steps),
+        settings={"grid": list(steps), "order": order},
+    )
+
+
+def first_block_method(
+    budget: str,
+    num_steps: int,
+    threshold: float,
+    *,
+    name: str = "first_block_cache",
+    label: str = "FirstBlockCache",
+) -> Method:
+    """diffusers' FirstBlockCache: the first block runs at every step and tells whether the others must."""
+    return Method(
+        name=name,
+        label=label,
+        budget=budget,
+        kind="cache",
+        using=lambda pipe, sigmas: _diffusers_cache(pipe, lambda: FirstBlockCacheConfig(threshold=threshold)),
+        num_steps=num_steps,
+        skipped_part="head_block",
+        settings={"threshold": threshold},
+    )
+
+
+def mag_cache_method(
+    budget: str,
+    num_steps: int,
+    ratios: Sequence[float],
+    *,
+    threshold: float,
+    retention_steps: int,
+    max_skip_steps: int,
+    name: str = "mag_cache",
+    label: str = "MagCache",
+) -> Method:
+    """diffusers' MagCache with magnitude ratios calibrated on this model."""
+
+    def config() -> MagCacheConfig:
+        return MagCacheConfig(
+            threshold=threshold,
+            max_skip_steps=max_skip_steps,
+            retention_ratio=retention_steps / num_steps,
+            num_inference_steps=num_steps,
+            mag_ratios=list(ratios),
+        )
+
+    return Method(
+        name=name,
+        label=label,
+        budget=budget,
+        kind="cache",
+        using=lambda pipe, sigmas: _diffusers_cache(pipe, config),
+        num_steps=num_steps,
+        settings={
+            "threshold": threshold,
+            "retention_steps": retention_steps,
+            "max_skip_steps": max_skip_steps,
+        },
+    )
+
+
+def taylorseer_schedule(num_steps: int, num_full: int, warmup_steps: int = 3) -> Schedule | None:
+    """TaylorSeer's own rule `{0 .. E-1} U {E-1+kN}` (arXiv 2503.06923) with `num_full` full steps; None if
+    no N has.
+
+    Of several N with that number, the one whose longest run of predicted steps is shortest.
+    """
+    fitting = []
+    for interval in range(1, num_steps + 1):
+        steps = sorted({*range(warmup_steps), *range(warmup_steps - 1, num_steps, interval)})
+        if len(steps) == num_full:
+            longest = max(b - a for a, b in zip(steps, [*steps[1:], num_steps], strict=True))
+            fitting.append((longest, interval, steps))
+    return Schedule.explicit(num_steps, min(fitting)[2]) if fitting else None
+
+
+def fixed_peers(budget: str, schedule: Schedule) -> list[Method]:
+    """Every peer that has nothing to tune, with as many evaluations as the schedule has full steps."""
+    methods = [rule_method(rule, budget, schedule) for rule in RULES]
+    own = taylorseer_schedule(schedule.num_steps, schedule.num_full)
+    if own is not None and own != schedule:
+        for order in (1, 2):
+            label = f"TaylorSeer, order {order}, its own full steps"
+            methods.append(rule_method(f"taylor{order}", budget, own, name=f"taylor{order}_own", label=label))
+    methods.append(euler_method(budget, schedule.num_full))
+    methods.append(multistep_method(budget, schedule.num_steps, schedule.num_full))
+    return methods
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _hooked(pipe: Any, schedule: Schedule, factory: RuleFactory, sigmas: torch.Tensor) -> Iterator[None]:
+    # Without the error meter, which no peer has: it costs one prediction a full step.
+    config = LesaCacheConfig(
+        schedule=schedule, rule=factory(schedule, sigmas), scheduler=pipe.scheduler, measure=False
+    )
+    apply_lesa_cache(pipe.transformer, config)
+    try:
+        yield
+    finally:
+        remove_lesa_cache(pipe.transformer)
+
+
+@contextmanager
+def _diffusers_cache(pipe: Any, config: Callable[[], Any]) -> Iterator[None]:
+    pipe.transformer.enable_cache(config())
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()

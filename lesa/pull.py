@@ -1,0 +1,150 @@
+"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from lesa.atomic import sha256_file
+from lesa.bundle import MANIFEST
+
+DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
+_URI = re.compile(
+    r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))"
+)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class PullError(ValueError):
+    """A bundle that could not be had from the registry, and what to do about it."""
+
+
+def pull(uri: str, tracking_uri: str | None = None) -> Path:
+    """A local folder with the bundle of a registered version, named by the SHA-256 of its manifest.
+
+    The folder lies in a private cache (`LESA_CACHE`, else `~/.cache/lesa`); a version whose bundle is there
+    is not downloaded again. `load_bundle(folder, expected_digest=folder.name)` holds it to the registry's
+    word.
+
+    Args:
+        uri: `models:/name@alias` or `models:/name/version`.
+        tracking_uri: where the registry is; None takes MLFLOW_TRACKING_URI, else ./mlflow.db if it exists.
+
+    Raises:
+        PullError: naming what is missing; a database is never created.
+    """
+    found = _URI.fullmatch(uri)
+    if found is None:
+        raise PullError(f"{uri!r} is not of the form models:/name@alias or models:/name/version")
+    name, alias, number = found.groups()
+    registry = _registry(tracking_uri)
+    client = _client(registry)
+    try:
+        version = (
+            client.get_model_version_by_alias(name, alias)
+            if alias
+            else client.get_model_version(name, number)
+        )
+        digest = str(dict(version.tags).get(DIGEST_TAG, ""))
+        if not _DIGEST.fullmatch(digest):
+            raise PullError(
+                f"{uri} (version {version.version}) has no tag {DIGEST_TAG}: it was not published by lesa, "
+                "and nothing says which bytes it should have"
+            )
+        folder = _cache() / digest
+        if not _holds(folder, digest):
+            _download(f"models:/{name}/{version.version}", registry, folder, digest)
+    except PullError:
+        raise
+    except Exception as error:  # MLflow's errors, and those of the store behind it
+        text = " ".join(str(error).replace(registry, _redacted(registry)).split())[:500]
+        raise PullError(f"{uri} from {_redacted(registry)}: {text}") from None
+    return folder
+
+
+def _registry(tracking_uri: str | None) -> str:
+    given = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if given is None:
+        local = Path("mlflow.db").resolve()
+        if not local.is_file():
+            raise PullError(
+                f"no registry: set MLFLOW_TRACKING_URI, or run where mlflow.db is ({local.parent} has none), "
+                "or give the folder of a bundle"
+            )
+        given = f"sqlite:///{local}"
+    if given.startswith("sqlite:///"):
+        # MLflow would create what is missing, and an empty registry would look like a missing model.
+        database = Path(given.removeprefix("sqlite:///"))
+        if not database.is_file() or database.stat().st_size == 0:
+            raise PullError(f"the registry's database {database} does not exist; nothing is created here")
+    return given
+
+
+def _client(registry: str) -> Any:
+    for name, value in (
+        ("DO_NOT_TRACK", "true"),
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the default keeps a caller waiting for minutes
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        from mlflow import MlflowClient
+    except ImportError:
+        raise PullError(
+            "pulling from a registry needs mlflow: pip install mlflow, or give the folder of a bundle"
+        ) from None
+    return MlflowClient(tracking_uri=registry, registry_uri=registry)
+
+
+def _download(source: str, registry: str, folder: Path, digest: str) -> None:
+    from mlflow.artifacts import download_artifacts
+
+    scratch = Path(tempfile.mkdtemp(prefix="pull.", dir=folder.parent))  # private, beside its target
+    try:
+        made = Path(
+            download_artifacts(
+                artifact_uri=source, dst_path=str(scratch), tracking_uri=registry, registry_uri=registry
+            )
+        )
+        if not _holds(made, digest):
+            raise PullError(
+                f"{source}: the bundle in the registry is not the one that was registered (its manifest "
+                f"differs from the tag {DIGEST_TAG}); register it again or move the alias back"
+            )
+        if folder.exists():  # a broken one, or somebody else's equal one
+            shutil.rmtree(folder)
+        made.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    try:
+        return sha256_file(folder / MANIFEST) == digest
+    except OSError:
+        return False
+
+
+def _cache() -> Path:
+    base = os.environ.get("LESA_CACHE") or str(Path.home() / ".cache" / "lesa")
+    folder = Path(base).expanduser() / "bundles"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PullError(
+            f"{folder} can be written by others: chmod 700 it, or set LESA_CACHE to a private folder"
+        )
+    return folder
+
+
+def _redacted(uri: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri

@@ -1,0 +1,122 @@
+"""What one accelerated sampler run did, step by step, and the table that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lesa.schedule import Schedule
+
+
+@dataclass(slots=True, kw_only=True)
+class StepRecord:
+    """One sampler step; the transformer calls of all its guidance branches share a record."""
+
+    step: int
+    kind: str  # "full" or "predicted"
+    planned: str  # what the schedule says; differs from `kind` only where the guard asked for a full step
+    stage: int | None = None  # noise stage, where the rule has stages
+    seconds: float = 0.0  # host time inside the transformer
+    _errors: list[torch.Tensor] = field(default_factory=list)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    @property
+    def error(self) -> float | None:
+        """Relative L1 distance of what the rule would have said from the feature; None if not measured."""
+        # Kept on the device until asked for: reading it in the run would wait for the device at each step.
+        return float(torch.stack(self._errors).mean()) if self._errors else None
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds in the transformer, by the device's clock where there is one."""
+        if not self._events:
+            return self.seconds
+        self._events[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._events) / 1000
+
+
+@dataclass(slots=True, kw_only=True)
+class RunStatistics:
+    """The newest run of one transformer.
+
+    `finished` is False for a run that is under way or was broken off.
+    """
+
+    rule: str
+    schedule: Schedule
+    steps: list[StepRecord] = field(default_factory=list)
+    num_branches: int = 0
+    peak_bytes: int = 0  # features and derived tensors kept for prediction, all branches, at the most
+    seconds: float = 0.0  # from the first transformer call to the end of the last one
+    finished: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)  # facts shown above the table
+
+    def record(self, step: int, planned: str, kind: str, stage: int | None) -> StepRecord:
+        """The record of `step`; a full call in any branch makes the step full."""
+        if not self.steps or self.steps[-1].step != step:
+            self.steps.append(StepRecord(step=step, kind=kind, planned=planned, stage=stage))
+        elif kind == "full":
+            self.steps[-1].kind = "full"
+        return self.steps[-1]
+
+    @property
+    def num_full(self) -> int:
+        return sum(record.kind == "full" for record in self.steps)
+
+    @property
+    def num_fallbacks(self) -> int:
+        """Steps that were planned as predicted and ran in full, since the prediction was unusable."""
+        return sum(record.kind != record.planned for record in self.steps)
+
+    @property
+    def ratio(self) -> float | None:
+        """Steps per full step of this run; None before the first step."""
+        return len(self.steps) / self.num_full if self.steps else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; seconds are seconds, errors relative L1."""
+        return {
+            "rule": self.rule,
+            "schedule": self.schedule.to_dict(),
+            "notes": dict(self.notes),
+            "finished": self.finished,
+            "num_branches": self.num_branches,
+            "steps": [
+                {
+                    "step": record.step,
+                    "kind": record.kind,
+                    "planned": record.planned,
+                    "stage": record.stage,
+                    "error": record.error,
+                    "seconds": record.device_seconds,
+                }
+                for record in self.steps
+            ],
+            "num_full": self.num_full,
+            "num_fallbacks": self.num_fallbacks,
+            "ratio": self.ratio,
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {value}" for key, value in {"rule": self.rule, **self.notes}.items()]
+        if not self.steps:
+            return "\n".join([*lines, f"schedule: {self.schedule}", "no run yet"])
+        lines.append("step  kind       stage  error     seconds")
+        for record in self.steps:
+            stage = "-" if record.stage is None else str(record.stage)
+            error = "-" if record.error is None else f"{record.error:.4f}"
+            kind = record.kind + ("*" if record.kind != record.planned else "")
+            lines.append(f"{record.step:>4}  {kind:<9}  {stage:>5}  {error:<8}  {record.device_seconds:.4f}")
+        if self.num_fallbacks:
+            lines.append("* planned as predicted; run in full because the prediction was unusable")
+        lines.append(
+            f"{self.num_full} full of {len(self.steps)}: {self.ratio:.2f}x, "
+            f"{self.peak_bytes / 1e6:.2f} MB kept, {self.seconds:.2f} s"
+            + ("" if self.finished else " (run not finished)")
+        )
+        return "\n".join(lines)
