@@ -1,0 +1,45 @@
+"""Stage `evaluate`: both training steps' predictors against every peer, on held-out prompts; the report.
+
+    python -m flows.evaluate [--workload NAME]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.runtime import stage_main
+from flows.stage import final_values, read_workload, stage_run
+from flows.tracking import Tracker
+from lesa.evaluate import evaluate_workload
+from lesa.jobs import load_predictor
+from lesa.params import Workload
+from lesa.report import format_table
+
+
+@flow(name="evaluate")
+def evaluate(workload: str | None = None) -> dict[str, Any]:
+    """Judge the predictors against every peer and write the report."""
+    settings = read_workload(workload)
+    with stage_run("evaluate", settings, ("evaluate", "schedule", "call")) as run:
+        return judge(settings, run)
+
+
+@task(name="judge", cache_policy=NO_CACHE)
+def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
+    """The report folder is written as a whole; its numbers go to the run."""
+    predictors = {
+        "lesa": load_predictor(workload.paths.closed_loop),
+        "lesa_ground_truth": load_predictor(workload.paths.ground_truth),
+    }
+    results = evaluate_workload(workload, predictors, report=run.report)
+    metrics = results.metrics()
+    run.report(0, final_values(metrics))
+    print(format_table(results), flush=True)
+    return {"report": str(workload.paths.report / "index.html")}
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(evaluate))

@@ -1,0 +1,80 @@
+"""Independent training jobs side by side as Ray tasks; in this process where only one may run at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flows.runtime import ray_session
+from flows.tracking import Reporter
+from lesa.params import Workload
+
+J = TypeVar("J")
+MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpoint
+
+
+def run_jobs(
+    work: Callable[[Workload, Any, Any], Any],
+    workload: Workload,
+    jobs: Mapping[str, J],
+    *,
+    workers: int,
+    threads_per_worker: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Runs `work(workload, job, report)` for every job and returns the results by the jobs' names.
+
+    Args:
+        work: a module-level function of lesa; it must go on from its own checkpoints when called again.
+        jobs: name -> job; the names are the parts of the run that the values are reported under.
+        workers: jobs at once. Where there are GPUs, they are shared among so many.
+        threads_per_worker: torch threads of a job. It is part of the result: sums are split by it.
+
+    Raises:
+        Whatever a job raised; the other jobs are stopped and keep their checkpoints.
+    """
+    if min(workers, len(jobs)) <= 1:
+        return {
+            name: _job(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd())
+            for name, job in jobs.items()
+        }
+    with ray_session(workers * threads_per_worker) as ray:
+        from ray.exceptions import RayTaskError
+
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
+        task = ray.remote(_job).options(
+            num_cpus=threads_per_worker,
+            num_gpus=min(1.0, gpus / workers) if gpus else 0,
+            max_retries=MAX_RETRIES,
+        )
+        calls = {
+            task.remote(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd()): name
+            for name, job in jobs.items()
+        }
+        results: dict[str, Any] = {}
+        waiting = list(calls)
+        while waiting:
+            done, waiting = ray.wait(waiting)  # the first error ends all, not only when its turn comes
+            for call in done:
+                try:
+                    results[calls[call]] = ray.get(call)
+                except RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        return {name: results[name] for name in jobs}
+
+
+def _job(
+    work: Callable[[Workload, Any, Any], Any],
+    workload: Workload,
+    job: Any,
+    threads: int,
+    reporter: Reporter,
+    folder: str,
+) -> Any:
+    os.chdir(Path(folder))
+    import torch
+
+    torch.set_num_threads(threads)
+    return work(workload, job, reporter.report)

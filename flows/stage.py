@@ -1,0 +1,48 @@
+"""What every stage does around its work: read the settings, stand in the root, log one MLflow run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flows.revisions import revisions
+from flows.runtime import ROOT
+from flows.tracking import Tracker, flatten, tracked_run
+from lesa.params import Workload, load_params
+
+
+def read_workload(name: str | None) -> Workload:
+    """The settings of a workload, all checked, before anything starts; paths are relative to the root."""
+    os.chdir(ROOT)
+    return load_params("params.yaml", name)
+
+
+@contextlib.contextmanager
+def stage_run(stage: str, workload: Workload, sections: Sequence[str]) -> Iterator[Tracker]:
+    """The MLflow run of a stage: the named sections of the settings as params, the revisions as tags."""
+    settings = dataclasses.asdict(workload)
+    tags = {"stage": stage, "workload": workload.name, **revisions(workload=workload.name)}
+    with tracked_run(
+        f"{stage} {workload.name}",
+        experiment=experiment_name(workload),
+        params=flatten({key: settings[key] for key in sections}),
+        tags=tags,
+    ) as run:
+        yield run
+
+
+def experiment_name(workload: Workload) -> str:
+    """Experiment and registered model carry the same name."""
+    return f"lesa-{workload.name}"
+
+
+def final_values(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a result, as the last point of a run."""
+    return {
+        k: float(v)
+        for k, v in flatten(values).items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    }

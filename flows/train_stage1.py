@@ -1,0 +1,48 @@
+"""Stage `train_stage1`: every expert learns from true histories.
+
+    python -m flows.train_stage1 [--workload NAME]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.parallel import run_jobs
+from flows.runtime import stage_main
+from flows.stage import final_values, read_workload, stage_run
+from flows.tracking import Tracker
+from lesa.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
+from lesa.params import Workload
+
+
+@flow(name="train_stage1")
+def train_stage1(workload: str | None = None) -> dict[str, Any]:
+    """Train every expert on true histories (ground-truth guided)."""
+    settings = read_workload(workload)
+    with stage_run("train_stage1", settings, ("predictor", "ground_truth", "schedule", "seed")) as run:
+        return train(settings, run)
+
+
+@task(name="train experts", cache_policy=NO_CACHE)
+def train(workload: Workload, run: Tracker) -> dict[str, Any]:
+    """One job an expert, side by side as far as the settings allow."""
+    jobs = {str(job): job for job in list_ground_truth_jobs(workload)}
+    done = run_jobs(
+        run_ground_truth_job,
+        workload,
+        jobs,
+        workers=workload.ground_truth.workers,
+        threads_per_worker=workload.ground_truth.threads_per_worker,
+        reporter=run.reporter,
+    )
+    figures = {name: values for name, (_, values) in done.items()}
+    finish(workload, "ground_truth", {jobs[name]: tensors for name, (tensors, _) in done.items()}, figures)
+    run.report(workload.ground_truth.iterations, final_values(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(train_stage1))

@@ -1,0 +1,48 @@
+"""Stage `train_stage2`: the experts of every budget learn from the states their own predictions lead to.
+
+    python -m flows.train_stage2 [--workload NAME]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.parallel import run_jobs
+from flows.runtime import stage_main
+from flows.stage import final_values, read_workload, stage_run
+from flows.tracking import Tracker
+from lesa.jobs import finish, run_closed_loop_job
+from lesa.params import Workload
+
+
+@flow(name="train_stage2")
+def train_stage2(workload: str | None = None) -> dict[str, Any]:
+    """Train the experts of every budget in the closed loop of the sampler."""
+    settings = read_workload(workload)
+    with stage_run("train_stage2", settings, ("predictor", "closed_loop", "schedule", "seed")) as run:
+        return train(settings, run)
+
+
+@task(name="train budgets", cache_policy=NO_CACHE)
+def train(workload: Workload, run: Tracker) -> dict[str, Any]:
+    """One job a budget, side by side as far as the settings allow."""
+    done = run_jobs(
+        run_closed_loop_job,
+        workload,
+        {budget: budget for budget in workload.schedule.budgets},
+        workers=workload.closed_loop.workers,
+        threads_per_worker=workload.closed_loop.threads_per_worker,
+        reporter=run.reporter,
+    )
+    experts = {job: tensors for part, _ in done.values() for job, tensors in part.items()}
+    figures = {budget: values for budget, (_, values) in done.items()}
+    finish(workload, "closed_loop", experts, figures)
+    run.report(workload.closed_loop.iterations, final_values(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(train_stage2))
