@@ -1,0 +1,28 @@
+"""What all tests share: state of their own, quiet dependencies, one server for the flows."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports prefect, which reads its home when it is imported. A short path: sockets live below it.
+_HOME = Path(tempfile.mkdtemp(prefix="lesa-tests-"))
+os.environ["PREFECT_HOME"] = str(_HOME / "prefect")
+os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # the server may be gone before the last lines are
+for _name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state() -> Iterator[None]:
+    yield
+    import shutil
+
+    from flows.server import stop
+
+    stop(_HOME / "prefect")
+    shutil.rmtree(_HOME, ignore_errors=True)
