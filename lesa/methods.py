@@ -37,7 +37,7 @@ class Method:
     own_flops: Callable[[ModelFlops, torch.Tensor], float] = field(
         default=lambda model, sigmas: 0.0, repr=False
     )
-    weight_bytes: int = 0  # of a predictor
+    predictor: Predictor | None = field(default=None, repr=False)  # of kind "lesa"
     settings: Mapping[str, Any] = field(default_factory=dict)  # shown in the table
 
     @property
@@ -112,7 +112,7 @@ def lesa_method(
         own_flops=lambda model, sigmas: predictor_flops(
             predictor.spec, schedule, sigmas, tokens=model.tokens
         ),
-        weight_bytes=predictor.nbytes,
+        predictor=predictor,
         settings={"full_steps": list(schedule.full_steps)},
     )
 

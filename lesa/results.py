@@ -201,10 +201,7 @@ def estimate(values: NDArray[np.float64], groups: NDArray[np.int64], resamples: 
 def _row_metrics(row: Row) -> dict[str, Any]:
     return {
         "computed_steps": row.computed_steps,
-        "psnr": row.psnr.mean,
-        "psnr_low": row.psnr.low,
-        "psnr_high": row.psnr.high,
-        "psnr_p5": row.psnr.p5,
+        "psnr": row.psnr.to_dict(),
         "ssim": row.ssim.mean,
         "agreement": row.agreement.mean if row.agreement else None,
         "converged_psnr": row.converged_psnr.mean if row.converged_psnr else None,

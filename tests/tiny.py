@@ -44,7 +44,7 @@ def tiny_flux(
     dynamic_shifting: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> FluxPipeline:
-    """A FluxPipeline loaded from `folder` (written there first; None: a temporary one), progress bar off."""
+    """A FluxPipeline loaded from `folder` (written first; None: a temporary folder), progress bar off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip, clip_tokenizer = _clip()

@@ -143,9 +143,9 @@ def test_every_misfit_of_a_trajectory_is_listed(store: TrajectoryStore) -> None:
 
 
 def test_what_float32_cannot_hold_is_refused(store: TrajectoryStore) -> None:
-    with pytest.raises(StoreError, match="big .int64. does not fit"):
+    with pytest.raises(StoreError, match=r"big .int64. does not fit"):
         store.commit(trajectory(context={"big": torch.tensor([2**40 + 1])}))
-    with pytest.raises(StoreError, match="fine .float64. does not fit"):
+    with pytest.raises(StoreError, match=r"fine .float64. does not fit"):
         store.commit(trajectory(context={"fine": torch.tensor([0.1], dtype=torch.float64)}))
     assert store.keys() == []
 

@@ -1,0 +1,263 @@
+"""The plan, the identity, and what a recorded trajectory holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lesa import atomic
+from lesa.params import Workload, load_params
+from lesa.pipelines import load_pipeline, sample
+from lesa.prompts import PromptError
+from lesa.record import (
+    PlannedTrajectory,
+    describe_source,
+    kept_tokens,
+    measure_size,
+    missing,
+    plan_recording,
+    record_all,
+    record_trajectory,
+    recorded_keys,
+    transformer_arguments,
+)
+from lesa.store import StoreError, TrajectoryStore, trajectory_key
+from tests.tiny import SPLITS, tiny_flux, tiny_repository, write_prompts
+
+STEPS = 8
+SOURCE = {"fingerprint": "sha256:0", "scheduler": {"class": "X", "config": {}}}
+
+
+@pytest.fixture
+def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
+    monkeypatch.chdir(tiny_repository(tmp_path, num_inference_steps=STEPS))
+    return load_params()
+
+
+def changed(workload: Workload, section: str, **values: Any) -> Workload:
+    return dataclasses.replace(
+        workload, **{section: dataclasses.replace(getattr(workload, section), **values)}
+    )
+
+
+def test_the_plan_is_the_first_prompts_in_file_order(workload: Workload) -> None:
+    plan = plan_recording(changed(workload, "record", train_prompts=3, seeds_per_prompt=2), SOURCE)
+    assert [item.prompt for item in plan if item.split == "train"] == [
+        p for p in SPLITS["train"][:3] for _ in "ab"
+    ]
+    assert [item.seed - 10_000 for item in plan if item.split == "train"] == [0, 2, 4, 6, 8, 10]
+    assert [item.seed - 10_000 for item in plan if item.split == "validation"] == [1, 3, 5, 7]
+    assert len({item.key for item in plan}) == len(plan) == 10
+    assert all(item.key == trajectory_key(item.identity) for item in plan)
+
+
+def test_appended_prompts_leave_every_other_key_as_it_was(workload: Workload, tmp_path: Path) -> None:
+    before = {item.key for item in plan_recording(workload, SOURCE)}
+    longer = {**SPLITS, "train": [*SPLITS["train"], "a photo of a cat"]}
+    write_prompts(tmp_path, longer)
+    after = {item.key for item in plan_recording(changed(workload, "record", train_prompts=5), SOURCE)}
+    assert before < after and len(after) == len(before) + 1
+
+
+def test_whatever_determines_the_bytes_is_in_the_key(workload: Workload) -> None:
+    base = plan_recording(workload, SOURCE)[0].key
+    other = {**SOURCE, "fingerprint": "sha256:1"}
+    variants = [
+        plan_recording(workload, other)[0],
+        plan_recording(workload, {**SOURCE, "scheduler": {"class": "X", "config": {"shift": 2.0}}})[0],
+        plan_recording(changed(workload, "call", guidance_scale=2.0), SOURCE)[0],
+        plan_recording(changed(workload, "call", num_inference_steps=9), SOURCE)[0],
+        plan_recording(changed(workload, "model", dtype="bfloat16"), SOURCE)[0],
+        plan_recording(changed(workload, "record", token_fraction=0.5), SOURCE)[0],
+        plan_recording(changed(workload, "record", seed_offset=0), SOURCE)[0],
+        plan_recording(workload, SOURCE)[1],
+    ]
+    assert len({base, *(item.key for item in variants)}) == len(variants) + 1
+    how = changed(workload, "record", actors=7, timeout_s=1, validation_prompts=1)
+    assert plan_recording(how, SOURCE)[0].key == base
+
+
+def test_overlapping_or_too_few_prompts_are_refused(workload: Workload, tmp_path: Path) -> None:
+    with pytest.raises(PromptError) as caught:
+        plan_recording(changed(workload, "record", train_prompts=9, validation_prompts=3), SOURCE)
+    assert "record.train_prompts: 9 asked for, train.txt has 4" in str(caught.value)
+    assert "record.validation_prompts: 3 asked for" in str(caught.value)
+    write_prompts(tmp_path, {**SPLITS, "test": [SPLITS["train"][3]]})
+    with pytest.raises(PromptError, match="both train and test"):
+        plan_recording(workload, SOURCE)
+
+
+def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    source = describe_source(pipe)
+    assert json.loads(json.dumps(source)) == source and describe_source(tiny_flux()) == source
+    with torch.no_grad():
+        next(pipe.text_encoder_2.parameters()).view(-1)[0] += 1
+    assert describe_source(pipe)["text"] != source["text"]
+    assert describe_source(tiny_flux(seed=1))["fingerprint"] != source["fingerprint"]
+    assert describe_source(tiny_flux(dynamic_shifting=False))["scheduler"] != source["scheduler"]
+
+
+def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    planned = plan_recording(workload, describe_source(pipe))[0]
+    trajectory = record_trajectory(pipe, planned, workload)
+    assert trajectory.features.shape == (STEPS, 1, 16, 32) and trajectory.features.dtype == torch.bfloat16
+    assert trajectory.sigmas.shape == (STEPS + 1,) and trajectory.sigmas[-1] == 0
+    assert torch.equal(trajectory.timesteps, pipe.scheduler.timesteps)
+    context = trajectory.context
+    assert torch.equal(
+        context["latents_final"],
+        sample(pipe, [planned.prompt], [planned.seed], workload.call, output_type="latent"),
+    )
+    assert context["temb"].shape == (STEPS, 1, 32) and context["model_timesteps"].shape == (STEPS,)
+    with torch.no_grad():  # the sampler's own loop, from the recorded tensors alone
+        store = TrajectoryStore.create(workload.paths.trajectories)
+        key = store.commit(trajectory)
+        record, context = store.record(key), store.context(key)
+        arguments = transformer_arguments(record, context)
+        latents = context["latents_initial"]
+        for step in range(STEPS):
+            velocity = pipe.transformer(
+                hidden_states=latents, timestep=context["model_timesteps"][step : step + 1], **arguments
+            )[0]
+            latents = latents + (trajectory.sigmas[step + 1] - trajectory.sigmas[step]) * velocity
+    assert torch.allclose(latents, context["latents_final"], atol=1e-5)
+    for step in range(STEPS):  # the ends of the transformer reproduce its output from feature and temb
+        feature = trajectory.features[step].float()
+        assert torch.isfinite(
+            pipe.transformer.proj_out(pipe.transformer.norm_out(feature, context["temb"][step]))
+        ).all()
+
+
+def test_both_branches_are_recorded(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    guided = changed(workload, "call", true_cfg_scale=2.0)
+    planned = plan_recording(guided, describe_source(pipe))[0]
+    trajectory = record_trajectory(pipe, planned, guided)
+    assert trajectory.features.shape == (STEPS, 2, 16, 32)
+    assert not torch.equal(trajectory.features[0, 0], trajectory.features[0, 1])
+    record = {"call_kwargs": trajectory.call_kwargs}
+    conditional = transformer_arguments(record, trajectory.context, branch=0)
+    unconditional = transformer_arguments(record, trajectory.context, branch=1)
+    assert set(conditional) == set(unconditional) >= {"encoder_hidden_states", "pooled_projections"}
+    assert not torch.equal(conditional["encoder_hidden_states"], unconditional["encoder_hidden_states"])
+
+
+def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
+    part = changed(workload, "record", token_fraction=0.25)
+    pipe = load_pipeline(workload)
+    source = describe_source(pipe)
+    planned, whole = plan_recording(part, source)[0], plan_recording(workload, source)[0]
+    trajectory = record_trajectory(pipe, planned, part)
+    assert trajectory.token_index is not None and trajectory.token_index.shape == (4,)
+    full = record_trajectory(pipe, whole, workload)
+    assert full.token_index is None
+    assert torch.equal(trajectory.features, full.features[:, :, trajectory.token_index])
+    first, again = kept_tokens("a" * 32, 4096, 0.1), kept_tokens("a" * 32, 4096, 0.1)
+    other = kept_tokens("b" * 32, 4096, 0.1)
+    assert first is not None and again is not None and other is not None
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len(first) == 410 and torch.equal(first, first.unique())
+    assert kept_tokens("a" * 32, 3, 0.001) is not None and kept_tokens("a" * 32, 3, 1.0) is None
+
+
+def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
+    workload: Workload, tmp_path: Path
+) -> None:
+    pipe = load_pipeline(workload)
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    done: list[int] = []
+    keys = record_all(workload, store, pipe, lambda step, values: done.append(step))
+    assert done == [1, 2, 3, 4, 5, 6] and sorted(keys) == store.keys()
+    before = atomic.tree_digest(store.path)
+    assert record_all(workload, store, pipe, lambda step, values: done.append(step)) == keys
+    assert len(done) == 6 and atomic.tree_digest(store.path) == before
+    assert recorded_keys(workload, store) == {"train": keys[:4], "validation": keys[4:]}
+
+    fewer = changed(workload, "record", train_prompts=2)
+    with pytest.raises(PromptError, match="2 trajectories of prompts that are not recorded any more"):
+        recorded_keys(fewer, store)
+    record_all(fewer, store, pipe, lambda step, values: done.append(step))
+    assert len(done) == 6 and store.keys() == sorted([*keys[:2], *keys[4:]])
+    write_prompts(tmp_path, {**SPLITS, "train": [*SPLITS["train"][:2], "a cat"]})
+    record_all(changed(workload, "record", train_prompts=3), store, pipe, lambda s, v: done.append(s))
+    assert done[6:] == [1] and len(store.keys()) == 5
+
+
+def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    plan = plan_recording(workload, describe_source(pipe))
+    forwards, backwards = TrajectoryStore.create("a.zarr"), TrajectoryStore.create("b.zarr")
+    for planned in plan:
+        forwards.commit(record_trajectory(pipe, planned, workload))
+    fresh = load_pipeline(workload)
+    for planned in plan[::-1]:
+        backwards.commit(record_trajectory(fresh, planned, workload))
+    assert atomic.tree_digest(forwards.path) == atomic.tree_digest(backwards.path)
+
+
+def test_the_size_is_known_before_recording(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    size = measure_size(pipe, workload)
+    assert (size.num_steps, size.num_branches, size.num_tokens, size.channels) == (STEPS, 1, 16, 32)
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    record_all(workload, store, pipe)
+    taken = sum(file.stat().st_blocks * 512 for file in store.path.rglob("*") if file.is_file())
+    assert taken <= size.bytes(6) + 4096 and size.bytes(6) <= 1.5 * taken
+
+
+def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = changed(workload, "record", seeds_per_prompt=2**33)
+    pipe = load_pipeline(workload)
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    size = measure_size(pipe, many)
+    with pytest.raises(OSError, match=r"needs .* TiB and .* are free"):
+        atomic.require_space(store.path, size.bytes(6 * 2**33))
+    assert store.keys() == []
+
+
+def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> None:
+    """The recorder meets a model that blows up at one step: nothing of that trajectory is committed."""
+    pipe = load_pipeline(workload)
+    calls = 0
+
+    def poison(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (output[0], torch.full_like(output[1], float("nan"))) if calls == 6 else output
+
+    pipe.transformer.single_transformer_blocks[-1].register_forward_hook(poison)
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    plan = plan_recording(workload, describe_source(pipe))
+    with pytest.raises(StoreError, match=rf"{plan[0].key} is not recorded: NaN or infinity at step 5"):
+        record_all(workload, store, pipe)
+    assert store.keys() == [] and missing(store, plan) == plan
+
+
+def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = load_pipeline(workload)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train")
+    with pytest.raises(ValueError, match="only full steps are recorded"):
+        record_trajectory(pipe, planned, workload)
+
+
+def test_bfloat16_pipelines_are_recorded_exactly(workload: Workload) -> None:
+    half = changed(workload, "model", dtype="bfloat16")
+    pipe = load_pipeline(half)
+    assert pipe.transformer.dtype == torch.bfloat16
+    trajectory = record_trajectory(pipe, plan_recording(half, describe_source(pipe))[0], half)
+    store = TrajectoryStore.create(half.paths.trajectories)
+    key = store.commit(trajectory)
+    assert torch.equal(store.features(key), trajectory.features)
+    assert store.context(key)["conditioning.encoder_hidden_states"].dtype == torch.bfloat16
