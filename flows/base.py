@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 
 from flows.runtime import stage_main
-from flows.stage import final_values, read_workload, stage_run
+from flows.stage import final_values, metrics_folder, read_workload, stage_run
 from lesa.atomic import write_json
 from lesa.prompts import read_splits
 
@@ -38,9 +38,8 @@ def base(workload: str | None = None) -> dict[str, Any]:
             device=settings.device,
             report=run.report,
         )
-        run.report(settings.base.steps, final_values(metrics))
-    settings.paths.report.mkdir(parents=True, exist_ok=True)
-    write_json(settings.paths.report / "base.json", metrics)
+        run.note(settings.base.steps, final_values(metrics))
+    write_json(metrics_folder(settings) / "base.json", metrics)
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Stage `evaluate`: both training steps' predictors against every peer, on held-out prompts; the report.
 
-    python -m flows.evaluate [--workload NAME]
+python -m flows.evaluate [--workload NAME]
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from prefect.cache_policies import NO_CACHE
 from flows.runtime import stage_main
 from flows.stage import final_values, read_workload, stage_run
 from flows.tracking import Tracker
+from lesa.atomic import write_bytes
 from lesa.evaluate import evaluate_workload
 from lesa.jobs import load_predictor
 from lesa.params import Workload
-from lesa.report import format_table
+from lesa.table import format_table
 
 
 @flow(name="evaluate")
@@ -36,8 +37,10 @@ def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
     }
     results = evaluate_workload(workload, predictors, report=run.report)
     metrics = results.metrics()
-    run.report(0, final_values(metrics))
-    print(format_table(results), flush=True)
+    run.note(0, final_values(metrics))
+    table = format_table(results)
+    write_bytes(workload.paths.report / "table.txt", f"{table}\n".encode())
+    print(table, flush=True)
     return {"report": str(workload.paths.report / "index.html")}
 
 

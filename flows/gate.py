@@ -47,7 +47,8 @@ def decide(
         candidate: PSNR of the candidate at each of its budgets.
         champion: PSNR of the champion on the same samples and schedules; None when there is none, or when it
             was made for another transformer and so cannot run here.
-        peers: PSNR of every peer, by name.
+        peers: PSNR of every peer, by name, at the budgets where it exists: not every peer's rule can make
+            every number of full steps. At every budget there must be one.
         groups: the prompt of each sample; the interval resamples prompts, not samples.
         default_budget: the budget that must win.
         tail_tolerance_db: how much lower the 5th percentile may be.
@@ -61,14 +62,17 @@ def decide(
         reasons.append(f"candidate: not measured at the default budget {default_budget}")
     for budget, values in candidate.items():
         reasons += _defects("candidate", budget, values, groups)
-    if not peers:
-        reasons.append("peers: none was measured")
+    for budget in candidate:
+        if not any(budget in measured for measured in peers.values()):
+            reasons.append(f"peers: none was measured at budget {budget}")
     opponents = {**({"champion": champion} if champion is not None else {}), **peers}
     if reasons:
         return Decision(promote=False, reasons=tuple(reasons), numbers=numbers)
     for name, theirs in opponents.items():
         numbers[name] = {}
         for budget, ours in candidate.items():
+            if budget not in theirs and name != "champion":
+                continue
             if budget not in theirs:
                 reasons.append(f"{name}: not measured at budget {budget}")
                 continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flows.guard import no_orphans
 from flows.runtime import ray_session
 from flows.tracking import Reporter
 from lesa.params import Workload
@@ -40,7 +41,7 @@ def run_jobs(
             name: _job(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd())
             for name, job in jobs.items()
         }
-    with ray_session(workers * threads_per_worker) as ray:
+    with no_orphans(), ray_session(workers * threads_per_worker) as ray:
         from ray.exceptions import RayTaskError
 
         gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
@@ -61,7 +62,12 @@ def run_jobs(
                 try:
                     results[calls[call]] = ray.get(call)
                 except RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                    # A refusal by our own code comes back as it was; of anything else the worker's whole
+                    # traceback is wanted.
+                    places = [line for line in error.traceback_str.splitlines() if "File " in line]
+                    if isinstance(error.cause, ValueError) and "/lesa/" in places[-1]:
+                        raise ValueError(str(error.cause)) from None
+                    raise
         return {name: results[name] for name in jobs}
 
 

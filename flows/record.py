@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
 from flows.actors import RecorderPool
+from flows.guard import no_orphans
 from flows.runtime import ray_session, stage_main
 from flows.stage import read_workload
 from lesa.atomic import format_bytes, require_space
@@ -52,7 +53,8 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
         if swept:
             log.info("removed %d unfinished trajectories of a recorder that was killed", len(swept))
         settings = workload.record
-        with ray_session(settings.actors * settings.threads_per_actor) as ray:
+        num_cpus = settings.actors * settings.threads_per_actor
+        with no_orphans(), ray_session(num_cpus) as ray:
             pool = RecorderPool(ray, workload, Path.cwd())
             try:
                 source, size = pool.describe()

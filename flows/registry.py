@@ -106,6 +106,17 @@ class Registry:
         for key, value in tags.items():
             self.client.set_model_version_tag(self.name, version.number, key, value[:MAX_TAG])
 
+    def drop_alias(self, alias: str, version: Version) -> None:
+        """Removes an alias if it still points at this version."""
+        found = self.alias(alias)
+        if found is not None and found.number == version.number:
+            self.client.delete_registered_model_alias(self.name, alias)
+
+    def attach(self, version: Version, decision: Mapping[str, Any]) -> None:
+        """Keeps the gate's whole decision beside the bundle, in the files of the version's run."""
+        run_id = self.client.get_model_version(self.name, version.number).run_id
+        self.client.log_dict(run_id, dict(decision), "gate/decision.json")
+
     def promote(
         self, candidate: Version, judge: Callable[[Version | None], bool], *, attempts: int = 20
     ) -> tuple[bool, Version | None]:

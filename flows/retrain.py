@@ -12,8 +12,8 @@ from prefect import flow, get_run_logger
 
 from flows.registry import CHAMPION, Registry
 from flows.repro import dvc_file, dvc_repro
-from flows.runtime import ROOT, stage_main
-from flows.stage import experiment_name, read_workload
+from flows.runtime import stage_main
+from flows.stage import experiment_name, metrics_folder, read_workload
 from lesa.atomic import Locked
 from lesa.params import load_params
 
@@ -34,7 +34,7 @@ def retrain(workload: str | None = None) -> dict[str, Any]:
         raise RuntimeError(
             f"dvc repro {pipeline} failed with exit code {code}; its last lines are in this run's log"
         )
-    decision = json.loads((ROOT / settings.paths.report / "decision.json").read_text())
+    decision = json.loads((metrics_folder(settings) / "decision.json").read_text())
     champion = Registry(experiment_name(settings)).alias(CHAMPION)
     logger.info("gate: %s: %s", "promoted" if decision["promote"] else "kept", "; ".join(decision["reasons"]))
     return {

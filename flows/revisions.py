@@ -23,8 +23,8 @@ def revisions(root: Path = ROOT, workload: str | None = None) -> dict[str, str]:
             root's.
 
     Returns:
-        `git` (commit, or "none"), `git_dirty` ("true" when tracked files differ from it), `dvc` (SHA-256 of the
-        locked dependencies, parameters and outputs of the stages that make a predictor, or "none").
+        `git` (commit, or "none"), `git_dirty` ("true" when tracked files differ from it), `dvc` (SHA-256 of
+        the locked dependencies, parameters and outputs of the stages that make a predictor, or "none").
     """
     own = root / "data" / "workloads" / str(workload) / "dvc.lock"
     lock = own if workload is not None and own.parent.is_dir() else root / "dvc.lock"
@@ -42,11 +42,8 @@ def dvc_revision(lock: Path) -> str:
         making = {name: stages[name] for name in MAKING if name in stages}
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return "none"
-    return (
-        f"sha256:{hashlib.sha256(json.dumps(making, sort_keys=True).encode()).hexdigest()}"
-        if making
-        else "none"
-    )
+    text = json.dumps(making, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if making else "none"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -43,6 +43,9 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "GIT_PYTHON_REFRESH": "quiet",
     "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 
@@ -133,10 +136,19 @@ def run_flow(flow: Callable[..., Any], **params: Any) -> Any:
         return flow(**params)
 
 
-def stage_main(flow: Callable[..., Any], argv: list[str] | None = None) -> int:
+def stage_main(
+    flow: Callable[..., Any],
+    argv: list[str] | None = None,
+    check: Callable[[str | None], object] | None = None,
+) -> int:
     """`python -m flows.<stage> [--workload NAME]`: runs the stage, prints its result, returns the exit code.
 
-    Exit codes: 0 done, 1 failed, 2 bad input (one message, no traceback), 130/143 interrupted.
+    Args:
+        flow: the stage; it takes `workload`.
+        argv: arguments; None takes the command line's.
+        check: called with the workload's name before anything starts; None checks all settings.
+
+    Exit codes: 0 done, 1 failed, 2 refused (one message, no traceback), 130/143 interrupted.
     """
     parser = argparse.ArgumentParser(description=(flow.__doc__ or "").strip().splitlines()[0])
     parser.add_argument(
@@ -144,7 +156,12 @@ def stage_main(flow: Callable[..., Any], argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback_of_refusals)
     try:
+        (check or _check_settings)(args.workload)
+        if "diffusers" in sys.modules:  # its bars have no variable, and every stage loads a pipeline
+            sys.modules["diffusers"].utils.logging.disable_progress_bar()
         result = run_flow(flow, workload=args.workload)
     except KeyboardInterrupt:
         print("interrupted: what is committed stays, run again to go on", file=sys.stderr)
@@ -152,12 +169,42 @@ def stage_main(flow: Callable[..., Any], argv: list[str] | None = None) -> int:
     except _Terminated:
         print("terminated: what is committed stays, run again to go on", file=sys.stderr)
         return 143
-    except ValueError as error:
+    except (ValueError, OSError, Locked) as error:
+        if not is_refusal(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result is not None:
         print(json.dumps(result, indent=1, sort_keys=True, default=str))
     return 0
+
+
+def _check_settings(workload: str | None) -> None:
+    from flows.stage import read_workload
+
+    read_workload(workload)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether an error says that input, disk or another run is in the way, and our own code raised it so.
+
+    Any other error is a fault of code, and its traceback is wanted.
+    """
+    if not isinstance(error, ValueError | OSError | Locked):
+        return False
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module == "__main__" or module.startswith(("lesa.", "flows."))
+
+
+def _without_traceback_of_refusals(record: logging.LogRecord) -> bool:
+    if record.exc_info and is_refusal(record.exc_info[1]):
+        record.exc_info = None
+    return True
 
 
 class _Terminated(BaseException):

@@ -26,6 +26,7 @@ from flows.connect import connect, experiment_id, find_or_create_run, redact, st
 from flows.runtime import ROOT
 
 LINGER_SECONDS = 30.0  # the most a sender goes on after the last run ended
+IDLE_SECONDS = 15.0  # how long one with nothing to do waits for the next stage's run
 REQUEST_SECONDS = 5  # patience with one request
 BATCH = 500  # points in one request; MLflow takes at most 1000
 
@@ -186,7 +187,7 @@ def send_all(root: Path = ROOT, *, background: bool = False) -> int:
                 return len(left)
             if left:
                 idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > 1.0:
+            elif time.monotonic() - idle_since > IDLE_SECONDS:
                 return 0
             pause = min(pause * 2, 10.0) if failed else 0.2
             time.sleep(pause)

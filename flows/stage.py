@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from flows.revisions import revisions
 from flows.runtime import ROOT
 from flows.tracking import Tracker, flatten, tracked_run
+from lesa.atomic import write_bytes
 from lesa.params import Workload, load_params
 
 
@@ -32,6 +34,19 @@ def stage_run(stage: str, workload: Workload, sections: Sequence[str]) -> Iterat
         tags=tags,
     ) as run:
         yield run
+
+
+def metrics_folder(workload: Workload) -> Path:
+    """Where a stage leaves numbers of its own: DVC allows none inside another stage's folder."""
+    folder = Path("data/metrics") / workload.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_curves(path: Path, points: Sequence[tuple[str, int, float]]) -> None:
+    """A loss curve as DVC plots it: one line a point."""
+    lines = ["part,step,loss", *(f"{part},{step},{value!r}" for part, step, value in points)]
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def experiment_name(workload: Workload) -> str:

@@ -27,12 +27,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.connect import is_default_store, redact, state_folder, tracking_uri
+from flows.connect import redact, state_folder, tracking_uri
 from flows.runtime import ROOT
 from flows.sender import start_sender
 
-DRAIN_SECONDS = 10.0  # the most a finished run waits for an MLflow server ...
-LOCAL_DRAIN_SECONDS = 60.0  # ... and for the local database, which is slow on a busy machine but never down
+DRAIN_SECONDS = 3.0  # the most a finished run waits for MLflow; the sender goes on by itself
 PROGRESS_SECONDS = 5.0  # between two lines on the screen
 RESTART_SECONDS = 60.0  # how often a running run looks whether a sender is there
 _KEY = re.compile(r"[^0-9A-Za-z_./: -]")  # what MLflow does not take in a metric's name
@@ -59,7 +58,7 @@ class Reporter:
         self.write(kind="values", step=int(step), time=_now_ms(), values=clean)
         if time.monotonic() - self.shown >= PROGRESS_SECONDS:
             self.shown = time.monotonic()
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in clean.items())
+            shown = "  ".join(f"{key} {float(value):.4g}" for key, value in values.items())
             print(f"{self.name}  step {step}  {shown}", flush=True)
 
     def child(self, part: str) -> Reporter:
@@ -121,14 +120,32 @@ class Tracker:
             self._sender_checked = time.monotonic()
             start_sender(self.root)  # the one at work may have ended just when this run began
 
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Values for MLflow that would fill the screen."""
+        clean = {_KEY.sub("_", key): float(value) for key, value in values.items()}
+        self.reporter.write(kind="values", step=int(step), time=_now_ms(), values=clean)
+
+    def curves(self, name: str = "loss") -> list[tuple[str, int, float]]:
+        """(part, step, value) of one value, as all parts of this run have reported it so far, sorted."""
+        found: list[tuple[str, int, float]] = []
+        for line in self.reporter.path.read_text().splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:  # half a line: the disk was full
+                continue
+            for key, value in event.get("values", {}).items():
+                part, _, last = key.rpartition("/")
+                if last == name:
+                    found.append((part, event["step"], value))
+        return sorted(found, key=lambda point: point[:2])
+
     def tag(self, tags: Mapping[str, Any]) -> None:
         """Sets tags of the MLflow run."""
         self.reporter.write(kind="tags", tags={key: str(value) for key, value in tags.items()})
 
     def close(self, status: str, drain_seconds: float | None = None) -> bool:
         """Ends the run and waits, bounded, until MLflow has it; False when the spool is left behind."""
-        if drain_seconds is None:
-            drain_seconds = LOCAL_DRAIN_SECONDS if is_default_store(self.root) else DRAIN_SECONDS
+        drain_seconds = DRAIN_SECONDS if drain_seconds is None else drain_seconds
         path = self.reporter.path
         self.reporter.write(kind="end", status=status, time=_now_ms())
         os.close(self._owned)
@@ -138,8 +155,8 @@ class Tracker:
             time.sleep(0.05)
         if path.exists():
             log.warning(
-                "MLflow at %s has not taken the run %r within %.0f s: it is kept in %s and sent with the "
-                "next run or by `python -m flows.sender`",
+                "MLflow at %s has not taken the run %r within %.0f s. It is kept in %s; sending goes on in "
+                "the background, with the next run, or by `python -m flows.sender`",
                 redact(tracking_uri(self.root)),
                 self.reporter.name,
                 drain_seconds,

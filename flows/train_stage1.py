@@ -1,6 +1,6 @@
 """Stage `train_stage1`: every expert learns from true histories.
 
-    python -m flows.train_stage1 [--workload NAME]
+python -m flows.train_stage1 [--workload NAME]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.parallel import run_jobs
 from flows.runtime import stage_main
-from flows.stage import final_values, read_workload, stage_run
+from flows.stage import final_values, metrics_folder, read_workload, stage_run, write_curves
 from flows.tracking import Tracker
 from lesa.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
 from lesa.params import Workload
@@ -40,7 +40,8 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     )
     figures = {name: values for name, (_, values) in done.items()}
     finish(workload, "ground_truth", {jobs[name]: tensors for name, (tensors, _) in done.items()}, figures)
-    run.report(workload.ground_truth.iterations, final_values(figures))
+    write_curves(metrics_folder(workload) / "train_stage1.csv", run.curves())
+    run.note(workload.ground_truth.iterations, final_values(figures))
     return figures
 
 

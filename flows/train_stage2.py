@@ -1,6 +1,6 @@
 """Stage `train_stage2`: the experts of every budget learn from the states their own predictions lead to.
 
-    python -m flows.train_stage2 [--workload NAME]
+python -m flows.train_stage2 [--workload NAME]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.parallel import run_jobs
 from flows.runtime import stage_main
-from flows.stage import final_values, read_workload, stage_run
+from flows.stage import final_values, metrics_folder, read_workload, stage_run, write_curves
 from flows.tracking import Tracker
 from lesa.jobs import finish, run_closed_loop_job
 from lesa.params import Workload
@@ -40,7 +40,8 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     experts = {job: tensors for part, _ in done.values() for job, tensors in part.items()}
     figures = {budget: values for budget, (_, values) in done.items()}
     finish(workload, "closed_loop", experts, figures)
-    run.report(workload.closed_loop.iterations, final_values(figures))
+    write_curves(metrics_folder(workload) / "train_stage2.csv", run.curves())
+    run.note(workload.closed_loop.iterations, final_values(figures))
     return figures
 
 

@@ -165,10 +165,11 @@ def _read_file(folder: Path, parent: int, name: str, limit: int) -> bytes:
         raise BundleError(
             folder, [f"{name}: cannot be opened as a regular file ({error.strerror})"]
         ) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise BundleError(folder, [f"{name}: not a regular file"])
     with open(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(folder, [f"{name}: not a regular file"])
         if status.st_size > limit:
             raise BundleError(folder, [f"{name}: {status.st_size} bytes, at most {limit} are read"])
         return file.read(status.st_size)

@@ -13,6 +13,7 @@ def card(manifest: Manifest) -> str:
     """Markdown for people: what it fits, how to use it, how good it measured."""
     data = manifest.data
     model: Mapping[str, Any] = data["model"]
+    revision = f" at {model['revision']}" if model["revision"] else ""
     lines = [
         f"# LESA predictor for `{manifest.workload}`",
         "",
@@ -28,7 +29,7 @@ def card(manifest: Manifest) -> str:
         "",
         "## Fits",
         "",
-        f"- model: {model['source']} (revision {model['revision']}), {manifest.transformer_class}, "
+        f"- model: {model['source'] or 'not stated'}{revision}, {manifest.transformer_class}, "
         f"fingerprint `{manifest.fingerprint}`",
         f"- scheduler: {manifest.scheduler_class}, {len(manifest.sigmas) - 1} steps",
         "- call: " + ", ".join(f"{key} {value}" for key, value in data["call"].items() if value is not None),

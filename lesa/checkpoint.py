@@ -37,7 +37,9 @@ class TrainingState:
 def save_checkpoint(
     folder: Path, key: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState
 ) -> Path:
-    """Commit `<folder>/iteration-<n>` and delete all but the newest two.
+    """Commit `<folder>/iteration-<n>`; of what lies there, it and the newest one before it stay.
+
+    A later iteration is torn or another run's, or this run would have gone on from it: it must not push ours out.
 
     Args:
         folder: of this training run alone.
@@ -64,7 +66,8 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _checkpoints(folder)[KEPT:]:
+    names = [path for path in _checkpoints(folder) if path.name <= final.name]
+    for old in set(_checkpoints(folder)) - set(names[:KEPT]):
         atomic.remove_dir(old)
     return final
 
@@ -86,7 +89,7 @@ def load_checkpoint(
             if record["key"] != key or record["sha256"] != atomic.sha256_bytes(data):
                 continue
             tensors = parse_tensors(data)
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
         module.load_state_dict(_part(tensors, "module/"))
         _restore_optimizer(optimizer, tensors)

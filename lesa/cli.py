@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=40_000, help="the first noise seed; training uses lower ones"
     )
     compare.add_argument("--batch-size", type=int, default=32, help="pictures a pipeline call")
+    compare.add_argument(
+        "--fast", action="store_true", help="leave the threshold caches out: they need tuning"
+    )
     compare.add_argument("--json", action="store_true", help="print every number as JSON")
 
     schedule = _command(
@@ -189,55 +192,21 @@ def _steps(text: str) -> list[int]:
 
 
 def _load_bundle(source: str, digest: str | None = None) -> Bundle:
-    from lesa.acceleration import REGISTRY_PREFIX
-    from lesa.bundle import load_bundle
-    from lesa.pull import pull
+    from lesa.cli_pipeline import load
 
-    if not source.startswith(REGISTRY_PREFIX):
-        return load_bundle(source, expected_digest=digest)
-    folder = pull(source)
-    return load_bundle(folder, expected_digest=digest or folder.name)
-
-
-def _load_pipeline(bundle: Bundle, arguments: argparse.Namespace) -> Any:
-    """The pipeline that the bundle was made for."""
-    from lesa.pipelines import load_pipeline
-    from lesa.sources import source_of
-
-    return load_pipeline(source_of(bundle.manifest, arguments.base, arguments.revision, arguments.device))
+    return load(source, digest)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from lesa.acceleration import enable, summary
-    from lesa.pictures import save_pictures
-    from lesa.pipelines import sample
+    from lesa.cli_pipeline import run_sample
 
-    prompts = [*arguments.prompts, *arguments.prompt]
-    if not prompts:
-        raise ValueError("give at least one prompt")
-    bundle = _load_bundle(arguments.bundle)
-    pipe = _load_pipeline(bundle, arguments)
-    if not arguments.plain:
-        enable(
-            pipe,
-            bundle,
-            budget=arguments.budget,
-            interval=arguments.interval,
-            full_steps=arguments.full_steps,
-            allow=arguments.allow,
-        )
-    seeds = [arguments.seed + index for index in range(len(prompts))]
-    pictures = sample(pipe, prompts, seeds, bundle.manifest.call, batch_size=arguments.batch_size)
-    for path in save_pictures(pictures, seeds, arguments.out):
-        print(path, file=sys.stderr if arguments.json else sys.stdout)
-    if not arguments.plain:
-        statistics = summary(pipe)
-        print(json.dumps(statistics.to_dict(), indent=2) if arguments.json else f"\n{statistics}")
-    return 0
+    return run_sample(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError  # replaced below
+    from lesa.cli_pipeline import run_compare
+
+    return run_compare(arguments)
 
 
 def _schedule(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ the loop, run through the real pipeline with the experts in the hook, in one of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +26,14 @@ from lesa.ends import Ends, ends_of, freeze
 from lesa.expert import Expert
 from lesa.families import blocks, family_of
 from lesa.history import History
-from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
+from lesa.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import call_arguments
 from lesa.predictor import Predictor, Variant
 from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
-from lesa.training import Job, Windows, expert_seed, new_expert, training_key
+from lesa.training import Job, Windows, expert_seed, new_expert, predictor_spec, training_key
 from lesa.trajectories import Trajectories, draw, trajectories_digest
 
 
@@ -47,7 +48,8 @@ class ExpertRule:
     sizes: tuple[int, ...]
     history: str
     name: str = "experts in training"
-    captured: dict[int, torch.Tensor] | None = None  # features of the full steps, where asked for
+    captured: dict[tuple[int, int], torch.Tensor] | None = None  # (branch, step) -> history entry, where asked for
+    place: tuple[int, int] = (-1, 0)  # step and branch of the newest call, while capturing
     stages: tuple[int, ...] = field(init=False)
     history_size: int = field(init=False)
     keeps_predictions: bool = field(init=False)
@@ -62,11 +64,17 @@ class ExpertRule:
         expert, size = self.experts[stage], self.sizes[stage]
         past = history.steps[:size]
         if self.captured is not None:
-            self.captured |= dict(zip(past, history.features[:size], strict=True))
+            # Guidance branches are called one after the other, in the family's order.
+            self.place = (step, self.place[1] + 1 if self.place[0] == step else 0)
+            branch = self.place[1]
+            self.captured |= {(branch, s): f for s, f in zip(past, history.features[:size], strict=True)}
+        newest = history.features[0]
         if stage not in history.memo:
-            history.memo[stage] = expert.project(history.features[:size])
-        alpha = expert.alpha(gates.offsets(self.sigmas, step, past)[None], [step])
-        return history.features[0] + alpha * history.memo[stage]
+            history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
+        offsets = gates.offsets(self.sigmas, step, past)[None]
+        alpha = expert.alpha(offsets.to(newest.device), [step])
+        # Experts train in float32 whatever the pipeline's dtype.
+        return (newest.float() + alpha * history.memo[stage]).to(newest.dtype)
 
 
 def train_budget(
@@ -90,6 +98,8 @@ def train_budget(
         Every expert's tensors, and the validation error of the final latents in decibels before and after.
     """
     settings = workload.closed_loop
+    if start.spec != predictor_spec(workload, train.channels):
+        raise ValueError("the first training step's predictor has other settings; run train_stage1 first")
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             freeze(part)
@@ -99,6 +109,10 @@ def train_budget(
     variant = next(v for v in start.spec.variants if v.name == budget)
     for stage, expert in experts.items():
         restore(expert, start, variant, stage)
+    if not schedule.predicted_steps:
+        return {job: experts[job.stage].export() for job in jobs}, {}
+    for expert in experts.values():
+        expert.to(pipe.device)
     rule = ExpertRule(
         experts=experts,
         schedule=schedule,
@@ -115,6 +129,8 @@ def train_budget(
         return compare(latents, train.latents[indices].to(latents.device))
 
     ends = ends_of(pipe.transformer)
+    if pipe.transformer.dtype != torch.float32:
+        ends = freeze(copy.deepcopy(ends).float())
 
     def drifted_states(batch: torch.Generator) -> torch.Tensor:
         indices = draw(batch, len(train), settings.batch_size)
@@ -164,7 +180,8 @@ def accelerated_latents(
 
     The pipeline's own call does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
     """
-    call = type(pipe).__call__.__wrapped__
+    decorated: Any = type(pipe).__call__
+    call = decorated.__wrapped__
     prompts = [data.prompts[i] for i in indices]
     with in_loop(pipe, rule, gradient_checkpointing):
         return call(
@@ -187,7 +204,7 @@ def drifted_loss(
     budget: str,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
-    rule.captured = {}
+    rule.captured, rule.place = {}, (-1, 0)
     try:
         with torch.no_grad():
             accelerated_latents(pipe, workload, rule, data, indices)
@@ -200,17 +217,19 @@ def drifted_loss(
         windows = Windows.of(workload, Job(budget, stage), rule.sigmas)
         if not windows.steps:
             continue
-        target = data.feature_batch(indices, windows.steps)
+        target = data.feature_batch(indices, windows.steps).to(expert.low.device)
         history_steps = {step for past in windows.past for step in past}
         features = torch.stack(
             [
-                captured[step].float() if step in history_steps else target[:, windows.steps.index(step)]
+                torch.stack([captured[data.branch[i], step][row].float() for row, i in enumerate(indices)])
+                if step in history_steps
+                else target[:, windows.steps.index(step)]
                 for step in windows.needed
             ],
             dim=1,
         )
-        temb = data.temb[list(indices)][:, list(windows.steps)]
-        parts.append(loss(windows.predict(expert, features), target, temb, windows.weights, ends))
+        temb = data.temb[list(indices)][:, list(windows.steps)].to(target.device)
+        parts.append(loss(windows.predict(expert, features), target, temb, windows.weights.to(target.device), ends))
     return torch.stack(parts).mean()
 
 
@@ -219,18 +238,23 @@ def in_loop(pipe: Any, rule: ExpertRule, gradient_checkpointing: bool) -> Iterat
     """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
     transformer = pipe.transformer
     modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
-    for block in modules:
-        block.forward = _recomputed(block.forward)  # beneath the hook: only full steps are recomputed
     config = LesaCacheConfig(
         schedule=rule.schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
     )
-    apply_lesa_cache(transformer, config)
+    if is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
+    own = [block.__dict__.get("forward") for block in modules]  # of another tool's hook
     try:
+        for block in modules:
+            block.forward = _recomputed(block.forward)  # beneath the hook: only full steps are recomputed
+        apply_lesa_cache(transformer, config)
         yield
     finally:
         remove_lesa_cache(transformer)
-        for block in modules:
-            del block.forward
+        for block, forward in zip(modules, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesa.families import FAMILIES
+
 
 class Ends(nn.Module):
     """Feature [B, L, C] and temb [B, D] -> the transformer's output tokens [B, L, O]."""
@@ -36,13 +38,15 @@ def load_ends(folder: Path, dtype: torch.dtype = torch.float32) -> Ends:
         folder: a `transformer` folder of a diffusers pipeline (config.json and safetensors, sharded or not).
 
     Raises:
-        ValueError: a weight of the ends is not in the files.
+        ValueError: a transformer outside the table of families, or a weight of the ends that is not in the files.
     """
     import diffusers
     from accelerate import init_empty_weights
     from safetensors import safe_open
 
     config = json.loads((folder / "config.json").read_text())
+    if config.get("_class_name") not in {row.transformer_class for row in FAMILIES.values()}:
+        raise ValueError(f"{folder}: _class_name {config.get('_class_name')!r} is not in the table of model families")
     with init_empty_weights():
         transformer = getattr(diffusers, config["_class_name"]).from_config(config)
     ends = ends_of(transformer)
@@ -50,7 +54,7 @@ def load_ends(folder: Path, dtype: torch.dtype = torch.float32) -> Ends:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in wanted}  # noqa: SIM118
+            found |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in wanted}
     if missing := wanted - set(found):
         raise ValueError(f"{folder}: weights {sorted(missing)} are missing; is it a saved transformer?")
     ends.load_state_dict(found, assign=True)

@@ -16,7 +16,7 @@ from lesa import projection as projections
 from lesa.params import PredictorParams
 
 WARM_START_ITERATIONS = 200
-WARM_START_TOLERANCE = 1e-3  # largest deviation from first-order extrapolation that still counts as its start
+WARM_START_TOLERANCE = 0.02  # of the largest alpha: a start further from first-order extrapolation is refused
 
 
 class Expert(nn.Module):
@@ -70,9 +70,10 @@ class Expert(nn.Module):
 
     def export(self) -> dict[str, torch.Tensor]:
         """Tensors by the names `lesa.predictor.Predictor` knows, without the expert's prefix."""
-        tensors = {f"projection.{name}": value.detach().clone() for name, value in self.projection.items()}
-        tensors |= {"gate.low": self.low.clone(), "gate.high": self.high.clone()}
-        return tensors | {f"gate.{name}": value for name, value in _export_gate(self.gate).items()}
+        tensors = {f"projection.{name}": value for name, value in self.projection.items()}
+        tensors |= {"gate.low": self.low, "gate.high": self.high}
+        tensors |= {f"gate.{name}": value for name, value in _export_gate(self.gate).items()}
+        return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
     def load_export(self, projection: Mapping[str, torch.Tensor], gate: Mapping[str, torch.Tensor]) -> None:
         """Take over exported tensors, as `export` gives them, without their `projection.` and `gate.` prefixes."""
@@ -113,6 +114,13 @@ class Expert(nn.Module):
             return loss
 
         optimizer.step(closure)
+        with torch.no_grad():
+            off, largest = (self.alpha(offsets, steps) - target).abs().max(), target.abs().max()
+        if not off <= WARM_START_TOLERANCE * largest:
+            raise ValueError(
+                f"predictor.start: the gate ({self.kind}) misses first-order extrapolation by {float(off):.3g} where "
+                f"alpha reaches {float(largest):.3g}: raise predictor.hidden or predictor.grid, or start random"
+            )
 
 
 class _Table(nn.Module):
@@ -134,7 +142,10 @@ def _new_gate(params: PredictorParams, history_size: int, num_steps: int, genera
     if params.gate == "table":
         return _Table(num_steps)
     if params.gate == "mlp":
-        network = nn.Sequential(nn.Linear(history_size, params.hidden), nn.Tanh(), nn.Linear(params.hidden, 1))
+        linear = nn.utils.skip_init  # draws nothing from the global generator
+        network = nn.Sequential(
+            linear(nn.Linear, history_size, params.hidden), nn.Tanh(), linear(nn.Linear, params.hidden, 1)
+        )
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * history_size**-0.5)
@@ -150,6 +161,7 @@ def _new_kan(inputs: int, hidden: int, grid: int, generator: torch.Generator) ->
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     from kan import KAN
 
     try:
@@ -166,6 +178,8 @@ def _new_kan(inputs: int, hidden: int, grid: int, generator: torch.Generator) ->
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
     for parameter in network.symbolic_fun.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():

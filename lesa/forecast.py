@@ -19,9 +19,18 @@ from lesa.schedule import Schedule
 class Rule(Protocol):
     """Anything that predicts a feature from cached ones."""
 
-    name: str
-    history_size: int  # features it needs at most
-    keeps_predictions: bool  # whether its own predictions enter the history
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def history_size(self) -> int:
+        """Features it needs at most."""
+        ...
+
+    @property
+    def keeps_predictions(self) -> bool:
+        """Whether its own predictions enter the history."""
+        ...
 
     def __call__(self, history: History, step: int) -> torch.Tensor:
         """The feature [B, L, C] at `step`; history features are left unmodified."""

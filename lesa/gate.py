@@ -15,6 +15,7 @@ from lesa.schedule import Schedule
 
 KINDS = ("kan", "mlp", "table")
 KAN_LAYERS = 2  # history offsets -> hidden -> alpha
+MIN_RANGE = 1e-5  # a narrower range of offsets is one point and rounding: scaled up, it would be noise
 
 
 def gate_shapes(kind: str, history_size: int, hidden: int, grid: int, num_steps: int) -> dict[str, tuple[int, ...]]:
@@ -54,8 +55,9 @@ def linear_alpha(dt: torch.Tensor) -> torch.Tensor:
 
 def scale_offsets(dt: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Offsets [N, K] scaled to [-1, 1] by the trained range; a range of one point maps to 0."""
-    width = torch.where(high > low, high - low, torch.ones_like(high))
-    return torch.where(high > low, 2 * (dt - low) / width - 1, torch.zeros_like(dt))
+    wide = high - low > MIN_RANGE
+    width = torch.where(wide, high - low, torch.ones_like(high))
+    return torch.where(wide, 2 * (dt - low) / width - 1, torch.zeros_like(dt))
 
 
 def alpha(kind: str, tensors: Mapping[str, torch.Tensor], dt: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:

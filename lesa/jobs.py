@@ -107,6 +107,10 @@ def load_predictor(folder: Path) -> Predictor:
         weights = (folder / "weights.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} does not exist; run the training stages first") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: predictor.json is torn ({error}); train again") from None
+    if not isinstance(record, dict) or set(record) != {"spec", "sha256", "figures"}:
+        raise ValueError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
     if record["sha256"] != atomic.sha256_bytes(weights):
         raise ValueError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
     return Predictor(PredictorSpec.from_dict(record["spec"]), parse_tensors(weights))

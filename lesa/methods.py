@@ -155,22 +155,37 @@ def multistep_method(
     )
 
 
-def first_block_method(
+def diffusers_cache_method(
     budget: str,
     num_steps: int,
-    threshold: float,
+    config: Callable[[], Any],
     *,
-    name: str = "first_block_cache",
-    label: str = "FirstBlockCache",
+    name: str,
+    label: str,
+    skipped_part: Literal["ends", "head_block"] = "ends",
+    settings: Mapping[str, Any],
 ) -> Method:
-    """diffusers' FirstBlockCache: the first block runs at every step and tells whether the others must."""
+    """One of diffusers' own caches; `config` makes a fresh configuration each time it is put on."""
     return Method(
         name=name,
         label=label,
         budget=budget,
         kind="cache",
-        using=lambda pipe, sigmas: _diffusers_cache(pipe, lambda: FirstBlockCacheConfig(threshold=threshold)),
+        using=lambda pipe, sigmas: _diffusers_cache(pipe, config),
         num_steps=num_steps,
+        skipped_part=skipped_part,
+        settings=settings,
+    )
+
+
+def first_block_method(budget: str, num_steps: int, threshold: float) -> Method:
+    """diffusers' FirstBlockCache: the first block runs at every step and tells whether the others must."""
+    return diffusers_cache_method(
+        budget,
+        num_steps,
+        lambda: FirstBlockCacheConfig(threshold=threshold),
+        name="first_block_cache",
+        label="FirstBlockCache",
         skipped_part="head_block",
         settings={"threshold": threshold},
     )
@@ -184,8 +199,6 @@ def mag_cache_method(
     threshold: float,
     retention_steps: int,
     max_skip_steps: int,
-    name: str = "mag_cache",
-    label: str = "MagCache",
 ) -> Method:
     """diffusers' MagCache with magnitude ratios calibrated on this model."""
 
@@ -198,13 +211,12 @@ def mag_cache_method(
             mag_ratios=list(ratios),
         )
 
-    return Method(
-        name=name,
-        label=label,
-        budget=budget,
-        kind="cache",
-        using=lambda pipe, sigmas: _diffusers_cache(pipe, config),
-        num_steps=num_steps,
+    return diffusers_cache_method(
+        budget,
+        num_steps,
+        config,
+        name="mag_cache",
+        label="MagCache",
         settings={
             "threshold": threshold,
             "retention_steps": retention_steps,

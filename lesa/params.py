@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,11 @@ from typing import Any, Literal
 import yaml
 
 from lesa.families import FAMILIES
-from lesa.schedule import Schedule
+from lesa.predictor import MAX_CHANNELS, MAX_HIDDEN, MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS
+from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems
 
+MAX_SEED = 2**32  # far below what a generator takes, so that offsets and counts can be added
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # workloads, prompt sets, budgets
 
 
@@ -49,7 +52,7 @@ class CallParams:
     height: int = setting(low=8)  # pixels
     width: int = setting(low=8)  # pixels
     num_frames: int | None = setting(None, low=1)  # video only
-    num_inference_steps: int = setting(low=1)
+    num_inference_steps: int = setting(low=1, high=MAX_STEPS)
     guidance_scale: float | None = setting(None, low=0.0)  # distilled guidance; None where the model has none
     true_cfg_scale: float | None = setting(None, low=0.0)  # classifier-free guidance with two branches
     max_sequence_length: int | None = setting(None, low=1)  # text tokens
@@ -91,7 +94,7 @@ class RecordParams:
     train_prompts: int = setting(low=1)  # first lines of train.txt
     validation_prompts: int = setting(low=1)  # first lines of validation.txt
     seeds_per_prompt: int = setting(1, low=1)
-    seed_offset: int = setting(10_000, low=0)  # noise seeds start here; judging uses others
+    seed_offset: int = setting(10_000, low=0, high=MAX_SEED)  # noise seeds start here; judging uses others
     token_fraction: float = setting(1.0, low=0.001, high=1.0)  # random subset of tokens kept
     actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
     threads_per_actor: int = setting(1, low=1)
@@ -106,9 +109,9 @@ class PredictorParams:
     boundaries: tuple[float, ...] = (0.8, 0.4)  # noise levels between the stages, decreasing
     history_sizes: tuple[int, ...] = (3, 3, 3)  # K of each stage's expert
     projection: Literal["dense", "low_rank", "per_channel"] = "dense"
-    rank: int = setting(32, low=1)  # of the low-rank part
+    rank: int = setting(32, low=1, high=MAX_CHANNELS)  # of the low-rank part
     gate: Literal["kan", "mlp", "table"] = "kan"  # what gives alpha from the time offsets
-    hidden: int = setting(8, low=1)  # width of the gate
+    hidden: int = setting(8, low=1, high=MAX_HIDDEN)  # width of the gate
     grid: int = setting(5, low=1, high=64)  # spline intervals of the KAN
     start: Literal["extrapolation", "random"] = "extrapolation"
 
@@ -153,7 +156,7 @@ class EvaluateParams:
 
     prompts: int = setting(64, low=2)  # first lines of test.txt
     seeds_per_prompt: int = setting(2, low=1)
-    seed_offset: int = setting(20_000, low=0)
+    seed_offset: int = setting(20_000, low=0, high=MAX_SEED)
     converged_fraction: float = setting(0.1, low=0.0, high=1.0)  # of the samples also compared to a converged run
     converged_steps: int = setting(1000, low=1)
     batch_size: int = setting(32, low=1)
@@ -166,7 +169,7 @@ class PublishParams:
     """The gate and the registry."""
 
     gate_prompts: int = setting(64, low=2)  # test prompts the gate measures
-    gate_seed_offset: int = setting(30_000, low=0)  # never the evaluation's seeds
+    gate_seed_offset: int = setting(30_000, low=0, high=MAX_SEED)  # never the evaluation's seeds
     tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the 5th percentile may be at any budget
 
 
@@ -196,13 +199,17 @@ class Workload:
 
     def budgets(self) -> dict[str, Schedule]:
         """The schedule of every budget."""
-        steps, rule = self.call.num_inference_steps, self.schedule
-        return {
-            name: Schedule.explicit(steps, budget.full_steps)
-            if budget.full_steps is not None
-            else Schedule.uniform(steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps)
-            for name, budget in rule.budgets.items()
-        }
+        return budget_schedules(self.schedule, self.call.num_inference_steps)
+
+
+def budget_schedules(rule: ScheduleParams, num_steps: int) -> dict[str, Schedule]:
+    """The schedule of every budget for runs of `num_steps`."""
+    return {
+        name: Schedule.explicit(num_steps, budget.full_steps)
+        if budget.full_steps is not None
+        else Schedule.uniform(num_steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps)
+        for name, budget in rule.budgets.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -273,10 +280,9 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
         if isinstance(section, dict) and "name" in section:
             problems.append(f"{where}.name: unknown key; the name is the section's")
             continue
-        before = len(problems)
         built = _build(Workload, {"name": key, **section} if isinstance(section, dict) else section, where, problems)
-        if len(problems) == before:
-            problems += [f"{where}.{problem}" for problem in _cross_field(built)]
+        if isinstance(section, dict):
+            problems += [f"{where}.{problem}" for problem in _cross_field(built or _sound_sections(section))]
         if key == name:
             parsed = built
     if problems:
@@ -284,62 +290,123 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
     return typing.cast(Workload, parsed)
 
 
-def _cross_field(workload: Workload) -> list[str]:
-    """Combinations that no single field shows."""
+def _sound_sections(section: dict[str, Any]) -> Any:
+    """The parts of a faulty workload that are right in themselves; None stands for the others."""
+    hints = typing.get_type_hints(Workload)
+    parts: dict[str, Any] = {}
+    for spec in dataclasses.fields(Workload):
+        unused: list[str] = []
+        if spec.name in section:
+            built = _build(hints[spec.name], section[spec.name], spec.name, unused)
+            parts[spec.name] = None if unused else built
+        else:
+            parts[spec.name] = None if spec.default is dataclasses.MISSING else spec.default
+    return types.SimpleNamespace(**parts)
+
+
+def _cross_field(workload: Any) -> list[str]:
+    """Combinations that no single field shows, of a workload or of what is sound in one."""
+    problems: list[str] = []
+    for sections, rule in _RULES:
+        if all(getattr(workload, name) is not None for name in sections):
+            problems += rule(*(getattr(workload, name) for name in sections))
+    return problems
+
+
+def _model_problems(model: ModelParams) -> list[str]:
     problems = []
-    if workload.model.family not in FAMILIES:
-        problems.append(f"model.family: {workload.model.family!r} is not one of {sorted(FAMILIES)}")
-    is_hub = not workload.model.source.startswith(("data/", "/", "./"))
-    if is_hub and workload.model.revision is None:
+    if model.family not in FAMILIES:
+        problems.append(f"model.family: {model.family!r} is not one of {sorted(FAMILIES)}")
+    is_hub = not model.source.startswith(("data/", "/", "./", "../"))
+    if is_hub and model.revision is None:
         problems.append("model.revision: required for a hub id, so that the weights cannot change underneath")
-    if not NAME.fullmatch(workload.prompts):
-        problems.append(f"prompts: {workload.prompts!r} is not a name of a folder under data/prompts")
-    rule, steps = workload.schedule, workload.call.num_inference_steps
+    return problems
+
+
+def _prompts_problems(prompts: str) -> list[str]:
+    if NAME.fullmatch(prompts):
+        return []
+    return [f"prompts: {prompts!r} is not a name of a folder under data/prompts"]
+
+
+def _budget_problems(rule: ScheduleParams) -> list[str]:
+    problems = []
     if rule.default_budget not in rule.budgets:
         problems.append(f"schedule.default_budget: {rule.default_budget!r} is not one of {sorted(rule.budgets)}")
+    if len(rule.budgets) > MAX_VARIANTS:
+        problems.append(f"schedule.budgets: {len(rule.budgets)}, at most {MAX_VARIANTS}")
     for name, budget in rule.budgets.items():
         where = f"schedule.budgets.{name}"
         if not NAME.fullmatch(name):
             problems.append(f"{where}: not a name")
         if (budget.interval is None) == (budget.full_steps is None):
             problems.append(f"{where}: give either interval or full_steps")
-        elif budget.interval is not None and steps > 1 and budget.interval >= steps:
+    return problems
+
+
+def _step_problems(rule: ScheduleParams, call: CallParams) -> list[str]:
+    problems, steps = [], call.num_inference_steps
+    for name, budget in rule.budgets.items():
+        where = f"schedule.budgets.{name}"
+        if budget.interval is not None and steps > 1 and budget.interval >= steps:
             problems.append(f"{where}.interval: {budget.interval} must be below call.num_inference_steps {steps}")
-    predictor = workload.predictor
+        if budget.full_steps is not None:
+            try:
+                Schedule.explicit(steps, budget.full_steps)
+            except ValueError as error:
+                problems.append(f"{where}.full_steps: {error}")
+    return problems
+
+
+def _predictor_problems(predictor: PredictorParams) -> list[str]:
+    problems = []
     problems += [f"predictor.{problem}" for problem in boundary_problems(predictor.boundaries)]
     if len(predictor.history_sizes) != len(predictor.boundaries) + 1:
         problems.append(
             f"predictor.history_sizes: {len(predictor.boundaries)} boundaries make "
             f"{len(predictor.boundaries) + 1} stages, got {len(predictor.history_sizes)} sizes"
         )
-    if any(size < 1 for size in predictor.history_sizes):
-        problems.append(f"predictor.history_sizes: each must be at least 1, got {list(predictor.history_sizes)}")
+    if len(predictor.history_sizes) > MAX_STAGES:
+        problems.append(f"predictor.history_sizes: {len(predictor.history_sizes)} stages, at most {MAX_STAGES}")
+    if any(not 1 <= size <= MAX_HISTORY for size in predictor.history_sizes):
+        problems.append(
+            f"predictor.history_sizes: each must be from 1 to {MAX_HISTORY}, got {list(predictor.history_sizes)}"
+        )
     if predictor.start == "extrapolation" and any(size < 2 for size in predictor.history_sizes):
         problems.append("predictor.start: extrapolation needs history_sizes of at least 2; use random or more history")
-    if not problems:
-        try:
-            schedules = workload.budgets()
-        except ValueError as error:
-            return [f"schedule.budgets: {error}"]
-        for name, schedule in schedules.items():
-            early = [s for s in schedule.predicted_steps if len(schedule.anchors(s, 10**6)) < min(predictor.history_sizes)]
-            if early and predictor.history == "full_steps":
-                have = len(schedule.anchors(early[0], 10**6))
-                problems.append(
-                    f"schedule.budgets.{name}: history_size {min(predictor.history_sizes)} needs "
-                    f"{min(predictor.history_sizes)} full steps before step {early[0]}, the schedule has {have}: "
-                    "lower predictor.history_sizes or raise schedule.warmup_steps"
-                )
+    return problems
+
+
+def _window_problems(rule: ScheduleParams, call: CallParams, predictor: PredictorParams) -> list[str]:
+    """Windows that are impossible wherever the noise stages lie; the noise levels, known later, may forbid more."""
+    if _budget_problems(rule) or _step_problems(rule, call) or _predictor_problems(predictor):
+        return []
+    problems, size = [], min(predictor.history_sizes)
+    for name, schedule in budget_schedules(rule, call.num_inference_steps).items():
+        anywhere = [0] * schedule.num_steps
+        found = history_problems(schedule, [size], anywhere, predictor.history)
+        problems += [f"schedule.budgets.{name}: {p.replace(' of noise stage 0', '')}" for p in found]
+    return problems
+
+
+def _drift_problems(record: RecordParams, closed_loop: ClosedLoopParams) -> list[str]:
+    if closed_loop.gradient == "drifted_states" and record.token_fraction < 1.0:
+        return ["closed_loop.gradient: drifted_states needs every token, and record.token_fraction is below 1.0"]
+    return []
+
+
+def _seed_problems(record: RecordParams, evaluate: EvaluateParams, publish: PublishParams) -> list[str]:
+    problems = []
     seeds = {
-        "record.seed_offset": workload.record.seed_offset,
-        "evaluate.seed_offset": workload.evaluate.seed_offset,
-        "publish.gate_seed_offset": workload.publish.gate_seed_offset,
+        "record.seed_offset": record.seed_offset,
+        "evaluate.seed_offset": evaluate.seed_offset,
+        "publish.gate_seed_offset": publish.gate_seed_offset,
     }
     spans = {
-        "record.seed_offset": (workload.record.train_prompts + workload.record.validation_prompts)
-        * workload.record.seeds_per_prompt,
-        "evaluate.seed_offset": workload.evaluate.prompts * workload.evaluate.seeds_per_prompt,
-        "publish.gate_seed_offset": workload.publish.gate_prompts * 8,
+        # Even numbers for training, odd ones for validation.
+        "record.seed_offset": 2 * max(record.train_prompts, record.validation_prompts) * record.seeds_per_prompt,
+        "evaluate.seed_offset": evaluate.prompts * evaluate.seeds_per_prompt,
+        "publish.gate_seed_offset": publish.gate_prompts * 8,
     }
     names = list(seeds)
     for index, first in enumerate(names):
@@ -347,6 +414,18 @@ def _cross_field(workload: Workload) -> list[str]:
             if seeds[first] < seeds[second] + spans[second] and seeds[second] < seeds[first] + spans[first]:
                 problems.append(f"{first} {seeds[first]} and {second} {seeds[second]}: their noise seeds overlap")
     return problems
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
+    (("model",), _model_problems),
+    (("prompts",), _prompts_problems),
+    (("schedule",), _budget_problems),
+    (("schedule", "call"), _step_problems),
+    (("predictor",), _predictor_problems),
+    (("schedule", "call", "predictor"), _window_problems),
+    (("record", "closed_loop"), _drift_problems),
+    (("record", "evaluate", "publish"), _seed_problems),
+)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -363,26 +442,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ParamsError(path, [f"not UTF-8 (byte {error.start})"]) from None
     try:
         data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader with fewer freedoms
-    except yaml.YAMLError as error:
-        raise ParamsError(path, [" ".join(str(error).split())]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number of no meaning
+        raise ParamsError(path, [" ".join(f"not YAML that can be read: {error}".split())]) from None
     if not isinstance(data, dict):
         raise ParamsError(path, ["must be a mapping"])
     return data
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases and duplicate keys."""
+    """SafeLoader that refuses aliases, tags and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.YAMLError(f"aliases are refused, line {event.start_mark.line + 1}")
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags are refused ({event.tag}), line {event.start_mark.line + 1}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"keys must be text, got {key!r}, line {key_node.start_mark.line + 1}")
             if key in seen:
                 raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
             seen.add(key)
@@ -412,7 +496,7 @@ def _build(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
             problems.append(f"{where}: must be a mapping with at least one entry, got {_describe(value)}")
             return {}
         return {str(key): _build(arguments[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         hint = " (write 1.0e-3: YAML reads 1e-3 as text)" if kind is float and isinstance(value, str) else ""

@@ -7,6 +7,7 @@ computed once an anchor; what is left for a predicted step is one multiply-add a
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from lesa.history import History
 from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems, stage_of_steps
 
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
 
 
@@ -73,6 +75,15 @@ class PredictorSpec:
         ):
             if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= high:
                 problems.append(f"{name} must be an integer from 1 to {high}, got {number!r}")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names):
+            problems.append(f"variants {names} must have different names")
+        for variant in self.variants:
+            if not isinstance(variant.name, str) or not _NAME.fullmatch(variant.name):
+                problems.append(f"variant name {variant.name!r} must match {_NAME.pattern}")
+            full = variant.num_full
+            if not isinstance(full, int) or isinstance(full, bool) or full < 1:
+                problems.append(f"num_full of variant {variant.name!r} must be an integer of at least 1, got {full!r}")
         if len(self.history_sizes) != len(self.boundaries) + 1:
             problems.append(f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} history sizes")
         if problems:
@@ -97,15 +108,19 @@ class PredictorSpec:
             return cls(
                 **{
                     **data,
-                    "boundaries": tuple(float(b) for b in data["boundaries"]),
+                    "boundaries": tuple(map(_number, data["boundaries"])),
                     "history_sizes": tuple(data["history_sizes"]),
-                    "variants": tuple(
-                        Variant(name=str(v["name"]), num_full=int(v["num_full"])) for v in data["variants"]
-                    ),
+                    "variants": tuple(Variant(**variant) for variant in data["variants"]),
                 }
             )
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"predictor: malformed: {error}") from None
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -167,8 +182,16 @@ class Predictor:
             ValueError: every predicted step whose history is too short or whose offsets were never trained on.
         """
         spec, variant = self.spec, self.variant_for(schedule)
+        if sigmas.shape != (schedule.num_steps + 1,):
+            raise ValueError(
+                f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
+            )
         stages = stage_of_steps(sigmas, spec.boundaries)
-        problems = history_problems(schedule, spec.history_sizes, stages) if spec.history == "full_steps" else []
+        problems = history_problems(schedule, spec.history_sizes, stages, spec.history)
+        if spec.gate == "table" and schedule.num_steps != spec.num_steps:
+            raise ValueError(
+                f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
+            )
         result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
         for stage, size in enumerate(spec.history_sizes):
             tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
@@ -190,7 +213,10 @@ class Predictor:
                     f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
                     f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
                 )
-            result[steps] = gates.alpha(spec.gate, tensors, dt, steps)
+            result[steps] = found = gates.alpha(spec.gate, tensors, dt, steps)
+            bad = [s for s, a in zip(steps, found.isfinite().tolist(), strict=True) if not a and not schedule.is_full(s)]
+            if bad:
+                problems.append(f"alpha of noise stage {stage} is not finite at steps {bad}: the gate is damaged")
         if problems:
             raise ValueError(f"schedule ({schedule}): " + "; ".join(problems))
         return result

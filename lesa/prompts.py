@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
@@ -36,7 +37,7 @@ def read_prompts(folder: Path, split: str) -> list[str]:
             problems.append(f"line {number} is empty")
         elif len(prompt) > MAX_PROMPT_CHARACTERS:
             problems.append(f"line {number} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS}")
-        elif any(ord(character) < 32 or ord(character) == 127 for character in prompt):
+        elif any(unicodedata.category(character) == "Cc" for character in prompt) or "\ufeff" in prompt:
             problems.append(f"line {number} has control characters: {prompt[:60]!r}")
         elif prompt in seen:
             problems.append(f"line {number} repeats line {seen[prompt]}: {prompt[:60]!r}")
@@ -55,20 +56,32 @@ def read_splits(folder: Path) -> dict[str, list[str]]:
     Raises:
         PromptError: any problem of a file, or prompts that stand in two splits.
     """
-    splits = {split: read_prompts(folder, split) for split in SPLITS}
+    splits, problems = {}, []
+    for split in SPLITS:
+        try:
+            splits[split] = read_prompts(folder, split)
+        except PromptError as error:
+            problems.append(str(error))
+    if problems:
+        raise PromptError("; ".join(problems))
     refuse_overlap(splits, where=str(folder))
     return splits
 
 
-def refuse_overlap(sets: dict[str, Iterable[str]], *, where: str) -> None:
-    """`PromptError` naming prompts that stand in two of the sets: training on what is judged proves nothing."""
+def refuse_overlap(sets: Mapping[str, Iterable[str]], *, where: str) -> None:
+    """`PromptError` naming prompts that stand in two of the sets: training on what is judged proves nothing.
+
+    Case and spacing make no other prompt: text encoders read past them.
+    """
     names = list(sets)
+    spelt = {name: {" ".join(prompt.split()).casefold(): prompt for prompt in sets[name]} for name in names}
     problems = []
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
-            shared = sorted(set(sets[first]) & set(sets[second]))
+            shared = sorted(spelt[first].keys() & spelt[second].keys())
             if shared:
-                problems.append(f"{len(shared)} in both {first} and {second}, e.g. {shared[0][:60]!r}")
+                example = spelt[second][shared[0]][:60]
+                problems.append(f"{len(shared)} in both {first} and {second}, e.g. {example!r}")
     if problems:
         raise PromptError(f"prompts of {where} overlap: " + "; ".join(problems))
 

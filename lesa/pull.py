@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from lesa.atomic import sha256_file
-from lesa.bundle import MANIFEST
+from lesa.bundle import load_bundle
+from lesa.manifest import BundleError
 
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
 _URI = re.compile(
@@ -43,8 +45,9 @@ def pull(uri: str, tracking_uri: str | None = None) -> Path:
         raise PullError(f"{uri!r} is not of the form models:/name@alias or models:/name/version")
     name, alias, number = found.groups()
     registry = _registry(tracking_uri)
-    client = _client(registry)
+    client_class = _client_class()
     try:
+        client = client_class(tracking_uri=registry, registry_uri=registry)
         version = (
             client.get_model_version_by_alias(name, alias)
             if alias
@@ -57,8 +60,10 @@ def pull(uri: str, tracking_uri: str | None = None) -> Path:
                 "and nothing says which bytes it should have"
             )
         folder = _cache() / digest
-        if not _holds(folder, digest):
-            _download(f"models:/{name}/{version.version}", registry, folder, digest)
+        if not folder.is_dir() or _problem(folder, digest) is not None:
+            # Not by its models:/ address: MLflow would look that up in its default registry, and make one.
+            source = client.get_model_version_download_uri(name, version.version)
+            _download(source, registry, folder, digest)
     except PullError:
         raise
     except Exception as error:  # MLflow's errors, and those of the store behind it
@@ -80,12 +85,21 @@ def _registry(tracking_uri: str | None) -> str:
     if given.startswith("sqlite:///"):
         # MLflow would create what is missing, and an empty registry would look like a missing model.
         database = Path(given.removeprefix("sqlite:///"))
-        if not database.is_file() or database.stat().st_size == 0:
+        if not database.is_file() or not _is_registry(database):
             raise PullError(f"the registry's database {database} does not exist; nothing is created here")
     return given
 
 
-def _client(registry: str) -> Any:
+def _is_registry(database: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+            found = connection.execute("select 1 from sqlite_master where name = 'model_versions'")
+            return found.fetchone() is not None
+    except sqlite3.DatabaseError:
+        return False
+
+
+def _client_class() -> Any:
     for name, value in (
         ("DO_NOT_TRACK", "true"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
@@ -100,7 +114,7 @@ def _client(registry: str) -> Any:
         raise PullError(
             "pulling from a registry needs mlflow: pip install mlflow, or give the folder of a bundle"
         ) from None
-    return MlflowClient(tracking_uri=registry, registry_uri=registry)
+    return MlflowClient
 
 
 def _download(source: str, registry: str, folder: Path, digest: str) -> None:
@@ -108,28 +122,31 @@ def _download(source: str, registry: str, folder: Path, digest: str) -> None:
 
     scratch = Path(tempfile.mkdtemp(prefix="pull.", dir=folder.parent))  # private, beside its target
     try:
-        made = Path(
-            download_artifacts(
-                artifact_uri=source, dst_path=str(scratch), tracking_uri=registry, registry_uri=registry
-            )
-        )
-        if not _holds(made, digest):
+        made = Path(download_artifacts(artifact_uri=source, dst_path=str(scratch), tracking_uri=registry))
+        problem = _problem(made, digest)
+        if problem is not None:
             raise PullError(
-                f"{source}: the bundle in the registry is not the one that was registered (its manifest "
-                f"differs from the tag {DIGEST_TAG}); register it again or move the alias back"
+                f"{_redacted(source)}: not the bundle that was registered: {problem}; register it again or "
+                "move the alias back"
             )
-        if folder.exists():  # a broken one, or somebody else's equal one
+        if folder.exists():
             shutil.rmtree(folder)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if _problem(folder, digest) is not None:  # else another process was quicker
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _holds(folder: Path, digest: str) -> bool:
+def _problem(folder: Path, digest: str) -> str | None:
+    """Why the folder is not the bundle with this digest; None if it is, to the last byte."""
     try:
-        return sha256_file(folder / MANIFEST) == digest
-    except OSError:
-        return False
+        load_bundle(folder, expected_digest=digest)
+    except BundleError as error:
+        return "; ".join(error.problems)
+    return None
 
 
 def _cache() -> Path:

@@ -1,7 +1,8 @@
 """What an evaluation found: one row a method and budget, with the samples behind it, and its plain forms.
 
-`to_json` is what `lesa compare --json` prints, `metrics` what DVC compares between revisions; both hold plain values
-and None where nothing was measured. Decibels are dB, bytes are bytes, ratios are plain run over method.
+`to_json` is what `lesa compare --json` prints, `metrics` what DVC compares between revisions; both hold
+plain values and None where nothing was measured. Decibels are dB, bytes are bytes, ratios are plain run over
+method.
 """
 
 from __future__ import annotations
@@ -150,9 +151,7 @@ class Results:
 
     def plain(self) -> dict[str, Any]:
         """The plain run beside the converged one, and as the scorer reads it."""
-        named = {
-            metric: self.estimate("", "plain", metric) for metric in ("agreement", "converged_psnr")
-        }
+        named = {metric: self.estimate("", "plain", metric) for metric in ("agreement", "converged_psnr")}
         return {metric: found.to_dict() if found else None for metric, found in named.items()}
 
     def to_json(self) -> dict[str, Any]:

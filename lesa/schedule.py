@@ -109,21 +109,25 @@ def picture(schedule: Schedule) -> str:
     return " ".join(marks[start : start + 10] for start in range(0, len(marks), 10))
 
 
-def history_problems(schedule: Schedule, sizes: Sequence[int], stages: Sequence[int]) -> list[str]:
-    """Every predicted step whose expert wants more full steps than the run has had by then.
+def history_problems(
+    schedule: Schedule, sizes: Sequence[int], stages: Sequence[int], history: str = "full_steps"
+) -> list[str]:
+    """Every predicted step whose expert wants more history than the run has had by then.
 
     Args:
         schedule: the steps.
         sizes: K of each noise stage's expert.
         stages: noise stage of each step, length `num_steps`.
+        history: `full_steps`, or `steps` where predictions count too.
     """
     problems = []
+    what = "full steps" if history == "full_steps" else "steps"
     for stage, size in enumerate(sizes):
         for step in schedule.predicted_steps:
-            if stages[step] == stage and len(schedule.anchors(step, size)) < size:
-                available = len(schedule.anchors(step, size))
+            available = len(schedule.anchors(step, size)) if history == "full_steps" else min(step, size)
+            if stages[step] == stage and available < size:
                 problems.append(
-                    f"history_size {size} of noise stage {stage} needs {size} full steps before step {step}, "
+                    f"history_size {size} of noise stage {stage} needs {size} {what} before step {step}, "
                     f"the schedule ({schedule}) has {available}: lower the history size or raise warmup_steps"
                 )
                 break

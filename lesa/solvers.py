@@ -32,8 +32,16 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
     timesteps: torch.Tensor
     sigmas: torch.Tensor
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        # Spelt out: pipelines look at the signature before they give noise levels.
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         num_steps = len(self.timesteps)
         if self.grid[-1] >= num_steps:
             raise ValueError(f"the grid ends at step {self.grid[-1]}, the run has {num_steps} steps")

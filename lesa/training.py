@@ -23,8 +23,9 @@ from lesa.ends import Ends
 from lesa.expert import Expert, exported_predictor_tensors
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
+from lesa.pipelines import pick_device
 from lesa.predictor import Predictor, PredictorSpec, Variant
-from lesa.schedule import Schedule, history_problems
+from lesa.schedule import history_problems
 from lesa.stages import stage_of_steps
 from lesa.trajectories import Trajectories, draw, trajectories_digest
 
@@ -49,9 +50,8 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
     problems, jobs = [], []
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
     for budget, schedule in workload.budgets().items():
-        if workload.predictor.history == "full_steps":
-            found = history_problems(schedule, workload.predictor.history_sizes, stages)
-            problems += [f"budget {budget}: {problem}" for problem in found]
+        found = history_problems(schedule, workload.predictor.history_sizes, stages, workload.predictor.history)
+        problems += [f"budget {budget}: {problem}" for problem in found]
         jobs += [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
     empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
     problems += [f"noise stage {stage} has no step: move predictor.boundaries" for stage in empty]
@@ -72,7 +72,7 @@ def new_expert(workload: Workload, job: Job, sigmas: torch.Tensor, channels: int
     # Full steps count too: there the error meter asks what the expert would have said.
     steps = [step for step, entries in past.items() if len(entries) == size]
     if not steps:  # all of the stage's steps are warm-up: nothing to predict, a start is still well defined
-        steps, past = [1], {1: tuple([0] * size)}
+        steps = [0]
         offsets = torch.arange(1, size + 1, dtype=torch.float32)[None] / schedule.num_steps
     else:
         offsets = torch.stack([gates.offsets(sigmas, step, past[step]) for step in steps])
@@ -124,7 +124,7 @@ class Windows:
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, past in enumerate(self.past):
             groups[past].append(index)
-        alphas = expert.alpha(self.offsets, self.steps)
+        alphas = expert.alpha(self.offsets.to(features.device), self.steps)
         columns: list[torch.Tensor] = [torch.empty(0)] * len(self.steps)
         for past, members in groups.items():
             history = [features[:, place[step]] for step in past]
@@ -155,12 +155,15 @@ def train_expert(
     if not windows.steps:
         return expert.export(), {}
     loss = losses.GROUND_TRUTH[settings.loss]
+    device = pick_device(workload.device)
+    expert.to(device)
+    ends = ends.to(device)
 
     def loss_on(data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
-        features = data.feature_batch(indices, windows.needed)
+        features = data.feature_batch(indices, windows.needed).to(device)
         target = features[:, [windows.needed.index(step) for step in windows.steps]]
-        temb = data.temb[list(indices)][:, list(windows.steps)]
-        return loss(windows.predict(expert, features), target, temb, windows.weights, ends)
+        temb = data.temb[list(indices)][:, list(windows.steps)].to(device)
+        return loss(windows.predict(expert, features), target, temb, windows.weights.to(device), ends)
 
     @torch.no_grad()
     def validation_loss() -> float:
@@ -195,7 +198,7 @@ def training_key(workload: Workload, step: str, job: str, data: str) -> str:
         name: dataclasses.asdict(getattr(workload, name))
         for name in ("predictor", "schedule", "call", "model", step)
     }
-    for name in ("workers", "threads_per_worker", "checkpoint_every"):
+    for name in ("workers", "threads_per_worker"):  # checkpoint_every stays: it says when the best is looked for
         sections[step].pop(name, None)  # how it runs, not what comes out
     text = json.dumps([sections, workload.seed, step, job, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

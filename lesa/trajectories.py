@@ -94,7 +94,7 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
 
 def trajectories_digest(*sets: Trajectories) -> str:
     """Identity of the data a training run saw."""
-    return hashlib.sha256("\n".join(key for data in sets for key in sorted(set(data.keys))).encode()).hexdigest()
+    return hashlib.sha256("\n\n".join("\n".join(sorted(set(data.keys))) for data in sets).encode()).hexdigest()
 
 
 def draw(generator: torch.Generator, count: int, size: int) -> list[int]:

@@ -33,6 +33,8 @@ class Preset:
     branches: int = 1  # transformer calls a step
     scheduler: dict[str, Any] = field(default_factory=dict)  # configuration of the flow-matching scheduler
     mu: float | None = None  # the shift at this size, where it is dynamic
+    interval: int = 7  # LESA's default: 10 full steps of 50, half of a distilled model's few
+    warmup_steps: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +106,7 @@ def family_flops(
         raise ValueError(f"{name!r} is not one of the model families with a true size: {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if schedule is None:
-        steps = preset.num_inference_steps
-        schedule = Schedule.uniform(steps, 7) if steps >= 20 else Schedule.uniform(steps, 3, warmup_steps=1)
+        schedule = Schedule.uniform(preset.num_inference_steps, preset.interval, preset.warmup_steps)
     import diffusers
 
     with torch.device("meta"):
@@ -251,6 +252,8 @@ PRESETS: dict[str, Preset] = {
             size="1024x1024",
             text_tokens=256,
             scheduler={"shift": 1.0},
+            interval=3,
+            warmup_steps=0,
         ),
         Preset(
             name="qwen-image",
@@ -274,6 +277,8 @@ PRESETS: dict[str, Preset] = {
             text_tokens=128,
             scheduler={"use_dynamic_shifting": True},
             mu=1.0986,  # ln 3 at every size
+            interval=3,
+            warmup_steps=2,
         ),
         Preset(
             name="hunyuan-video",

@@ -1,9 +1,10 @@
 """Threshold caches at their best: tuned on training prompts until they are no faster than the predictor.
 
-A cache is given the time of the predictor's run: from the plain run, the predictor's and a run in which the cache
-skips all it can, follows how many computed steps that time buys. Where that is fewer than the predictor's full
-steps (FirstBlockCache pays for a block at every step, which is much of a small model), the cache gets as many full
-steps as the predictor all the same and is slower; the setting at equal time is then a row of its own.
+A cache is given the time of the predictor's run: from the plain run, the predictor's and a run in which the
+cache skips all it can, follows how many computed steps that time buys. Where that is fewer than the
+predictor's full steps (FirstBlockCache pays for a block at every step, which is much of a small model), the
+cache gets as many full steps as the predictor all the same and is slower; the setting at equal time is then
+a row of its own.
 """
 
 from __future__ import annotations
@@ -119,23 +120,28 @@ def tuned_caches(
         seconds = _seconds(bench, {**ours, **eager}, repeats)
         trials: dict[str, list[Trial]] = {name: [bench.trial(method)] for name, method in eager.items()}
         chosen: list[Method] = []
-        for cache in eager:
-            at_equal_time = {
+        full = {budget: float(method.schedule.num_full) for budget, method in ours.items() if method.schedule}
+        for cache, search in (("first_block_cache", _search_first_block), ("mag_cache", _search_mag_cache)):
+            equal_time = {
                 budget: _affordable(seconds[budget], seconds[cache], seconds[""], num_steps, trials[cache][0])
                 for budget in ours
             }
-            full = {budget: method.schedule.num_full for budget, method in ours.items() if method.schedule}
-            targets = {budget: max(at_equal_time[budget], float(full[budget])) for budget in ours}
-            goals = [(cache, "", targets)]
-            if any(at_equal_time[budget] < full[budget] - 0.5 for budget in ours):
-                goals.append((f"{cache}_equal_time", ", equal time", at_equal_time))
-            for name, suffix, wanted in goals:
-                for budget, target in sorted(wanted.items(), key=lambda item: item[1]):
-                    search = _search_first_block if cache == "first_block_cache" else _search_mag_cache
+            found: dict[str, dict[str, Method]] = {}
+            for name, suffix, targets in (
+                (cache, "", {budget: max(equal_time[budget], full[budget]) for budget in ours}),
+                (f"{cache}_equal_time", ", equal time", equal_time),
+            ):
+                found[name] = {}
+                for budget, target in sorted(targets.items(), key=lambda item: item[1]):
                     best = search(bench, ratios, target, trials[cache])
-                    chosen.append(_named(best, name, suffix, budget, target))
+                    found[name][budget] = _named(best, name, suffix, budget, target)
                     if report is not None:
-                        report(len(chosen), {f"{name}_computed": best.computed, f"{name}_psnr": best.psnr})
+                        done = len(chosen) + sum(map(len, found.values()))
+                        report(done, {f"{name}_computed": best.computed, f"{name}_psnr": best.psnr})
+            first, second = found.values()
+            chosen += first.values()
+            if any(_knobs(second[budget]) != _knobs(first[budget]) for budget in ours):
+                chosen += second.values()
     return chosen
 
 
@@ -148,8 +154,8 @@ def magnitude_ratios(
 ) -> tuple[list[float], torch.Tensor]:
     """MagCache's calibration on several samples, with the pictures of the plain run that it is.
 
-    The ratio of a step is the mean over samples, branches and tokens of the residual's norm (last block's image
-    tokens minus the first block's input) over that of the step before; 1 at the first step.
+    The ratio of a step is the mean over samples, branches and tokens of the residual's norm (last block's
+    image tokens minus the first block's input) over that of the step before; 1 at the first step.
     """
     transformer = pipe.transformer
     rows = blocks(transformer, family_of(transformer))
@@ -190,7 +196,7 @@ def mag_cache_steps(
     ratios: Sequence[float], threshold: float, retention_steps: int, max_skip_steps: int
 ) -> tuple[int, ...]:
     """The steps that MagCache computes with these settings: its decision needs no model."""
-    computed = []
+    computed: list[int] = []
     ratio, error, skipped = np.float32(1.0), np.float32(0.0), 0
     for step, scale in enumerate(ratios):
         skip = False
@@ -198,7 +204,7 @@ def mag_cache_steps(
             ratio = np.float32(ratio * np.float32(scale))
             skipped += 1
             error = np.float32(error + abs(np.float32(1.0) - ratio))
-            skip = bool(computed) and error <= threshold and skipped <= max_skip_steps
+            skip = bool(computed and error <= threshold and skipped <= max_skip_steps)
             if not skip:
                 ratio, error, skipped = np.float32(1.0), np.float32(0.0), 0
         if not skip:
@@ -229,7 +235,8 @@ def _search_first_block(bench: Bench, ratios: Sequence[float], target: float, tr
 
 
 def _search_mag_cache(bench: Bench, ratios: Sequence[float], target: float, trials: list[Trial]) -> Trial:
-    """Thresholds, retained first steps and longest skips with the fewest computed steps at or above the target."""
+    """Thresholds, retained first steps and longest skips with the fewest computed steps at or above the
+    target."""
     num_steps = len(ratios)
     by_steps: dict[tuple[int, ...], tuple[float, int, int]] = {}
     even_skip = max(1, math.ceil(num_steps / max(target, 1.0)))
@@ -277,6 +284,11 @@ def _named(best: Trial, name: str, suffix: str, budget: str, target: float) -> M
     }
     label = best.method.label + suffix
     return dataclasses.replace(best.method, name=name, label=label, budget=budget, settings=settings)
+
+
+def _knobs(method: Method) -> list[Any]:
+    """The settings of the cache itself, without what the tuning noted."""
+    return [method.settings.get(name) for name in ("threshold", "retention_steps", "max_skip_steps")]
 
 
 def _affordable(ours: float, eager: float, plain: float, num_steps: int, eager_trial: Trial) -> float:

@@ -6,15 +6,15 @@ machinery around the transformer needs. Every builder leaves the global random s
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 WORDS = (
@@ -44,7 +44,7 @@ def tiny_flux(
     dynamic_shifting: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> FluxPipeline:
-    """A FluxPipeline loaded from `folder` (written first; None: a temporary folder), progress bar off."""
+    """A FluxPipeline loaded from `folder` (written first; None: a temporary one), progress bar off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip, clip_tokenizer = _clip()
@@ -80,7 +80,7 @@ def tiny_repository(
     prompts: dict[str, list[str]] | None = None,  # split -> lines; None: SPLITS
     **record: Any,  # settings of the record section
 ) -> Path:
-    """A folder with params.yaml, prompts and a tiny FLUX pipeline at the places a workload `tiny` has them."""
+    """A FluxPipeline, written to `folder` (None: a temporary one) and loaded from it, progress bar off."""
     splits = prompts or SPLITS
     tiny_flux(root / "data/base/tiny")
     write_prompts(root, splits)
@@ -122,26 +122,12 @@ def _save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> 
 
 
 def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
-    learner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    learner.train_from_iterator(
-        WORDS,
-        trainers.BpeTrainer(
-            vocab_size=2000,
-            min_frequency=1,
-            end_of_word_suffix="</w>",
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    table = json.loads(learner.to_str())["model"]
-    vocab = dict(table["vocab"])
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
-    tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[tuple(pair) for pair in table["merges"]], model_max_length=TEXT_LENGTH
-    )
+    merges = _merges(WORDS)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [","]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -155,6 +141,25 @@ def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config), tokenizer
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token: the commonest pair first, ties in order of spelling.
+
+    Not by the library's trainer, which breaks ties by hash and so differs from one process to the next.
+    """
+    spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
+        first, second = max(sorted(pairs), key=lambda pair: pairs[pair])
+        merges.append((first, second))
+        for spelling in spellings:
+            at = 0
+            while at + 1 < len(spelling):
+                if (spelling[at], spelling[at + 1]) == (first, second):
+                    spelling[at : at + 2] = [first + second]
+                at += 1
+    return merges
 
 
 def _t5() -> tuple[T5EncoderModel, T5Tokenizer]:

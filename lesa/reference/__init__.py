@@ -1,4 +1,4 @@
-"""The default workload's base model: a FLUX pipeline in miniature, trained here on real handwritten digits."""
+"""The default workload's base model: a FLUX pipeline in miniature, trained on real handwritten digits."""
 
 from lesa.reference.scorer import Scorer, load_scorer
 from lesa.reference.train import train_flux_digits

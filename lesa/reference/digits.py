@@ -41,8 +41,8 @@ class Jitter:
     scale: float = 0.05  # relative
     rotation: float = 0.06  # radians
     shear: float = 0.05
-    tint: float = 0.30  # how far paper and ink may be from pure black and white, each colour channel
-    shade: float = 0.20  # how much a corner of the paper may be lighter or darker than its middle
+    tint: float = 0.12  # how far paper and ink may be from pure black and white, each colour channel
+    shade: float = 0.15  # how much a corner of the paper may be lighter or darker than its middle
 
 
 def load_bank(*, held_out: bool) -> DigitBank:
@@ -68,7 +68,7 @@ def load_bank(*, held_out: bool) -> DigitBank:
             versions.append(F.max_pool2d(plain, window, stride=1, padding=radius))
         else:
             versions.append(plain)
-    # Thin strokes of blurred originals turn grey when eroded and bold ones keep soft edges: restore the contrast.
+    # Thin strokes of blurred originals turn grey when eroded, bold ones keep soft edges: restore contrast.
     gains = {"thin": 1.25, "plain": 1.15, "bold": 1.1}
     masters = [(v * gains[t]).clamp(0, 1) for t, v in zip(THICKNESSES, versions, strict=True)]
     return DigitBank(masters=torch.stack(masters), labels=labels[chosen])
@@ -116,7 +116,8 @@ def render(
         scale = 1 + jitter.scale * noise[2]
         angle = jitter.rotation * noise[3]
         shear = shear + jitter.shear * noise[4]
-        paper, ink = (jitter.tint * (n.T.reshape(num_images, 3, 1, 1) + 1) / 2 for n in (noise[5:8], noise[8:11]))
+        colours = jitter.tint * (noise[5:11].T.reshape(num_images, 6, 1, 1) + 1) / 2
+        paper, ink = colours[:, :3], colours[:, 3:]
         axis = torch.linspace(-0.5, 0.5, IMAGE_SIZE)
         across, down = (n[:, None, None, None] for n in noise[11:13])
         shade = jitter.shade * (across * axis + down * axis[:, None])
@@ -151,7 +152,7 @@ def _offset(position: str) -> tuple[float, float]:
 def _sampling_grid(
     *, centre: torch.Tensor, scale: torch.Tensor, angle: torch.Tensor, shear: torch.Tensor
 ) -> torch.Tensor:
-    """Where each output pixel looks in the master: the inverse of scale, then shear, then rotation, then shift."""
+    """Where an output pixel looks in the master: undoes scale, then shear, then rotation, then shift."""
     size = IMAGE_SIZE * _SUPERSAMPLE
     # Pixel centres, in pixels of the final image from its middle.
     axis = (torch.arange(size) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
@@ -163,5 +164,3 @@ def _sampling_grid(
     x = x + shear[:, None, None] * y  # the top (negative y) of a slanted digit lies to the right
     half = scale[:, None, None] * GLYPH_SIZE / 2
     return torch.stack([x / half, y / half], dim=-1)
-
-

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 
 from lesa.reference.optim import Optimiser, Report, pick
@@ -30,6 +31,7 @@ PROMPT_DROPOUT = 0.25  # of the unguided share
 GUIDANCE_FROM = 0.25  # share of the steps after which guided targets are trained at all
 MAX_EMA_DECAY = 0.997
 WEIGHT_DECAY = 0.01
+MATRIX_RATE = 4.0  # learning rate of the blocks' matrices (Muon) relative to everything else's (AdamW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,10 +66,19 @@ def fit_flow(
     transformer = pipeline.transformer.to(device).train()
     _zero_modulation(transformer)
     average = copy.deepcopy(transformer).requires_grad_(False)
+    named = list(transformer.named_parameters())
+    matrices = {name for name, p in named if p.ndim == 2 and "blocks." in name and ".norm" not in name}
     optimiser = Optimiser(
-        transformer.parameters(), learning_rate=learning_rate, num_steps=num_steps, weight_decay=WEIGHT_DECAY
+        [p for name, p in named if name not in matrices],
+        learning_rate=learning_rate,
+        matrices=[p for name, p in named if name in matrices],
+        matrix_learning_rate=MATRIX_RATE * learning_rate,
+        num_steps=num_steps,
+        weight_decay=WEIGHT_DECAY,
     )
-    velocity = Velocity(transformer, num_text_tokens=data.tokens.shape[1], side=math.isqrt(data.latents.shape[1]))
+    velocity = Velocity(
+        transformer, num_text_tokens=data.tokens.shape[1], side=math.isqrt(data.latents.shape[1])
+    )
     pooled, tokens = data.pooled.to(device), data.tokens.to(device)
     empty = len(pooled) - 1
     generator = torch.Generator().manual_seed(seed)
@@ -78,7 +89,7 @@ def fit_flow(
         index = pick(len(data.latents), batch_size, generator)
         clean = data.latents[index].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        sigma = draw_sigmas(pipeline, batch_size, generator).to(device)
+        sigma = draw_sigmas(pipeline, batch_size, clean.shape[1], generator).to(device)
         guidance = 1 + (MAX_GUIDANCE - 1) * torch.rand(batch_size, generator=generator)
         guidance[:num_unguided] = 1
         if step < GUIDANCE_FROM * num_steps:
@@ -94,9 +105,8 @@ def fit_flow(
             guided = slice(num_unguided, None)
             rows = torch.full((batch_size - num_unguided,), empty, device=device)
             with torch.no_grad():
-                promptless = velocity(
-                    noisy[guided], sigma[guided], torch.ones_like(guidance[guided]), pooled[rows], tokens[rows]
-                )
+                ones = torch.ones_like(guidance[guided])
+                promptless = velocity(noisy[guided], sigma[guided], ones, pooled[rows], tokens[rows])
             share = (1 / guidance[guided])[:, None, None]
             mixture = torch.cat(
                 [predicted[:num_unguided], share * predicted[guided] + (1 - share) * promptless]
@@ -105,7 +115,7 @@ def fit_flow(
         optimiser.step(loss)
         _update_average(average, transformer, decay=min(MAX_EMA_DECAY, (1 + step) / (10 + step)))
         value = float(loss.detach())
-        if step >= 0.9 * num_steps:
+        if step >= int(0.9 * num_steps):
             recent.append(value)
         if step % 20 == 0 or step == num_steps - 1:
             report(step, {"flow_loss": value, "learning_rate": optimiser.learning_rate})
@@ -144,18 +154,22 @@ class Velocity:
         return predicted
 
 
-def draw_sigmas(pipeline: FluxPipeline, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels [B], one in each of B equal parts of the sampler's own distribution of steps."""
+def draw_sigmas(
+    pipeline: FluxPipeline, count: int, num_tokens: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Noise levels [B], one in each of B equal parts of the distribution of the sampler's steps."""
     config = pipeline.scheduler.config
-    # FluxPipeline's calculate_shift at this workload's 16 image tokens.
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    shift = math.exp(config.base_shift + slope * (NUM_IMAGE_TOKENS - config.base_image_seq_len))
+    mu = calculate_shift(
+        num_tokens,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    shift = math.exp(mu)
     uniform = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     uniform = uniform.clamp_min(1e-4)
     return shift * uniform / (1 + (shift - 1) * uniform)
-
-
-NUM_IMAGE_TOKENS = 16
 
 
 def _zero_modulation(transformer: FluxTransformer2DModel) -> None:

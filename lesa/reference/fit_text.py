@@ -44,7 +44,7 @@ def fit_text(
                 loss = loss + F.cross_entropy(part, target)
         optimiser.step(loss)
         if step % 50 == 0 or step == num_steps - 1:
-            report(step, {"text_loss": float(loss)})
+            report(step, {"text_loss": float(loss.detach())})
     encoders.eval().requires_grad_(False)
 
 

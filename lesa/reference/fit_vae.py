@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 
 from lesa.reference.optim import Optimiser, Report, pick
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 BATCH_SIZE = 64
-KL_WEIGHT = 1e-4  # per latent value; enough to keep the latents smooth, too little to blur
+KL_WEIGHT = 1e-5  # per latent value; keeps the latents bounded without blurring
 
 
 def fit_vae(
@@ -32,12 +32,10 @@ def fit_vae(
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         optimiser.step(error + KL_WEIGHT * kl)
         if step % 50 == 0 or step == num_steps - 1:
-            report(step, {"vae_loss": float(error), "vae_kl": float(kl)})
+            report(step, {"vae_loss": float(error.detach()), "vae_kl": float(kl.detach())})
     vae.eval().requires_grad_(False)
-    latents = encode(vae, images[: 2048])
-    vae.register_to_config(
-        scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean())
-    )
+    latents = encode(vae, images[:2048])
+    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
 
 
 @torch.no_grad()

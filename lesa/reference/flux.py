@@ -65,7 +65,7 @@ def build_pipeline() -> FluxPipeline:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        block_out_channels=(16, 16),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

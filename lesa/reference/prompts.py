@@ -1,7 +1,8 @@
 """The prompt language of the default workload: five attributes of one handwritten digit.
 
 A full prompt reads "a thin slanted seven, top left, white on black". Every attribute is stated by
-`format_prompt`; `parse_prompt` also understands shorter ones ("a thin seven"), the rest being the defaults of `Attributes`.
+`format_prompt`; `parse_prompt` also understands shorter ones ("a thin seven"), and takes the defaults of
+`Attributes` for the rest.
 """
 
 from __future__ import annotations

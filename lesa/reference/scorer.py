@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lesa.reference.digits import IMAGE_SIZE, load_bank, draw_images
+from lesa.reference.digits import IMAGE_SIZE, draw_images, load_bank
 from lesa.reference.optim import Optimiser, Report, pick
 from lesa.reference.prompts import DIGITS, all_prompts, parse_prompt
 
@@ -38,7 +38,8 @@ class Scorer:
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; the {KIND} scorer reads [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]"
+                f"images have shape {tuple(images.shape)}; "
+                f"the {KIND} scorer reads [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]"
             )
         device = next(self.network.parameters()).device
         parts = images.to(device, torch.float32).split(256)
@@ -69,19 +70,25 @@ def load_scorer(folder: Path) -> Scorer:
         raise ValueError(f"scorer folder {folder} lacks {' and '.join(missing)}: run the base stage")
     card = json.loads((folder / "scorer.json").read_text())
     expected = {"kind": KIND, "image_size": IMAGE_SIZE, "classes": list(DIGITS)}
-    wrong = [f"{key} is {card.get(key)!r}, not {value!r}" for key, value in expected.items() if card.get(key) != value]
+    wrong = [
+        f"{key} is {card.get(key)!r}, not {value!r}"
+        for key, value in expected.items()
+        if card.get(key) != value
+    ]
     if wrong:
         raise ValueError(f"{folder / 'scorer.json'}: " + "; ".join(wrong))
     network = _Reader()
     try:
         network.load_state_dict(load_file(folder / "weights.safetensors"))
     except RuntimeError as error:
-        raise ValueError(f"{folder / 'weights.safetensors'} does not fit the {KIND} scorer: {error}") from error
+        raise ValueError(
+            f"{folder / 'weights.safetensors'} does not fit the {KIND} scorer: {error}"
+        ) from error
     return Scorer(network, float(card["accuracy"]))
 
 
 def fit_scorer(*, num_steps: int, num_images: int, seed: int, device: str, report: Report) -> Scorer:
-    """Train on `num_images` renderings of the training digits; judge on all attributes of the held-out ones."""
+    """Train on `num_images` renderings of the training digits; judge on the held-out ones."""
     generator = torch.Generator().manual_seed(seed)
     prompts = all_prompts()
     bank = load_bank(held_out=False)
@@ -98,7 +105,7 @@ def fit_scorer(*, num_steps: int, num_images: int, seed: int, device: str, repor
         loss = F.cross_entropy(logits, targets[index].to(device), label_smoothing=0.05)
         optimiser.step(loss)
         if step % 50 == 0 or step == num_steps - 1:
-            report(step, {"scorer_loss": float(loss)})
+            report(step, {"scorer_loss": float(loss.detach())})
     held_out = load_bank(held_out=True)
     texts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)]
     images = (draw_images(held_out, texts, generator) + 1) / 2

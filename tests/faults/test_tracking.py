@@ -25,8 +25,10 @@ CANARY = "canary-7f3a9b"
 
 
 @contextlib.contextmanager
-def tcp_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server on loopback that treats every connection in its own way."""
+def tcp_server(
+    answer: Callable[[socket.socket], None], asked: threading.Event | None = None
+) -> Iterator[str]:
+    """A server on loopback that treats every connection in its own way; sets `asked` when one came."""
     listener = socket.create_server(("127.0.0.1", 0))
     stop = threading.Event()
 
@@ -34,6 +36,8 @@ def tcp_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         with contextlib.suppress(OSError), connection:
             connection.settimeout(60)
             connection.recv(65536)
+            if asked is not None:
+                asked.set()
             answer(connection)
 
     def accept() -> None:
@@ -71,12 +75,13 @@ FAULTS: dict[str, Callable[[socket.socket], None]] = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, "down"])
 def test_training_does_not_wait_for_a_broken_server(fault, tmp_path, monkeypatch, caplog):
+    asked = threading.Event()
     with contextlib.ExitStack() as stack:
         if fault == "down":
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 url = f"http://user:{CANARY}@127.0.0.1:{probe.getsockname()[1]}"
         else:
-            url = stack.enter_context(tcp_server(FAULTS[fault]))
+            url = stack.enter_context(tcp_server(FAULTS[fault], asked))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         monkeypatch.setattr("flows.tracking.DRAIN_SECONDS", 1.5)
         start = time.monotonic()
@@ -84,6 +89,8 @@ def test_training_does_not_wait_for_a_broken_server(fault, tmp_path, monkeypatch
             for step in range(200):
                 run.report(step, {"loss": float(step)})
             worked = time.monotonic() - start
+            assert fault == "down" or asked.wait(30), "the sender must have met the fault"
+            start = time.monotonic()
         ended = time.monotonic() - start
     assert worked < 1.0, "reporting must not wait"
     assert ended < 4.0, "closing waits for a bounded time"

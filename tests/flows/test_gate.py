@@ -16,7 +16,7 @@ NOISE = RNG.normal(0, 0.1, len(GROUPS))
 
 
 def psnr(gain: float, budgets: tuple[str, ...] = ("5x", "6.25x")) -> dict[str, np.ndarray]:
-    return {budget: BASE + gain + (NOISE if gain else 0) for budget in budgets}
+    return dict.fromkeys(budgets, BASE + gain + (NOISE if gain else 0))
 
 
 def judge(candidate, champion=None, peers=None, **more):
@@ -93,10 +93,20 @@ def test_what_is_not_measured_speaks_against():
         (judge(psnr(1.0, ("6.25x",))), "not measured at the default budget"),
         (judge(psnr(1.0), champion=psnr(0.0, ("5x",))), "champion: not measured at budget 6.25x"),
         (judge(psnr(1.0), champion={}), "champion: not measured at budget 5x"),
-        (judge(psnr(1.0), peers={}), "peers: none was measured"),
+        (judge(psnr(1.0), peers={}), "peers: none was measured at budget 5x"),
+        (judge(psnr(1.0), peers={"reuse": psnr(-1.0, ("5x",))}), "peers: none was measured at budget 6.25x"),
         (judge({"5x": BASE[:7] + 1, "6.25x": BASE}), "7 samples at budget 5x, expected 32"),
         (judge(psnr(1.0), champion={"5x": BASE[:-1], "6.25x": BASE}), "31 samples at budget 5x"),
     ]
     for decision, words in cases:
         assert not decision.promote
         assert any(words in reason for reason in decision.reasons), decision.reasons
+
+
+def test_a_peer_counts_where_it_exists():
+    peers = {"reuse": psnr(-1.0), "taylor1_own": psnr(3.0, ("6.25x",))}
+    decision = judge(psnr(1.0), peers=peers)
+    assert not decision.promote
+    assert [reason.split(":")[0] for reason in decision.reasons] == ["taylor1_own"]
+    peers["taylor1_own"] = psnr(-1.0, ("6.25x",))
+    assert judge(psnr(1.0), peers=peers).promote

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows import server
-from flows.runtime import ROOT, quiet_environment, run_flow, waiting_lock
+from flows.runtime import ROOT, quiet_environment, run_flow, stage_main, waiting_lock
 from lesa.atomic import Locked, file_lock
 
 STAGE = """
@@ -31,6 +31,9 @@ def tiny(workload: str | None = None) -> dict:
         raise ValueError("workloads.bad: unknown")
     if workload == "crash":
         raise RuntimeError("broken inside")
+    if workload == "bug":
+        import json
+        json.loads("{")  # a ValueError, but not one that we raise
     if workload == "slow":
         import time
         print("working", flush=True)
@@ -38,7 +41,7 @@ def tiny(workload: str | None = None) -> dict:
     return {"sum": add(1, 2)}
 
 if __name__ == "__main__":
-    raise SystemExit(stage_main(tiny))
+    raise SystemExit(stage_main(tiny, check=lambda name: None))
 """
 
 
@@ -84,9 +87,28 @@ def test_stages_share_one_server_and_say_how_they_ended(tmp_path):
 
     bad = run_stage(tmp_path, "--workload", "bad")
     assert bad.returncode == 2 and "error: workloads.bad: unknown" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    bug = run_stage(tmp_path, "--workload", "bug")
+    assert bug.returncode == 1 and "Traceback" in bug.stderr
     crash = run_stage(tmp_path, "--workload", "crash")
     assert crash.returncode == 1 and "broken inside" in crash.stderr
     assert server.read(Path(os.environ["PREFECT_HOME"])) == first
+
+
+def test_bad_settings_are_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    from flows import stage
+
+    def never(workload):
+        "A stage."
+        raise AssertionError("started")
+
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("default_workload: x\nworkloads: {x: {sead: 1}}\n")
+    assert stage_main(never, []) == 2
+    message = capsys.readouterr().err
+    assert "workloads.x.sead: unknown key" in message and "workloads.x.model: missing" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml"]
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ def begin(root: Path, **params) -> Tracker:
 
 
 @pytest.mark.slow
-def test_a_run_arrives_with_params_tags_and_points(root):
+def test_a_run_arrives_with_params_tags_and_points(root, monkeypatch):
+    monkeypatch.setattr(tracking, "DRAIN_SECONDS", 60.0)
     with tracked_run(
         "stage x", experiment="lesa-x", params={"a.b": 1}, tags={"git": "abc"}, root=root
     ) as run:

@@ -1,0 +1,141 @@
+"""Stage `publish`: makes the bundle, registers it, lets the gate decide, moves the alias if it says so.
+
+python -m flows.publish [--workload NAME]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.connect import redact, tracking_uri
+from flows.gate import Decision
+from flows.manifest import budget_quality, evaluation_facts, read_metrics, registry_tags
+from flows.measure import measure_and_decide
+from flows.registry import CANDIDATE, Registry, Version
+from flows.revisions import revisions
+from flows.runtime import stage_main
+from flows.stage import experiment_name, metrics_folder, read_workload
+from lesa.atomic import write_json
+from lesa.bundle import Bundle, load_bundle
+from lesa.jobs import load_predictor, recorded_splits
+from lesa.make_bundle import make_bundle
+from lesa.params import Workload
+from lesa.pipelines import load_pipeline
+from lesa.pull import pull
+
+
+@flow(name="publish")
+def publish(workload: str | None = None) -> dict[str, Any]:
+    """Register the new bundle; promote it if the gate finds it better. A refusal is a recorded decision."""
+    return judge_and_register(read_workload(workload))
+
+
+@task(name="judge and register", cache_policy=NO_CACHE)
+def judge_and_register(workload: Workload) -> dict[str, Any]:
+    """A task so that Prefect shows it; the work is `publish_bundle`."""
+    return publish_bundle(workload, get_run_logger())
+
+
+def publish_bundle(workload: Workload, log: Any) -> dict[str, Any]:
+    """Everything that can be refused is refused before the registry is touched.
+
+    Raises:
+        ValueError: something to publish is missing.
+        mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
+    """
+    predictor = load_predictor(workload.paths.closed_loop)
+    quality = budget_quality(workload, read_metrics(workload))
+    pipe = load_pipeline(workload)
+    train, validation = recorded_splits(workload)
+    bundle = make_bundle(
+        workload.paths.bundle,
+        workload,
+        pipe,
+        predictor,
+        train,
+        validation,
+        quality=quality,
+        evaluation=evaluation_facts(workload),
+        created_from=revisions(workload=workload.name),
+    )
+    del train, validation  # gigabytes of a real model, and not needed to judge
+    log.info("registry: %s", redact(tracking_uri()))
+    registry = Registry(experiment_name(workload))
+    candidate = registry.register(
+        bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}
+    )
+    judgement = Judgement(workload, pipe, bundle, log)
+    registry.set_alias(CANDIDATE, candidate)
+    try:
+        moved, before = registry.promote(candidate, judgement)
+    finally:
+        registry.drop_alias(CANDIDATE, candidate)
+    outcome = judgement.outcome(candidate, before, moved)
+    registry.tag(
+        candidate,
+        {"gate": "promoted" if moved else "kept out", "gate.reasons": "; ".join(outcome["reasons"])},
+    )
+    registry.attach(candidate, outcome)
+    write_json(metrics_folder(workload) / "decision.json", outcome)
+    log.info(
+        "gate: version %s %s: %s", candidate.number, registry_word(outcome), "; ".join(outcome["reasons"])
+    )
+    return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
+
+
+class Judgement:
+    """Judges a candidate against whatever champion it meets; remembers the last decision."""
+
+    def __init__(self, workload: Workload, pipe: Any, candidate: Bundle, log: Any) -> None:
+        self.workload, self.pipe, self.candidate, self.log = workload, pipe, candidate, log
+        self.decision = Decision(
+            promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
+        )
+        self.measured_on: dict[str, Any] = {}
+
+    def __call__(self, champion: Version | None) -> bool:
+        try:
+            bundle = self._champion_bundle(champion)
+            self.decision, self.measured_on = measure_and_decide(
+                self.workload, self.pipe, self.candidate, bundle
+            )
+        except ValueError as error:
+            # A champion that is broken or cannot be compared is no reason to replace it unseen.
+            self.decision = Decision(promote=False, reasons=(f"not measured: {error}",), numbers={})
+        return self.decision.promote
+
+    def _champion_bundle(self, champion: Version | None) -> Bundle | None:
+        if champion is None:
+            return None
+        if champion.fingerprint != self.candidate.manifest.fingerprint:
+            self.log.info("champion %s was made for another transformer: the peers decide", champion.number)
+            return None
+        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=tracking_uri())
+        return load_bundle(folder, expected_digest=champion.digest)
+
+    def outcome(self, candidate: Version, before: Version | None, moved: bool) -> dict[str, Any]:
+        """What is recorded: decision.json and the files of the registered version's run."""
+        after = candidate if moved else before
+        return {
+            **self.decision.to_dict(),
+            "promote": moved and (before is None or before.number != candidate.number),
+            "candidate": candidate.number,
+            "manifest_sha256": candidate.digest,
+            "champion_before": before.number if before else None,
+            "champion": after.number if after else None,
+            "measured_on": self.measured_on,
+        }
+
+
+def registry_word(outcome: dict[str, Any]) -> str:
+    """The decision in a word, for people."""
+    if outcome["promote"]:
+        return "is the new champion"
+    return "stays champion" if outcome["champion"] == outcome["candidate"] else "is kept out"
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(publish))

@@ -1,0 +1,69 @@
+"""One small evaluation that several tests look at: a tiny pipeline, an extrapolating predictor, every peer."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from lesa.evaluate import default_methods, evaluate_methods, samples
+from lesa.params import EvaluateParams
+from lesa.results import Results
+from lesa.schedule import Schedule
+from tests.bundles import CALL, NUM_STEPS, extrapolating, run_sigmas
+from tests.tiny import PROMPTS, tiny_flux
+
+BUDGETS = {"1.67x": Schedule.uniform(NUM_STEPS, 3), "1.43x": Schedule.uniform(NUM_STEPS, 2)}
+SETTINGS = EvaluateParams(
+    prompts=2,
+    seeds_per_prompt=2,
+    converged_fraction=0.5,
+    converged_steps=20,
+    batch_size=3,
+    bootstrap=100,
+    wall_clock_repeats=1,
+)
+
+
+class EvenScorer:
+    """Says yes to every other picture, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def agreement(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        self.asked += prompts
+        return torch.arange(len(images)) % 2 == 0
+
+
+@cache
+def pipeline() -> Any:
+    return tiny_flux()
+
+
+@cache
+def results() -> Results:
+    pipe = pipeline()
+    predictor = extrapolating(pipe.transformer.inner_dim, run_sigmas(pipe), BUDGETS["1.67x"])
+    methods = default_methods(
+        pipe,
+        {"lesa": predictor},
+        BUDGETS,
+        call=CALL,
+        settings=SETTINGS,
+        tuning_prompts=["a red house", "the blue dog"],
+        tuning_seeds=[100, 101],
+    )
+    prompts, seeds = samples(PROMPTS[:2], 2, 500)
+    return evaluate_methods(
+        pipe,
+        methods,
+        prompts,
+        seeds,
+        call=CALL,
+        settings=SETTINGS,
+        scorer=EvenScorer(),
+        about={"workload": "tiny", "default_budget": "1.67x"},
+    )

@@ -1,0 +1,125 @@
+"""The record stage through Prefect and Ray, and its parts without them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.actors import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
+from flows.record import drive
+from lesa import atomic
+from lesa.params import Workload, load_params
+from lesa.pipelines import load_pipeline
+from lesa.prompts import PromptError
+from lesa.record import PlannedTrajectory, plan_recording, record_all
+from lesa.store import TrajectoryStore
+from tests.flows.clone import clone, run
+from tests.tiny import SPLITS, tiny_repository, write_prompts
+
+
+@pytest.fixture
+def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
+    monkeypatch.chdir(tiny_repository(tmp_path))
+    return load_params()
+
+
+def test_a_recorder_commits_and_does_nothing_the_second_time(workload: Workload) -> None:
+    threads = torch.get_num_threads()
+    try:
+        recorder = Recorder(workload, str(Path.cwd()))
+        assert torch.get_num_threads() == workload.record.threads_per_actor
+        assert recorder.pid() == os.getpid()
+        source, size = recorder.describe()
+        plan = plan_recording(workload, source)
+        assert size.num_steps == 8
+        store = TrajectoryStore.open(workload.paths.trajectories)
+        assert recorder.record(plan[0]) == plan[0].key
+        inode = (store.path / plan[0].key).stat().st_ino
+        assert recorder.record(plan[0]) == plan[0].key
+        assert store.keys() == [plan[0].key] and (store.path / plan[0].key).stat().st_ino == inode
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_second_driver_is_refused_before_ray_starts(workload: Workload) -> None:
+    import ray
+
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    with store.writer_lock(), pytest.raises(atomic.Locked, match=f"process {os.getpid()}"):
+        drive(workload, logging.getLogger("test"))
+    assert not ray.is_initialized()
+
+
+def test_bad_prompts_are_refused_before_anything_starts(workload: Workload, tmp_path: Path) -> None:
+    from flows import record as stage
+
+    write_prompts(tmp_path, {**SPLITS, "validation": SPLITS["train"][:2]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "read_workload", lambda name: load_params("params.yaml", name))
+        with pytest.raises(PromptError, match="both train and validation"):
+            stage.record.fn()
+    assert not workload.paths.trajectories.parent.exists()
+
+
+class Dying(Recorder):
+    """A recorder whose process ends whenever it is asked to record."""
+
+    def __init__(self, workload: Workload, root: str) -> None:
+        os.chdir(root)
+
+    def record(self, planned: PlannedTrajectory) -> str:
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
+    repository = clone(tmp_path / "clone")
+    refused = run(repository, "flows.record", "--workload", "nope")
+    assert refused.returncode == 2 and "'nope' is not in the file" in refused.stderr
+    assert "Traceback" not in refused.stderr and not (repository / "data/trajectories").exists()
+
+    done = run(repository, "flows.record")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (result["planned"], result["recorded"], result["pruned"]) == (6, 6, 0)
+    assert "6 to record: about " in done.stderr
+
+    here, threads = Path.cwd(), torch.get_num_threads()
+    os.chdir(repository)
+    torch.set_num_threads(1)
+    try:
+        workload = load_params()
+        plain = TrajectoryStore.create(tmp_path / "plain.zarr")
+        record_all(workload, plain, load_pipeline(workload))
+        recorded = TrajectoryStore.open(workload.paths.trajectories)
+        assert recorded.verify() == []
+        assert atomic.tree_digest(recorded.path.resolve()) == atomic.tree_digest(plain.path)
+    finally:
+        os.chdir(here)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_an_actor_that_always_dies_ends_the_run_with_the_key(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.actors
+    from flows.guard import no_orphans
+    from flows.runtime import ray_session
+
+    monkeypatch.setattr(flows.actors, "Recorder", Dying)
+    plan = plan_recording(workload, {"fingerprint": "sha256:0"})
+    with no_orphans(), ray_session(2) as ray:
+        pool = RecorderPool(ray, workload, Path.cwd())
+        try:
+            with pytest.raises(
+                RecordingFailed, match=f"trajectory {plan[0].key} failed {MAX_ATTEMPTS} times"
+            ):
+                pool.record(plan[:1], lambda key: None)
+        finally:
+            pool.close()

@@ -1,0 +1,168 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lesa.cli import main
+from tests.bundles import make_bundle
+from tests.tiny import tiny_flux
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    make_bundle(tiny_flux(folder / "pipeline"), folder / "bundle")
+    return folder
+
+
+def test_schedule_shows_the_papers_ratios(capsys):
+    assert main(["schedule", "--steps", "50", "--interval", "7", "8", "10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == [
+        "10 full of 50: 5.00x",
+        "9 full of 50: 5.56x",
+        "8 full of 50: 6.25x",
+    ]
+    assert lines[0].split()[2] == "####......"
+    assert [line.count("#") for line in lines] == [10, 9, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["schedule", "--interval", "0"], "interval must be an integer of at least 1"),
+        (["schedule", "--full-steps", "1,2"], "must contain step 0"),
+        (["schedule"], "give --interval, --full-steps or --bundle"),
+        (["schedule", "--budget", "5x"], "--budget needs --bundle"),
+        (["bundle", "show", "nowhere"], "cannot open the folder"),
+        (["store", "verify", "nowhere"], "nowhere"),
+        (["flops", "--family", "no-such-model"], "no-such-model"),
+        (["sample", "--bundle", "x"], "at least one prompt"),
+        (["sample", "a seven", "--bundle", "models:/../x"], "is not of the form"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(capsys, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.startswith(f"lesa {arguments[0]}: ")
+    assert "Traceback" not in captured.err and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_cannot_be_parsed(capsys):
+    for arguments in ([], ["fly"], ["schedule", "--full-steps", "a,b"], ["sample", "--bundle"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    assert "is not a list of steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "schedule", "flops", "doctor"])
+def test_help_teaches_by_example(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"lesa {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_sample_writes_pictures_and_shows_the_run(place, tmp_path, capsys):
+    base = ["--bundle", str(place / "bundle"), "--base", str(place / "pipeline"), "--device", "cpu"]
+    out = tmp_path / "pictures"
+    assert main(["sample", "a thin seven", "a bold two", *base, "--seed", "4", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 full of 10: 1.67x" in printed and "budget: 1.67x" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["000-seed4.png", "001-seed5.png"]
+    assert Image.open(out / "000-seed4.png").size == (16, 16)
+
+    again = tmp_path / "again"
+    arguments = ["sample", "--prompt", "a thin seven", *base, "--seed", "4", "--json", "--out", str(again)]
+    assert main([*arguments, "--interval", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_full"] == 7
+    plain, one = tmp_path / "plain", tmp_path / "one"
+    assert main(["sample", "a thin seven", *base, "--plain", "--out", str(plain)]) == 0
+    assert main(["sample", "a thin seven", *base, "--interval", "1", "--out", str(one)]) == 0
+    assert (plain / "000-seed0.png").read_bytes() == (one / "000-seed0.png").read_bytes()
+
+
+def test_sample_refuses_another_model(place, tmp_path, capsys):
+    tiny_flux(tmp_path / "other", seed=1)
+    arguments = [
+        "sample",
+        "a thin seven",
+        "--bundle",
+        str(place / "bundle"),
+        "--base",
+        str(tmp_path / "other"),
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "pictures")]) == 2
+    assert "fingerprint of the transformer: got" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_bundle_show_and_verify(place, tmp_path, capsys):
+    bundle = str(place / "bundle")
+    assert main(["bundle", "show", bundle]) == 0
+    shown = capsys.readouterr().out
+    assert "manifest sha256:" in shown and "1.67x (default)" in shown
+    digest = shown.split("sha256:")[1].split()[0]
+    assert main(["bundle", "show", bundle, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["workload"] == "tiny"
+    assert main(["bundle", "verify", bundle, "--digest", digest]) == 0
+    assert "good" in capsys.readouterr().out
+    assert main(["bundle", "verify", bundle, "--digest", "0" * 64]) == 1
+    assert "SHA-256" in capsys.readouterr().err
+
+
+def test_schedule_of_a_bundle(place, capsys):
+    assert main(["schedule", "--bundle", str(place / "bundle"), "--budget", "1.43x"]) == 0
+    assert capsys.readouterr().out == "1.43x  ####.#.#.#  7 full of 10: 1.43x\n"
+    assert main(["schedule", "--bundle", str(place / "bundle"), "--budget", "9x"]) == 2
+
+
+def test_compare_prints_a_table_and_json(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "held-out.txt"
+    prompts.write_text("a thin seven\na bold two\n")
+    arguments = [
+        "compare",
+        "--bundle",
+        str(place / "bundle"),
+        "--base",
+        str(place / "pipeline"),
+        "--prompts",
+        str(prompts),
+        "--seeds",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert "lesa" in json.dumps(results) and "taylor1" in json.dumps(results)
+    assert main([*arguments[:-3], "--prompts", str(tmp_path / "none.txt")]) == 2
+
+
+def test_doctor_tells_versions_and_no_secrets(capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@127.0.0.1:9/x?token=canary")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch 2." in printed and "http://127.0.0.1:9/x: not reachable" in printed
+    assert "canary" not in printed
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["core"]["torch"] and facts["services"]["prefect"]["reachable"] is False
+    assert "canary" not in json.dumps(facts)
+
+
+def test_flops_of_a_true_size(capsys):
+    assert main(["flops", "--family", "flux-dev", "--interval", "7", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["step_ratio"] == 5.0 and 4.5 < result["flops_ratio"] < 5.0

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lesa.flops import CallShapes, count_transformer, predictor_flops, taylor_flops
+from lesa.predictor import PredictorSpec, Variant
+from lesa.schedule import Schedule
+from lesa.true_size import PRESETS, dense_spec, family_flops, preset_sigmas
+from tests.bundles import CALL
+from tests.evaluation import pipeline
+from tests.tiny import tiny_flux
+
+
+def counted(pipe, batch: int = 1):
+    shapes = CallShapes()
+    handle = pipe.transformer.register_forward_pre_hook(shapes, with_kwargs=True)
+    arguments = {"height": CALL.height, "width": CALL.width, "max_sequence_length": CALL.max_sequence_length}
+    pipe(["a dog"] * batch, num_inference_steps=1, output_type="latent", **arguments)
+    handle.remove()
+    assert shapes.call is not None
+    assert all(t.is_meta for t in shapes.call[1].values() if isinstance(t, torch.Tensor))
+    return count_transformer(pipe.transformer, *shapes.call)
+
+
+def test_a_double_block_counts_what_a_person_counts() -> None:
+    model = counted(pipeline())
+    width, image, text, heads = 32, 16, 16, 2
+    tokens = image + text
+    assert (model.tokens, model.channels) == (image, width)
+    projections = 2 * tokens * width * width * 4  # query, key, value, output of each stream
+    attention = 2 * 2 * tokens * tokens * (width // heads) * heads
+    feed_forward = 2 * tokens * width * 4 * width * 2
+    modulation = 2 * 2 * width * 6 * width
+    assert model.head_block == projections + attention + feed_forward + modulation
+
+
+def test_ends_do_not_grow_with_blocks_and_samples_are_counted_one_by_one() -> None:
+    small, large = counted(pipeline()), counted(tiny_flux(num_layers=3))
+    assert large.ends == small.ends
+    assert large.total == pytest.approx(small.total + small.head_block)
+    batched = counted(pipeline(), batch=3)
+    assert batched.total == pytest.approx(small.total)
+    assert batched.ends == pytest.approx(small.ends)
+
+
+def spec(projection: str, history: str = "full_steps") -> PredictorSpec:
+    return PredictorSpec(
+        channels=10,
+        num_steps=8,
+        boundaries=(0.5,),
+        history_sizes=(2, 3),
+        variants=(Variant(name="a", num_full=4),),
+        projection=projection,
+        rank=4,
+        history=history,
+    )
+
+
+def test_the_predictor_projects_once_an_anchor_and_stage() -> None:
+    schedule = Schedule.explicit(8, (0, 1, 2, 5))  # predicted: 3 4 | 6 7
+    sigmas = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1, 0.0])
+    # Anchor 2 serves step 3 in stage 0 (history 2) and 4 in stage 1 (history 3); anchor 5 serves 6 and 7.
+    dense = 2 * (20 * 10) + 2 * (30 * 10) + 2 * (30 * 10)
+    per_channel = 2 * (20 + 30 + 30)
+    low_rank = per_channel + 2 * 4 * ((20 + 10) + 2 * (30 + 10))
+    additions = 4 * 2 * 10
+    for kind, products in (("dense", dense), ("per_channel", per_channel), ("low_rank", low_rank)):
+        assert predictor_flops(spec(kind), schedule, sigmas, tokens=7) == 7 * (products + additions)
+    # With its own predictions in the history every step has a projection of its own.
+    stepwise = 2 * (20 * 10) + 3 * 2 * (30 * 10)
+    assert predictor_flops(spec("dense", "steps"), schedule, sigmas, tokens=7) == 7 * (stepwise + additions)
+
+
+def test_taylor_costs_differences_once_and_additions_every_step() -> None:
+    schedule = Schedule.explicit(8, (0, 1, 2, 5))
+    assert taylor_flops(1, schedule, tokens=7, channels=10) == 2 * 70 * (2 + 4)
+    assert taylor_flops(2, schedule, tokens=7, channels=10) == 2 * taylor_flops(
+        1, schedule, tokens=7, channels=10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "image"),
+    [("flux-dev", 74.38, 3719.2), ("qwen-image", 131.7, 13168.2), ("hunyuan-video", 595.4, 29771.4)],
+)
+def test_true_sizes_are_the_published_ones(name: str, call: float, image: float) -> None:
+    found = family_flops(name)
+    assert found.model.total / 1e12 == pytest.approx(call, abs=0.05)
+    assert found.plain / 1e12 == pytest.approx(image, rel=1e-4)
+    assert found.model.channels == 3072
+    assert found.schedule.ratio == 5.0
+    assert 4.9 < found.ratio < 5.0  # the predictor and the ends are paid for, and are little
+    assert "5.00x" in str(found) and found.to_dict()["flops_ratio"] == found.ratio
+
+
+def test_distilled_presets_and_other_predictors() -> None:
+    schnell = family_flops("flux-schnell")
+    assert schnell.schedule.full_steps == (0, 3) and schnell.ratio == pytest.approx(1.99, abs=0.02)
+    schedule = Schedule.uniform(4, 3, warmup_steps=0)
+    lightning = family_flops("qwen-image-lightning")
+    assert lightning.schedule.full_steps == (0, 1, 2, 5) and lightning.ratio == pytest.approx(2.0, abs=0.02)
+    with pytest.raises(ValueError, match="64 channels wide"):
+        family_flops("flux-schnell", schedule, dense_spec(64, schedule))
+    with pytest.raises(ValueError, match="flux-dev, flux-schnell"):
+        family_flops("flux-3")
+
+
+def test_noise_levels_are_the_pipelines() -> None:
+    for preset in PRESETS.values():
+        sigmas = preset_sigmas(preset, preset.num_inference_steps)
+        assert sigmas[0] == 1.0 and sigmas[-1] == 0.0
+        assert (sigmas[:-1] > sigmas[1:]).all()
+    assert preset_sigmas(PRESETS["qwen-image"], 50)[-2] == pytest.approx(0.02, abs=1e-6)

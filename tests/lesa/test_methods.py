@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from diffusers import TaylorSeerCacheConfig
+
+from lesa.methods import (
+    Method,
+    diffusers_cache_method,
+    euler_method,
+    first_block_method,
+    fixed_peers,
+    lesa_method,
+    mag_cache_method,
+    multistep_method,
+    rule_method,
+    taylorseer_schedule,
+)
+from lesa.pipelines import sample
+from lesa.probe import probe
+from lesa.schedule import Schedule
+from tests.bundles import CALL, NUM_STEPS, extrapolating, run_sigmas
+from tests.evaluation import pipeline
+
+SCHEDULE = Schedule.uniform(NUM_STEPS, 3)  # 0 1 2 3 6 9
+
+
+NAMES = (
+    "lesa",
+    "reuse",
+    "taylor1",
+    "taylor2",
+    "taylor1_own",
+    "taylor2_own",
+    "euler",
+    "adams_bashforth2",
+    "first_block_cache",
+    "mag_cache",
+)
+
+
+@cache
+def everything() -> dict[str, Method]:
+    pipe = pipeline()
+    predictor = extrapolating(pipe.transformer.inner_dim, run_sigmas(pipe), SCHEDULE)
+    methods = [
+        lesa_method("b", predictor, SCHEDULE),
+        *fixed_peers("b", SCHEDULE),
+        first_block_method("b", NUM_STEPS, 10.0),
+        mag_cache_method(
+            "b", NUM_STEPS, [1.0] * NUM_STEPS, threshold=0.5, retention_steps=2, max_skip_steps=2
+        ),
+    ]
+    return {method.name: method for method in methods}
+
+
+def drawn(
+    method: Method | None = None, prompts=("a thin seven", "the blue cat")
+) -> tuple[torch.Tensor, float]:
+    """Latents, and how many steps were computed."""
+    pipe, seeds = pipeline(), list(range(len(prompts)))
+    if method is None:
+        with probe(pipe) as trace:
+            return sample(pipe, prompts, seeds, CALL, "latent"), trace.computed
+    with method.using(pipe, run_sigmas(pipe)), probe(pipe) as trace:
+        return sample(pipe, prompts, seeds, method.call(CALL), "latent"), trace.computed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_method_goes_on_and_comes_off_without_a_trace(name: str) -> None:
+    method = everything()[name]
+    plain, computed = drawn()
+    assert computed == NUM_STEPS
+    first, computed = drawn(method)
+    again, _ = drawn(method)
+    assert torch.equal(first, again)
+    if method.kind != "cache":
+        assert computed == SCHEDULE.num_full
+    else:
+        assert 1 <= computed < NUM_STEPS
+    assert not torch.equal(first, plain)
+    assert torch.equal(drawn()[0], plain)
+    assert method.num_steps == (NUM_STEPS if method.same_steps else SCHEDULE.num_full)
+
+
+@pytest.mark.parametrize("name", ["lesa", "adams_bashforth2", "mag_cache"])
+def test_each_method_comes_off_after_an_error(name: str) -> None:
+    pipe, method = pipeline(), everything()[name]
+    plain, _ = drawn()
+    with pytest.raises(KeyError), method.using(pipe, run_sigmas(pipe)):
+        raise KeyError
+    assert torch.equal(drawn()[0], plain)
+
+
+@pytest.mark.parametrize("rule", ["reuse", "taylor1", "taylor2"])
+def test_with_every_step_full_a_rule_is_the_plain_run(rule: str) -> None:
+    found, computed = drawn(rule_method(rule, "b", Schedule.uniform(NUM_STEPS, 1)))
+    assert computed == NUM_STEPS
+    assert torch.equal(found, drawn()[0])
+
+
+def test_taylorseers_own_rule() -> None:
+    ten = taylorseer_schedule(50, 10)
+    eight = taylorseer_schedule(50, 8)
+    assert ten is not None and ten.full_steps == (0, 1, 2, 8, 14, 20, 26, 32, 38, 44)
+    assert eight is not None and eight.full_steps == (0, 1, 2, 10, 18, 26, 34, 42)
+    assert taylorseer_schedule(50, 24) is None  # N = 2 has 26, N = 3 has 18
+    own = [
+        method.schedule
+        for method in fixed_peers("b", Schedule.uniform(50, 7))
+        if method.name.endswith("_own")
+    ]
+    assert own == [ten, ten]
+
+
+def test_methods_say_what_they_cost() -> None:
+    from lesa.flops import ModelFlops
+
+    model = ModelFlops(total=100.0, ends=1.0, head_block=10.0, tokens=4, channels=8)
+    sigmas = torch.linspace(1, 0, NUM_STEPS + 1)
+    by_name = everything()
+    assert tuple(by_name) == NAMES
+    assert by_name["reuse"].flops(model, 6, sigmas) == 6 * 100 + 4 * 1
+    assert by_name["euler"].flops(model, 6, sigmas) == 600
+    assert by_name["first_block_cache"].flops(model, 5.5, sigmas) == 550 + 4.5 * 11
+    assert by_name["mag_cache"].flops(model, 5.5, sigmas) == 550 + 4.5
+    assert by_name["taylor1"].flops(model, 6, sigmas) == 604 + 2 * 32 * (2 + 4)
+    assert by_name["lesa"].flops(model, 6, sigmas) > by_name["reuse"].flops(model, 6, sigmas)
+
+
+def test_solvers_call_the_pipeline_their_own_way() -> None:
+    assert euler_method("b", 6).call(CALL).num_inference_steps == 6
+    assert multistep_method("b", NUM_STEPS, 6).call(CALL) is CALL
+    assert multistep_method("b", NUM_STEPS, grid=(0, 4)).settings["grid"] == [0, 4]
+    with pytest.raises(ValueError, match="exactly one"):
+        multistep_method("b", NUM_STEPS)
+    with pytest.raises(ValueError, match="reuse, taylor1"):
+        rule_method("taylor9", "b", SCHEDULE)
+
+
+def test_any_cache_of_diffusers_can_be_a_method() -> None:
+    method = diffusers_cache_method(
+        "b",
+        NUM_STEPS,
+        lambda: TaylorSeerCacheConfig(cache_interval=3, use_lite_mode=True),
+        name="taylorseer_lite",
+        label="TaylorSeer lite",
+        settings={"cache_interval": 3},
+    )
+    plain, _ = drawn()
+    found, computed = drawn(method)
+    assert torch.isfinite(found).all() and computed == 5  # 0 1 2 4 7
+    assert torch.equal(drawn()[0], plain)
+
+
+def test_the_probe_sees_features_bytes_and_shapes() -> None:
+    pipe = pipeline()
+    method = rule_method("taylor1", "b", SCHEDULE)
+    with method.using(pipe, run_sigmas(pipe)), probe(pipe, deep=True) as trace:
+        sample(pipe, ["a dog", "a cat"], [0, 1], CALL, "latent")
+    assert (trace.calls, trace.computed) == (NUM_STEPS, 6)
+    assert trace.computed_share == 0.6
+    assert len(trace.features) == NUM_STEPS and trace.features[0].shape == (2, 16, 32)
+    feature = 2 * 16 * 32 * 4
+    assert 0 <= trace.peak_bytes - 3 * feature < 16  # two features, their difference, and a norm
+    assert trace.shapes.call is not None and trace.shapes.call[1]["hidden_states"].shape == (2, 16, 16)
+    assert not pipe.transformer.norm_out._forward_pre_hooks
