@@ -19,6 +19,7 @@ from pathlib import Path
 
 MARK = "LESA_RAY_SESSION"  # environment variable that every process of one session inherits
 GRACE_S = 4.0  # what Ray takes to end by itself
+SETTLE_S = 1.0  # without a process in sight for so long, the session is over
 
 
 @contextlib.contextmanager
@@ -61,12 +62,17 @@ def session_processes(token: str) -> list[int]:
 def main(token: str) -> None:
     """Wait for the driver's end, give Ray its time, end what is left."""
     sys.stdin.buffer.read()
-    deadline = time.monotonic() + GRACE_S
-    while session_processes(token) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    for pid in session_processes(token):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    ended = quiet_since = time.monotonic()
+    # Quiet for a while and not just once: a process between fork and exec is not to be seen for a moment.
+    while time.monotonic() - quiet_since < SETTLE_S:
+        left = session_processes(token)
+        if left:
+            quiet_since = time.monotonic()
+        if time.monotonic() - ended > GRACE_S:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def run_jobs(
                 except RayTaskError as error:
                     # A refusal by our own code comes back as it was; of anything else the worker's whole
                     # traceback is wanted.
-                    places = [line for line in error.traceback_str.splitlines() if "File " in line]
-                    if isinstance(error.cause, ValueError) and "/lesa/" in places[-1]:
+                    places = [line for line in str(error).splitlines() if "File " in line]
+                    if isinstance(error.cause, ValueError) and places and "/lesa/" in places[-1]:
                         raise ValueError(str(error.cause)) from None
                     raise
         return {name: results[name] for name in jobs}

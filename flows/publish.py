@@ -5,6 +5,7 @@ python -m flows.publish [--workload NAME]
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -16,7 +17,7 @@ from flows.manifest import budget_quality, evaluation_facts, read_metrics, regis
 from flows.measure import measure_and_decide
 from flows.registry import CANDIDATE, Registry, Version
 from flows.revisions import revisions
-from flows.runtime import stage_main
+from flows.runtime import ROOT, stage_main
 from flows.stage import experiment_name, metrics_folder, read_workload
 from lesa.atomic import write_json
 from lesa.bundle import Bundle, load_bundle
@@ -39,8 +40,13 @@ def judge_and_register(workload: Workload) -> dict[str, Any]:
     return publish_bundle(workload, get_run_logger())
 
 
-def publish_bundle(workload: Workload, log: Any) -> dict[str, Any]:
+def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str, Any]:
     """Everything that can be refused is refused before the registry is touched.
+
+    Args:
+        workload: its closed-loop predictor and evaluation are there.
+        log: a logger.
+        root: repository whose registry is used where MLFLOW_TRACKING_URI names none.
 
     Raises:
         ValueError: something to publish is missing.
@@ -59,15 +65,15 @@ def publish_bundle(workload: Workload, log: Any) -> dict[str, Any]:
         validation,
         quality=quality,
         evaluation=evaluation_facts(workload),
-        created_from=revisions(workload=workload.name),
+        created_from=revisions(root, workload.name),
     )
     del train, validation  # gigabytes of a real model, and not needed to judge
-    log.info("registry: %s", redact(tracking_uri()))
-    registry = Registry(experiment_name(workload))
+    log.info("registry: %s", redact(tracking_uri(root)))
+    registry = Registry(experiment_name(workload), root)
     candidate = registry.register(
         bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}
     )
-    judgement = Judgement(workload, pipe, bundle, log)
+    judgement = Judgement(workload, pipe, bundle, tracking_uri(root), log)
     registry.set_alias(CANDIDATE, candidate)
     try:
         moved, before = registry.promote(candidate, judgement)
@@ -89,8 +95,9 @@ def publish_bundle(workload: Workload, log: Any) -> dict[str, Any]:
 class Judgement:
     """Judges a candidate against whatever champion it meets; remembers the last decision."""
 
-    def __init__(self, workload: Workload, pipe: Any, candidate: Bundle, log: Any) -> None:
-        self.workload, self.pipe, self.candidate, self.log = workload, pipe, candidate, log
+    def __init__(self, workload: Workload, pipe: Any, candidate: Bundle, registry: str, log: Any) -> None:
+        self.workload, self.pipe, self.candidate = workload, pipe, candidate
+        self.registry, self.log = registry, log
         self.decision = Decision(
             promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
         )
@@ -113,7 +120,7 @@ class Judgement:
         if champion.fingerprint != self.candidate.manifest.fingerprint:
             self.log.info("champion %s was made for another transformer: the peers decide", champion.number)
             return None
-        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=tracking_uri())
+        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.registry)
         return load_bundle(folder, expected_digest=champion.digest)
 
     def outcome(self, candidate: Version, before: Version | None, moved: bool) -> dict[str, Any]:

@@ -49,6 +49,9 @@ _QUIET = {
 }
 
 
+RAY_ATTEMPTS = 3  # to start Ray
+
+
 def prefect_home() -> Path:
     """Prefect's home: the repository's own unless PREFECT_HOME says otherwise."""
     return Path(os.environ.get("PREFECT_HOME") or ROOT / ".prefect")
@@ -96,14 +99,20 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    ray.init(
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-        configure_logging=True,
-    )
+    for attempt in range(1, RAY_ATTEMPTS + 1):
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                logging_level=logging.WARNING,
+            )
+            break
+        except Exception as error:
+            ray.shutdown()
+            # Ray gives itself 30 s, which a very busy machine can exceed; nothing is lost by trying again.
+            if attempt == RAY_ATTEMPTS or "timed out during startup" not in str(error):
+                raise
     try:
         yield ray
     finally:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -127,9 +126,9 @@ def _note_best(state: TrainingState, experts: nn.Module, loss: float) -> Trainin
     return state
 
 
-def _refuse_not_finite(value: Any, what: str, iteration: int) -> None:
+def _refuse_not_finite(value: torch.Tensor, what: str, iteration: int) -> None:
     if not torch.isfinite(value).all():
         raise TrainingError(
-            f"the {what} at iteration {iteration} is not finite ({float(value)}); the last checkpoint is intact. "
+            f"the {what} at iteration {iteration} is not finite ({float(value.detach())}); the last checkpoint is intact. "
             "Lower the learning rate, or look for a bad trajectory with `lesa store verify`"
         )

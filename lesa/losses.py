@@ -58,12 +58,18 @@ GROUND_TRUTH: dict[str, GroundTruthLoss] = {
 
 def latents_loss(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the final latents [B, ...] against the unaccelerated run's."""
-    return (latents - reference).square().flatten(1).mean(dim=1).mean()
+    return _squared_errors(latents, reference).mean()
 
 
 def log_latents_loss(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Mean logarithm of each sample's squared error: decibels, so that no sample outweighs the others."""
-    return (latents - reference).square().flatten(1).mean(dim=1).clamp_min(1e-12).log().mean()
+    return _squared_errors(latents, reference).clamp_min(1e-12).log().mean()
+
+
+def _squared_errors(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    # Broadcasting would compare every sample with every other's reference.
+    assert latents.shape == reference.shape, (latents.shape, reference.shape)
+    return (latents - reference).square().flatten(1).mean(dim=1)
 
 
 CLOSED_LOOP = {"latents": latents_loss, "log_latents": log_latents_loss}

@@ -56,7 +56,7 @@ def make_bundle(
             },
         },
         "tap": TAP,
-        "branches": list(FAMILIES[workload.model.family].branches),
+        "branches": _branches(workload, num_branches=max(train.branch) + 1),
         "call": dataclasses.asdict(workload.call),
         "num_inference_steps": workload.call.num_inference_steps,
         "sigmas": [float(sigma) for sigma in train.sigmas],
@@ -83,3 +83,11 @@ def make_bundle(
         "base_license": None,
     }
     return write_bundle(folder, manifest, predictor)
+
+
+def _branches(workload: Workload, num_branches: int) -> list[str]:
+    """Names of the transformer's calls a step, as they were recorded: guidance decides how many there are."""
+    usual = FAMILIES[workload.model.family].branches
+    if num_branches == len(usual):
+        return list(usual)
+    return ["denoise"] if num_branches == 1 else ["cond", "uncond"]

@@ -137,7 +137,8 @@ def _draw(results: Results, folder: Path, training: Curves) -> list[tuple[str, s
     add(
         "Quality against speed",
         "psnr_vs_ratio.png",
-        "Mean PSNR with 95% intervals over prompts. Further right is faster, higher is closer to plain.",
+        "Mean PSNR with 95% intervals over prompts. Further right is faster, higher is closer to plain. "
+        "Cache settings that compute next to nothing are in the tables alone.",
         partial(plots.psnr_against_ratio, results),
     )
     for budget in results.budgets:

@@ -74,7 +74,7 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
         for branch in range(context["temb"].shape[1]):
             rows.append((key, branch))
             temb.append(context["temb"][:, branch])
-            latents.append(context["latents_final"])
+            latents.append(context["latents_final"][0])  # recorded at batch size 1
         recorded = store.features(key)
         size += recorded.numel() * recorded.element_size()
         if size <= MEMORY_LIMIT:

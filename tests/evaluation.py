@@ -1,4 +1,4 @@
-"""One small evaluation that several tests look at: a tiny pipeline, an extrapolating predictor, every peer."""
+"""One small evaluation that several tests look at: tiny pipeline, extrapolating predictor, every peer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lesa.evaluate import default_methods, evaluate_methods, samples
+from lesa.methods import first_block_method, mag_cache_method
 from lesa.params import EvaluateParams
 from lesa.results import Results
 from lesa.schedule import Schedule
@@ -20,7 +21,7 @@ SETTINGS = EvaluateParams(
     seeds_per_prompt=2,
     converged_fraction=0.5,
     converged_steps=20,
-    batch_size=3,
+    batch_size=2,
     bootstrap=100,
     wall_clock_repeats=1,
 )
@@ -44,18 +45,29 @@ def pipeline() -> Any:
 
 
 @cache
+def sigmas() -> torch.Tensor:
+    """[S + 1] noise levels of a run."""
+    return run_sigmas(pipeline())
+
+
+@cache
 def results() -> Results:
     pipe = pipeline()
-    predictor = extrapolating(pipe.transformer.inner_dim, run_sigmas(pipe), BUDGETS["1.67x"])
+    predictor = extrapolating(pipe.transformer.inner_dim, sigmas(), BUDGETS["1.67x"])
     methods = default_methods(
         pipe,
         {"lesa": predictor},
         BUDGETS,
         call=CALL,
         settings=SETTINGS,
-        tuning_prompts=["a red house", "the blue dog"],
-        tuning_seeds=[100, 101],
     )
+    for budget in BUDGETS:  # as if tuned: tuning has tests of its own
+        methods.append(first_block_method(budget, NUM_STEPS, 0.3))
+        methods.append(
+            mag_cache_method(
+                budget, NUM_STEPS, [1.0] * NUM_STEPS, threshold=0.1, retention_steps=2, max_skip_steps=1
+            )
+        )
     prompts, seeds = samples(PROMPTS[:2], 2, 500)
     return evaluate_methods(
         pipe,

@@ -5,6 +5,7 @@ Shape legend: N underlying digits, B images, H = W = IMAGE_SIZE pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from lesa.reference.prompts import DIGITS, POLARITIES, POSITIONS, THICKNESSES, parse_prompt
 
 IMAGE_SIZE = 16  # pixels a side
-GLYPH_SIZE = 10.0  # pixels a side of the 8 x 8 original once drawn
-CORNER_OFFSET = 2.6  # pixels from the centre to a corner's place, on each axis
+GLYPH_SIZE = 11.0  # pixels a side of the 8 x 8 original once drawn
+CORNER_OFFSET = 2.2  # pixels from the centre to a corner's place, on each axis
 SHEAR = {"upright": 0.0, "slanted": 0.36, "backslanted": -0.36}  # horizontal shift per unit of height
 STROKE_RADIUS = {"thin": -1, "plain": 0, "bold": 1}  # erosion or dilation, in 32 x 32 master pixels
 _MASTER = 32  # the digits are kept at this size while their strokes and outline change
@@ -37,16 +38,18 @@ class DigitBank:
 class Jitter:
     """Half-widths of the uniform perturbations that make the training images a continuum."""
 
-    shift: float = 0.45  # pixels
-    scale: float = 0.05  # relative
-    rotation: float = 0.06  # radians
-    shear: float = 0.05
+    shift: float = 0.35  # pixels
+    scale: float = 0.04  # relative
+    rotation: float = 0.04  # radians
+    shear: float = 0.04
     tint: float = 0.12  # how far paper and ink may be from pure black and white, each colour channel
     shade: float = 0.15  # how much a corner of the paper may be lighter or darker than its middle
 
 
-def load_bank(*, held_out: bool) -> DigitBank:
+def load_bank(*, held_out: bool, typical: float = 1.0) -> DigitBank:
     """The training part (4/5) of scikit-learn's 1797 digits, or the held-out part.
+
+    `typical` keeps that share of every class, those nearest to the mean image of their class.
 
     Raises ModuleNotFoundError when scikit-learn is absent: it comes with the `pipeline` extra.
     """
@@ -57,7 +60,10 @@ def load_bank(*, held_out: bool) -> DigitBank:
     labels = torch.from_numpy(data.target).long()
     is_held_out = torch.arange(len(labels)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     chosen = is_held_out if held_out else ~is_held_out
-    plain = F.interpolate(images[chosen], size=_MASTER, mode="bicubic", align_corners=False).clamp(0, 1)
+    images, labels = images[chosen], labels[chosen]
+    keep = _most_typical(images.flatten(1), labels, typical)
+    images, labels = images[keep], labels[keep]
+    plain = F.interpolate(images, size=_MASTER, mode="bicubic", align_corners=False).clamp(0, 1)
     versions = []
     for thickness in THICKNESSES:
         radius = STROKE_RADIUS[thickness]
@@ -65,13 +71,24 @@ def load_bank(*, held_out: bool) -> DigitBank:
         if radius < 0:
             versions.append(-F.max_pool2d(-plain, window, stride=1, padding=-radius))
         elif radius > 0:
-            versions.append(F.max_pool2d(plain, window, stride=1, padding=radius))
+            dilated = F.max_pool2d(plain, window, stride=1, padding=radius)
+            versions.append(torch.lerp(plain, dilated, 0.7))  # wholly dilated, loops would close
         else:
             versions.append(plain)
     # Thin strokes of blurred originals turn grey when eroded, bold ones keep soft edges: restore contrast.
     gains = {"thin": 1.25, "plain": 1.15, "bold": 1.1}
     masters = [(v * gains[t]).clamp(0, 1) for t, v in zip(THICKNESSES, versions, strict=True)]
-    return DigitBank(masters=torch.stack(masters), labels=labels[chosen])
+    return DigitBank(masters=torch.stack(masters), labels=labels)
+
+
+def _most_typical(pixels: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+    """Indices, in order, of the `share` of each class nearest to its mean."""
+    kept = []
+    for digit in range(len(DIGITS)):
+        members = (labels == digit).nonzero()[:, 0]
+        distance = (pixels[members] - pixels[members].mean(dim=0)).norm(dim=1)
+        kept.append(members[distance.argsort(stable=True)[: math.ceil(share * len(members))]])
+    return torch.cat(kept).sort().values
 
 
 def choose_originals(bank: DigitBank, prompts: list[str], generator: torch.Generator) -> torch.Tensor:

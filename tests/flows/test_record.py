@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from flows.actors import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
+from flows.guard import no_orphans
 from flows.record import drive
+from flows.runtime import ray_session
 from lesa import atomic
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline
 from lesa.prompts import PromptError
-from lesa.record import PlannedTrajectory, plan_recording, record_all
+from lesa.record import plan_recording, record_all
 from lesa.store import TrajectoryStore
 from tests.flows.clone import clone, run
 from tests.tiny import SPLITS, tiny_repository, write_prompts
@@ -66,16 +68,6 @@ def test_bad_prompts_are_refused_before_anything_starts(workload: Workload, tmp_
     assert not workload.paths.trajectories.parent.exists()
 
 
-class Dying(Recorder):
-    """A recorder whose process ends whenever it is asked to record."""
-
-    def __init__(self, workload: Workload, root: str) -> None:
-        os.chdir(root)
-
-    def record(self, planned: PlannedTrajectory) -> str:
-        os._exit(1)
-
-
 @pytest.mark.slow
 def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
     repository = clone(tmp_path / "clone")
@@ -105,21 +97,18 @@ def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_actor_that_always_dies_ends_the_run_with_the_key(
-    workload: Workload, monkeypatch: pytest.MonkeyPatch
+def test_a_trajectory_that_never_ends_is_given_up_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flows.actors
-    from flows.guard import no_orphans
-    from flows.runtime import ray_session
-
-    monkeypatch.setattr(flows.actors, "Recorder", Dying)
-    plan = plan_recording(workload, {"fingerprint": "sha256:0"})
+    """2000 steps in a second: every attempt is too slow, and the last one says which trajectory it was."""
+    monkeypatch.chdir(tiny_repository(tmp_path, num_inference_steps=2000, timeout_s=1))
+    workload = load_params()
     with no_orphans(), ray_session(2) as ray:
         pool = RecorderPool(ray, workload, Path.cwd())
         try:
-            with pytest.raises(
-                RecordingFailed, match=f"trajectory {plan[0].key} failed {MAX_ATTEMPTS} times"
-            ):
+            plan = plan_recording(workload, pool.describe()[0])
+            with pytest.raises(RecordingFailed, match=f"{plan[0].key} failed {MAX_ATTEMPTS} times.*in time"):
                 pool.record(plan[:1], lambda key: None)
         finally:
             pool.close()
+    assert TrajectoryStore.open(workload.paths.trajectories).keys() == []

@@ -22,6 +22,7 @@ from tests.tiny import write_prompts
 
 pytestmark = pytest.mark.slow
 NEW_PROMPT = "a heavy three"
+GATE = "gate: (promoted|kept): "  # the retraining's last line
 
 # A first champion, made as the stages make it but in one process: what is tested here is the second one.
 FIRST_RUN = """
@@ -79,7 +80,7 @@ def test_the_schedule_retrains_on_new_prompts(repository):
             stderr=output,
         )
         try:
-            wait_for(log, r"gate: (promoted|kept): [\s\S]*Finished in state|in state Failed|Crashed", local, 400)
+            wait_for(log, rf"{GATE}[\s\S]*Finished in state|in state Failed|Crashed", local, 400)
             family = [local.pid, *descendants(local.pid)]
         finally:
             local.send_signal(signal.SIGINT)

@@ -57,6 +57,9 @@ def test_latents_losses() -> None:
     expected = (math.log(0.01) + math.log(0.04)) / 2
     assert float(losses.log_latents_loss(latents, reference)) == pytest.approx(expected)
     assert float(losses.log_latents_loss(reference, reference)) == pytest.approx(math.log(1e-12))
+    for loss in losses.CLOSED_LOOP.values():  # no broadcasting of one sample over the others
+        with pytest.raises(AssertionError):
+            loss(latents, reference[:, None])
 
 
 def test_the_tables_are_what_the_parameters_may_name() -> None:
