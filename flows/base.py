@@ -12,6 +12,7 @@ from prefect import flow
 from flows.runtime import stage_main
 from flows.stage import final_values, metrics_folder, read_workload, stage_run
 from lesa.atomic import write_json
+from lesa.pipelines import pick_device
 from lesa.prompts import read_splits
 
 
@@ -35,7 +36,7 @@ def base(workload: str | None = None) -> dict[str, Any]:
             batch_size=settings.base.batch_size,
             learning_rate=settings.base.learning_rate,
             seed=settings.base.seed,
-            device=settings.device,
+            device=str(pick_device(settings.device)),
             report=run.report,
         )
         run.note(settings.base.steps, final_values(metrics))

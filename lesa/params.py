@@ -19,7 +19,7 @@ from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems
 
 MAX_SEED = 2**32  # far below what a generator takes, so that offsets and counts can be added
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")  # workloads, prompt sets, budgets
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads, prompt sets, budgets
 
 
 class ParamsError(ValueError):

@@ -20,7 +20,7 @@ from lesa.history import History
 from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems, stage_of_steps
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
 
 

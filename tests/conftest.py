@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports prefect, which reads its home when it is imported. A short path: sockets live below it.
+# Before anything imports prefect, which reads its home when it is imported.
 _HOME = Path(tempfile.mkdtemp(prefix="lesa-tests-"))
 os.environ["PREFECT_HOME"] = str(_HOME / "prefect")
 os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # the server may be gone before the last lines are

@@ -5,6 +5,7 @@ Children come from a fork server: real processes with a real SIGKILL, without im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -30,6 +31,7 @@ from lesa.record import record_all
 from lesa.store import StoreError, TrajectoryStore
 from tests.tiny import tiny_repository
 
+ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 SECONDS = 120  # far more than any child needs
 STEPS = ("ground_truth", "closed_loop")
@@ -103,12 +105,13 @@ def start(target: Callable[..., None], *arguments: Any) -> int | None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A recorded tiny repository with the first step's predictor, to be copied for each fault."""
-    CONTEXT.set_forkserver_preload(["kan", "diffusers", "tests.faults.test_training"])
+    CONTEXT.set_forkserver_preload(["kan", "tests.faults.test_training"])
     made = tiny_repository(tmp_path_factory.mktemp("repository"))
-    before, threads = Path.cwd(), torch.get_num_threads()
-    os.chdir(made)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(made):
+        # The server does not take over our sys.path before it preloads.
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         for gate in ("table", "kan"):
             workload = settings(gate)
             pipe = load_pipeline(workload)
@@ -119,9 +122,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             assert isinstance(jobs.finish(workload, "ground_truth", experts, figures), Predictor)
             shutil.copytree(workload.paths.ground_truth, made / "first_step" / gate)
         yield made
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def copy_of(root: Path, folder: Path, gate: str) -> Path:
@@ -136,7 +137,9 @@ def copy_of(root: Path, folder: Path, gate: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+def undisturbed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Any]]:
     results = {}
     for step, gate in ((s, g) for s in STEPS for g in ("table", "kan")):
         own = copy_of(root, tmp_path_factory.mktemp("whole"), gate)
@@ -176,19 +179,22 @@ def test_killed_at_an_iteration(
     assert done["figures"] == undisturbed[step, gate]["figures"]
 
 
-# A commit syncs and renames two files, syncs the tree, renames the folder and syncs its parent; the third one
-# also removes the first.
-WRITES = [*range(1, 13), 15, 19, 22, 23, 26, 33, 34, 35, 36]
+# Eleven acts: sync, rename and sync the folder for two files, sync the tree (three), rename the folder, sync its
+# parent. The third commit also removes the first, in two.
+WRITES = [*range(1, 12), 12, 21, 32, 34, 35]
 
 
-@pytest.mark.parametrize(("step", "writes"), [("ground_truth", WRITES), ("closed_loop", [4, 10, 15, 21])])
+@pytest.mark.parametrize(("step", "writes"), [("ground_truth", WRITES), ("closed_loop", [4, 10, 21, 34])])
 def test_killed_inside_a_checkpoint(
     root: Path, undisturbed: Any, tmp_path: Path, step: str, writes: list[int]
 ) -> None:
     for write in writes:
         own = copy_of(root, tmp_path / str(write), "table")
-        assert start(child, str(own), step, "table", ("write", write), str(own / "none")) == -signal.SIGKILL, write
-        done = resumed(own, step, "table")
+        assert (
+            start(child, str(own), step, "table", ("write", write), str(own / "none")) == -signal.SIGKILL
+        ), write
+        with contextlib.chdir(own):
+            done = run_job(settings("table"), step, lambda *_: None)
         assert done["digests"] == undisturbed[step, "table"]["digests"], write
         assert done["figures"] == undisturbed[step, "table"]["figures"], write
         assert not list((own / "data/checkpoints").rglob("*.partial")), write
@@ -196,8 +202,9 @@ def test_killed_inside_a_checkpoint(
 
 def test_killed_again_and_again(root: Path, undisturbed: Any, tmp_path: Path) -> None:
     own = copy_of(root, tmp_path, "table")
-    for write in (3, 14, 8, 25):
-        assert start(child, str(own), "ground_truth", "table", ("write", write), str(own / "none")) != 0
+    for write in (3, 14, 8, 20):
+        code = start(child, str(own), "ground_truth", "table", ("write", write), str(own / "none"))
+        assert code == -signal.SIGKILL, write
     assert resumed(own, "ground_truth", "table")["digests"] == undisturbed["ground_truth", "table"]["digests"]
 
 
@@ -315,11 +322,6 @@ def test_a_damaged_trajectory_is_named_and_never_trained_on(root: Path, tmp_path
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    before = Path.cwd()
-    os.chdir(own)
-    try:
-        with pytest.raises(StoreError, match=key):
-            jobs.run_ground_truth_job(settings("table"), jobs.Job("2x", 1), lambda *_: pytest.fail("trained"))
-        assert not (own / "data/checkpoints/tiny/work").exists()
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(own), pytest.raises(StoreError, match=key):
+        jobs.run_ground_truth_job(settings("table"), jobs.Job("2x", 1), lambda *_: pytest.fail("trained"))
+    assert not (own / "data/checkpoints/tiny/work").exists()

@@ -60,12 +60,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def small(workload: Workload, **changes: Any) -> Workload:
     """A table gate, two stages; `predictor`, `closed_loop`, ... are dicts of changed settings."""
     settings: dict[str, dict[str, Any]] = {
-        "predictor": {"boundaries": (0.6,), "history_sizes": (2, 3), "gate": "table", "projection": "per_channel"},
+        "predictor": {
+            "boundaries": (0.6,),
+            "history_sizes": (2, 3),
+            "gate": "table",
+            "projection": "per_channel",
+        },
         "closed_loop": {"iterations": 3, "batch_size": 2, "checkpoint_every": 1, "learning_rate": 1e-3},
     }
     for name, values in changes.items():
         settings[name] = settings.get(name, {}) | values
-    parts = {name: dataclasses.replace(getattr(workload, name), **values) for name, values in settings.items()}
+    parts = {
+        name: dataclasses.replace(getattr(workload, name), **values) for name, values in settings.items()
+    }
     return dataclasses.replace(workload, **parts)
 
 
@@ -73,7 +80,9 @@ def rule_of(place: Place, workload: Workload | None = None) -> ExpertRule:
     workload = workload or place.workload
     stages = range(len(workload.predictor.history_sizes))
     return ExpertRule(
-        experts={s: new_expert(workload, Job("2x", s), place.train.sigmas, place.train.channels) for s in stages},
+        experts={
+            s: new_expert(workload, Job("2x", s), place.train.sigmas, place.train.channels) for s in stages
+        },
         schedule=workload.budgets()["2x"],
         sigmas=place.train.sigmas,
         boundaries=workload.predictor.boundaries,
@@ -95,8 +104,10 @@ def freeze_all(pipe: Any) -> None:
 
 def test_recorded_latents_are_what_the_loop_compares_with(place: Place) -> None:
     """With every step full, the loop's latents are the recorded ones."""
-    rule = dataclasses.replace(rule_of(place), schedule=dataclasses.replace(place.workload.budgets()["2x"],
-                                                                            full_steps=tuple(range(8))))
+    rule = dataclasses.replace(
+        rule_of(place),
+        schedule=dataclasses.replace(place.workload.budgets()["2x"], full_steps=tuple(range(8))),
+    )
     with torch.no_grad():
         latents = accelerated_latents(place.pipe, place.workload, rule, place.train, [1, 3])
     reference = place.train.latents[[1, 3]]
@@ -104,7 +115,9 @@ def test_recorded_latents_are_what_the_loop_compares_with(place: Place) -> None:
     torch.testing.assert_close(latents, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [4, 7])  # before a full step, which the gradient passes through, and after the last
+@pytest.mark.parametrize(
+    "step", [4, 7]
+)  # before a full step, which the gradient passes through, and after the last
 def test_the_gradient_through_the_sampler_is_the_slope(place: Place, step: int) -> None:
     freeze_all(place.pipe)
     rule = rule_of(place)
@@ -176,11 +189,20 @@ def test_never_worse_than_the_start_and_the_pipeline_as_it_was(
 def test_training_through_the_sampler_improves_it(place: Place, tmp_path: Path) -> None:
     workload = small(place.workload, closed_loop={"iterations": 12, "learning_rate": 5e-3, "batch_size": 4})
     tensors, figures = train(
-        workload, "2x", place.start, place.pipe, place.train, place.validation, work_dir=tmp_path, report=lambda *_: None
+        workload,
+        "2x",
+        place.start,
+        place.pipe,
+        place.train,
+        place.validation,
+        work_dir=tmp_path,
+        report=lambda *_: None,
     )
     assert figures["validation_loss"] < figures["validation_loss_start"] - 0.02
     changed = [
-        name for name, value in tensors[Job("2x", 1)].items() if not torch.equal(value, place.start.tensors[f"2x/1/{name}"])
+        name
+        for name, value in tensors[Job("2x", 1)].items()
+        if not torch.equal(value, place.start.tensors[f"2x/1/{name}"])
     ]
     assert "projection.scale" in changed and "gate.table" in changed
 
@@ -236,7 +258,9 @@ def test_hooks_go_when_the_run_breaks(place: Place) -> None:
         def __call__(self, history: Any, step: int) -> torch.Tensor:
             raise RuntimeError("broken rule")
 
-    rule = Broken(**{f.name: getattr(rule_of(place), f.name) for f in dataclasses.fields(ExpertRule) if f.init})
+    rule = Broken(
+        **{f.name: getattr(rule_of(place), f.name) for f in dataclasses.fields(ExpertRule) if f.init}
+    )
     before = sample(place.pipe, ["a thin seven"], [5], place.workload.call)
     for checkpointing in (False, True):
         with pytest.raises(RuntimeError, match="broken rule"), torch.no_grad():
@@ -249,7 +273,9 @@ def test_hooks_go_when_the_run_breaks(place: Place) -> None:
 def test_a_pipeline_in_use_is_left_alone(place: Place) -> None:
     schedule, transformer = place.workload.budgets()["2x"], place.pipe.transformer
     reuse = RULES["reuse"](schedule, place.train.sigmas)
-    apply_lesa_cache(transformer, LesaCacheConfig(schedule=schedule, rule=reuse, scheduler=place.pipe.scheduler))
+    apply_lesa_cache(
+        transformer, LesaCacheConfig(schedule=schedule, rule=reuse, scheduler=place.pipe.scheduler)
+    )
     try:
         forwards = [block.forward for _, block, _ in rows(place)]
         with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) before training"):
@@ -341,7 +367,10 @@ def test_what_was_judged_is_what_is_trained_further(place: Place) -> None:
     variant = place.start.spec.variants[0]
     for stage in (0, 1):
         expert: Expert = new_expert(
-            dataclasses.replace(place.workload, seed=9), Job("2x", stage), place.train.sigmas, place.train.channels
+            dataclasses.replace(place.workload, seed=9),
+            Job("2x", stage),
+            place.train.sigmas,
+            place.train.channels,
         )
         restore(expert, place.start, variant, stage)
         for name, value in expert.export().items():
@@ -349,5 +378,7 @@ def test_what_was_judged_is_what_is_trained_further(place: Place) -> None:
     changed = dict(place.start.tensors)
     changed["2x/0/projection.bias"] = changed["2x/0/projection.bias"] + 1e-7
     assert predictor_digest(Predictor(place.start.spec, changed)) != predictor_digest(place.start)
-    assert predictor_digest(Predictor(place.start.spec, dict(place.start.tensors))) == predictor_digest(place.start)
+    assert predictor_digest(Predictor(place.start.spec, dict(place.start.tensors))) == predictor_digest(
+        place.start
+    )
     assert set(SPLITS) == {"train", "validation", "test"}

@@ -45,7 +45,9 @@ def train_a_little(expert: Expert) -> None:
     for _ in range(3):
         features = torch.randn(K, 4, C, generator=generator).unbind()
         optimizer.zero_grad()
-        (expert.project(features).square().mean() + expert.alpha(OFFSETS[:12], STEPS[:12]).square().mean()).backward()
+        (
+            expert.project(features).square().mean() + expert.alpha(OFFSETS[:12], STEPS[:12]).square().mean()
+        ).backward()
         optimizer.step()
 
 
@@ -97,7 +99,9 @@ def test_an_export_holds_every_number(projection: str, gate: str) -> None:
     assert {part for part, _ in names} == {"projection", "gate"}
     fresh = new(seed=77, part=slice(12, 20), projection=projection, gate=gate, start="random")
     parts = {
-        part: {name.removeprefix(f"{part}."): t for name, t in exported.items() if name.startswith(f"{part}.")}
+        part: {
+            name.removeprefix(f"{part}."): t for name, t in exported.items() if name.startswith(f"{part}.")
+        }
         for part in ("projection", "gate")
     }
     fresh.load_export(parts["projection"], parts["gate"])

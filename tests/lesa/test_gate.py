@@ -94,7 +94,7 @@ def test_shapes_are_those_alpha_reads(kind: str) -> None:
     shapes = gate_shapes(kind, 3, 4, 5, 12)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for layer in (0, 1) if kind == "kan" else ():
-        tensors[f"kan.{layer}.grid"] = torch.arange(shapes[f"kan.{layer}.grid"][1]).float().expand(
-            shapes[f"kan.{layer}.grid"]
+        tensors[f"kan.{layer}.grid"] = (
+            torch.arange(shapes[f"kan.{layer}.grid"][1]).float().expand(shapes[f"kan.{layer}.grid"])
         )
     assert alpha(kind, tensors, torch.rand(6, 3), range(6)).tolist() == [0.0] * 6

@@ -22,15 +22,15 @@ OFFSETS = torch.tensor([[0.1 * (i + 1), 0.1 * (i + 1) + 0.2] for i in range(S)])
 
 def new_experts() -> nn.ModuleDict:
     params = PredictorParams(gate="table", projection="per_channel", history_sizes=(K,), boundaries=())
-    expert = Expert(
-        params, channels=C, history_size=K, offsets=OFFSETS, steps=range(S), num_steps=S, seed=0
-    )
+    expert = Expert(params, channels=C, history_size=K, offsets=OFFSETS, steps=range(S), num_steps=S, seed=0)
     return nn.ModuleDict({"expert": expert})
 
 
 def loss_of(experts: nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
     features = torch.randn(K, 8, C, generator=generator)
-    predicted = experts["expert"].project(features.unbind()) * experts["expert"].alpha(OFFSETS, range(S)).mean()
+    predicted = (
+        experts["expert"].project(features.unbind()) * experts["expert"].alpha(OFFSETS, range(S)).mean()
+    )
     return (predicted - (3 * features[0] + 1)).square().mean()
 
 
@@ -166,7 +166,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, bad: 
         kept.append(experts)
         return loss_of(experts, generator) * (bad if next(calls) == 5 else 1.0)
 
-    with pytest.raises(TrainingError, match="the loss at iteration 5 is not finite.*last checkpoint is intact"):
+    with pytest.raises(
+        TrainingError, match="the loss at iteration 5 is not finite.*last checkpoint is intact"
+    ):
         run(tmp_path, loss=loss)
     reached: list[dict[str, torch.Tensor]] = []
 

@@ -69,7 +69,10 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_the_repositorys_file_loads() -> None:
     workload = load_params(ROOT / "params.yaml")
     assert workload.name == "flux-digits" and workload.base is not None
-    assert {name: schedule.num_full for name, schedule in workload.budgets().items()} == {"5x": 10, "6.25x": 8}
+    assert {name: schedule.num_full for name, schedule in workload.budgets().items()} == {
+        "5x": 10,
+        "6.25x": 8,
+    }
     assert workload.paths.trajectories == Path("data/trajectories/flux-digits.zarr")
 
 
@@ -141,6 +144,7 @@ def test_one_wrong_value(tmp_path: Path, path: str, value: Any, words: str) -> N
         ),
         ("schedule.budgets.5x", {"interval": 50}, "schedule.budgets.5x.interval: 50 must be below"),
         ("schedule.budgets.A B", {"interval": 7}, "schedule.budgets.A B: not a name"),
+        ("schedule.budgets.5x-", {"interval": 7}, "schedule.budgets.5x-: not a name"),
         (
             "schedule.budgets.searched",
             {"full_steps": [0, 1, 2, 99]},
@@ -256,7 +260,9 @@ class _NoAliases(yaml.SafeDumper):
 
 
 def test_missing_sections_and_workloads(tmp_path: Path) -> None:
-    found = problems(tmp_path, lambda workload: (workload.pop("call"), workload["record"].pop("train_prompts")))
+    found = problems(
+        tmp_path, lambda workload: (workload.pop("call"), workload["record"].pop("train_prompts"))
+    )
     assert {p.split(": ")[0] for p in found} >= {"workloads.toy.call", "workloads.toy.record.train_prompts"}
     load(tmp_path)
     with pytest.raises(ParamsError, match="workload 'else' is not in the file"):
@@ -310,7 +316,9 @@ def test_an_alias_bomb_is_refused_at_its_first_alias(tmp_path: Path) -> None:
         load_text(tmp_path, "\n".join(lines))
 
 
-@pytest.mark.parametrize(("written", "got"), [("1e-3", "str '1e-3'"), ("0o17", "str '0o17'"), ("no", "bool False")])
+@pytest.mark.parametrize(
+    ("written", "got"), [("1e-3", "str '1e-3'"), ("0o17", "str '0o17'"), ("no", "bool False")]
+)
 def test_surprises_of_yaml(tmp_path: Path, written: str, got: str) -> None:
     text = yaml.safe_dump(GOOD).replace("guidance_scale: 2", f"guidance_scale: {written}")
     with pytest.raises(ParamsError) as caught:

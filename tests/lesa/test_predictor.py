@@ -65,7 +65,9 @@ def run_history(seed: int = 0, dtype: torch.dtype = torch.float32, upto: int = 7
 @pytest.mark.parametrize("gate", ["kan", "mlp", "table"])
 def test_a_bound_predictor_is_the_formula(projection: str, gate: str) -> None:
     """h_t + alpha z with the stage's own projection, alpha from the stage's own gate."""
-    predictor = Predictor(spec(projection=projection, gate=gate), tensors_of(spec(projection=projection, gate=gate)))
+    predictor = Predictor(
+        spec(projection=projection, gate=gate), tensors_of(spec(projection=projection, gate=gate))
+    )
     rule = predictor.bind(SCHEDULE, SIGMAS)
     alphas = predictor.alphas(SCHEDULE, SIGMAS)
     stages = stage_of_steps(SIGMAS, (0.6,))
@@ -74,8 +76,11 @@ def test_a_bound_predictor_is_the_formula(projection: str, gate: str) -> None:
     for step, upto in ((4, 4), (8, 8), (11, 11)):
         history = run_history(upto=upto)
         stage, size = stages[step], SPEC.history_sizes[stages[step]]
-        part = {n.removeprefix(f"2x/{stage}/projection."): t for n, t in predictor.tensors.items()
-                if n.startswith(f"2x/{stage}/projection.")}
+        part = {
+            n.removeprefix(f"2x/{stage}/projection."): t
+            for n, t in predictor.tensors.items()
+            if n.startswith(f"2x/{stage}/projection.")
+        }
         z = sum(part["scale"][k] * history.features[k] for k in range(size)) + part["bias"]
         both = torch.cat(history.features[:size], dim=-1)
         if projection == "dense":

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lesa.prompts import PromptError, prompt_digests, prompts_digest, read_prompts, read_splits, refuse_overlap
+from lesa.prompts import (
+    PromptError,
+    prompt_digests,
+    prompts_digest,
+    read_prompts,
+    read_splits,
+    refuse_overlap,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +26,9 @@ def write(folder: Path, **splits: str | bytes) -> Path:
 
 
 def test_lines_come_in_file_order_and_exactly(tmp_path: Path) -> None:
-    write(tmp_path, train="b cat\na dog \n\N{ARABIC LETTER ALEF} right to left\nÅ", validation="x\n", test="y\n")
+    write(
+        tmp_path, train="b cat\na dog \n\N{ARABIC LETTER ALEF} right to left\nÅ", validation="x\n", test="y\n"
+    )
     splits = read_splits(tmp_path)
     assert splits["train"] == ["b cat", "a dog ", "\N{ARABIC LETTER ALEF} right to left", "Å"]
     assert splits["validation"] == ["x"] and splits["test"] == ["y"]
@@ -52,7 +61,12 @@ def test_every_problem_of_every_file_is_listed(tmp_path: Path) -> None:
     with pytest.raises(PromptError) as caught:
         read_splits(tmp_path)
     text = str(caught.value)
-    for words in ("line 2 is empty", "line 3 repeats line 1", "control characters", "test.txt does not exist"):
+    for words in (
+        "line 2 is empty",
+        "line 3 repeats line 1",
+        "control characters",
+        "test.txt does not exist",
+    ):
         assert words in text
     assert "a set needs train.txt, validation.txt, test.txt" in text
 

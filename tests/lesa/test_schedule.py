@@ -13,7 +13,10 @@ from lesa.schedule import Schedule, history_problems, picture
 
 
 @given(
-    steps=st.integers(1, 60), interval=st.integers(1, 70), warmup=st.integers(0, 65), cooldown=st.integers(0, 65)
+    steps=st.integers(1, 60),
+    interval=st.integers(1, 70),
+    warmup=st.integers(0, 65),
+    cooldown=st.integers(0, 65),
 )
 def test_uniform_is_the_formula(steps: int, interval: int, warmup: int, cooldown: int) -> None:
     schedule = Schedule.uniform(steps, interval, warmup, cooldown)

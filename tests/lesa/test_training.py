@@ -125,7 +125,9 @@ def test_windows_predict_what_the_sampler_would(
     """On true histories the batched windows are the bound predictor's rule, step by step."""
     from lesa.history import History
 
-    made = workload(predictor={"history": history, "gate": "kan", "projection": "low_rank", "grid": 3, "hidden": 4})
+    made = workload(
+        predictor={"history": history, "gate": "kan", "projection": "low_rank", "grid": 3, "hidden": 4}
+    )
     experts = {job: new_expert(made, job, SIGMAS, CHANNELS) for job in ground_truth_jobs(made, SIGMAS)}
     predictor = assemble(made, CHANNELS, {job: expert.export() for job, expert in experts.items()})
     schedule = made.budgets()["2x"]
@@ -232,7 +234,9 @@ def test_the_same_twice_whatever_the_global_seed(
     (first, figures), (second, again) = results
     assert figures == again and figures["validation_loss"] <= figures["validation_loss_start"]
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other, _ = train(data, tmp_path / "3", Job("2x", 1), predictor={"gate": "kan", "grid": 3, "hidden": 4}, seed=8)
+    other, _ = train(
+        data, tmp_path / "3", Job("2x", 1), predictor={"gate": "kan", "grid": 3, "hidden": 4}, seed=8
+    )
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 

@@ -1,0 +1,129 @@
+"""From a trained predictor to the published folder, and from the folder to an accelerated pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lesa
+from lesa.bundle import Bundle, load_bundle
+from lesa.fingerprint import fingerprint
+from lesa.jobs import recorded_splits
+from lesa.make_bundle import make_bundle
+from lesa.params import Workload, load_params
+from lesa.pipelines import load_pipeline, sample
+from lesa.prompts import prompt_digests
+from lesa.record import record_all
+from lesa.store import TrajectoryStore
+from lesa.training import untrained_predictor
+from tests.tiny import SPLITS, tiny_repository
+
+QUALITY = {"2x": {"psnr_mean": 31.5, "psnr_p5": 27.0}}
+
+
+@dataclasses.dataclass
+class Made:
+    """A workload and its bundle."""
+
+    workload: Workload
+    pipe: Any
+    bundle: Bundle
+    again: Any  # makes it once more, into another folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    before = Path.cwd()
+    os.chdir(tiny_repository(tmp_path_factory.mktemp("repository")))
+    try:
+        workload = load_params()
+        workload = dataclasses.replace(
+            workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
+        )
+        pipe = load_pipeline(workload)
+        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        train, validation = recorded_splits(workload)
+        predictor = untrained_predictor(workload, train.sigmas, train.channels)
+
+        def make(folder: Path) -> Bundle:
+            return make_bundle(
+                folder,
+                workload,
+                pipe,
+                predictor,
+                train,
+                validation,
+                quality=QUALITY,
+                evaluation={"samples": 4},
+                created_from={"git": "0" * 40},
+            )
+
+        yield Made(workload, pipe, make(workload.paths.bundle), make)
+    finally:
+        os.chdir(before)
+
+
+def test_the_folder_is_closed_and_loads(made: Made) -> None:
+    folder = made.workload.paths.bundle
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "manifest.json", "weights.safetensors"]
+    loaded = load_bundle(folder, expected_digest=made.bundle.digest)
+    assert loaded.predictor.spec == made.bundle.predictor.spec
+    for name, value in made.bundle.predictor.tensors.items():
+        assert torch.equal(loaded.predictor.tensors[name], value)
+
+
+def test_the_manifest_says_what_it_fits(made: Made) -> None:
+    manifest = json.loads((made.workload.paths.bundle / "manifest.json").read_text())
+    assert manifest["model"]["fingerprint"] == fingerprint(made.pipe.transformer)
+    assert manifest["model"]["pipeline_class"] == "FluxPipeline"
+    assert manifest["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+    assert manifest["scheduler"]["config"]["shift"] == 3.0
+    assert manifest["budgets"]["2x"] == {
+        "full_steps": [0, 1, 2, 3, 6],
+        "interval": 3,
+        "quality": QUALITY["2x"],
+    }
+    assert manifest["default_budget"] == "2x" and manifest["num_inference_steps"] == 8
+    train, validation = recorded_splits(made.workload)
+    assert manifest["sigmas"] == train.sigmas.tolist()
+    training = manifest["training"]
+    assert (training["num_trajectories"], training["num_validation_trajectories"]) == (4, 2)
+    assert training["prompt_digests"] == prompt_digests(SPLITS["train"] + SPLITS["validation"])
+    assert training["noise_seeds"] == [
+        min(*train.seeds, *validation.seeds),
+        max(*train.seeds, *validation.seeds),
+    ]
+
+
+def test_prompts_and_paths_stay_at_home(made: Made) -> None:
+    folder = made.workload.paths.bundle
+    text = (folder / "manifest.json").read_text() + (folder / "README.md").read_text()
+    assert str(Path.cwd()) not in text and os.uname().nodename not in text
+    assert not any(prompt in text for prompt in SPLITS["train"] + SPLITS["validation"])
+
+
+def test_it_accelerates_the_pipeline_it_was_made_for(made: Made) -> None:
+    call = made.workload.call
+    plain = sample(made.pipe, ["a black cat"], [7], call)
+    lesa.enable(made.pipe, made.workload.paths.bundle)
+    try:
+        fast = sample(made.pipe, ["a black cat"], [7], call)
+        assert "5 full of 8" in str(lesa.summary(made.pipe))
+    finally:
+        lesa.disable(made.pipe)
+    assert 0 < float((fast - plain).abs().mean()) < 0.1
+    assert torch.equal(sample(made.pipe, ["a black cat"], [7], call), plain)
+
+
+def test_making_it_again_gives_the_same_digest(made: Made, tmp_path: Path) -> None:
+    first = made.again(tmp_path / "tiny")
+    second = made.again(tmp_path / "tiny")  # in the place of the first
+    assert first.digest == second.digest == made.bundle.digest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
