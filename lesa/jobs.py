@@ -1,4 +1,4 @@
-"""The two training steps cut into jobs that load what they need and can run anywhere: in this process or on a cluster."""
+"""The two training steps cut into jobs that load what they need and can run anywhere, here or on a cluster."""
 
 from __future__ import annotations
 

@@ -129,6 +129,7 @@ def _note_best(state: TrainingState, experts: nn.Module, loss: float) -> Trainin
 def _refuse_not_finite(value: torch.Tensor, what: str, iteration: int) -> None:
     if not torch.isfinite(value).all():
         raise TrainingError(
-            f"the {what} at iteration {iteration} is not finite ({float(value.detach())}); the last checkpoint is intact. "
+            f"the {what} at iteration {iteration} is not finite ({float(value.detach())}); "
+            "the last checkpoint is intact. "
             "Lower the learning rate, or look for a bad trajectory with `lesa store verify`"
         )

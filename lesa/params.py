@@ -270,7 +270,8 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
         raise ParamsError(path, [*problems, "workloads: must be a mapping with at least one workload"])
     name = data.get("default_workload") if workload is None else workload
     if not isinstance(name, str) or name not in workloads:
-        raise ParamsError(path, [*problems, f"workload {name!r} is not in the file; known: {sorted(map(str, workloads))}"])
+        known = sorted(map(str, workloads))
+        raise ParamsError(path, [*problems, f"workload {name!r} is not in the file; known: {known}"])
     parsed = None
     for key, section in workloads.items():
         where = f"workloads.{key}"

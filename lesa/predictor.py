@@ -214,7 +214,8 @@ class Predictor:
                     f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
                 )
             result[steps] = found = gates.alpha(spec.gate, tensors, dt, steps)
-            bad = [s for s, a in zip(steps, found.isfinite().tolist(), strict=True) if not a and not schedule.is_full(s)]
+            finite = dict(zip(steps, found.isfinite().tolist(), strict=True))
+            bad = [step for step in steps if not finite[step] and not schedule.is_full(step)]
             if bad:
                 problems.append(f"alpha of noise stage {stage} is not finite at steps {bad}: the gate is damaged")
         if problems:

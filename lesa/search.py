@@ -104,4 +104,5 @@ def cheapest_path(costs: Costs, num_steps: int, num_full: int) -> Schedule:
     }
     if not ends_at:
         raise ValueError(f"no schedule of {num_full} full steps reaches step {num_steps - 1}: allow longer gaps")
-    return Schedule.explicit(num_steps, min(ends_at, key=lambda path: ends_at[path]))
+    _, best = min((cost, path) for path, cost in ends_at.items())
+    return Schedule.explicit(num_steps, best)

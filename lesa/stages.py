@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -27,6 +28,6 @@ def boundary_problems(boundaries: Sequence[float]) -> list[str]:
     problems = []
     if any(not 0.0 < boundary < 1.0 for boundary in boundaries):
         problems.append(f"boundaries must be noise levels strictly between 0 and 1, got {list(boundaries)}")
-    if any(later >= earlier for earlier, later in zip(boundaries, boundaries[1:], strict=False)):
+    if any(later >= earlier for earlier, later in pairwise(boundaries)):
         problems.append(f"boundaries must decrease without repeats, got {list(boundaries)}")
     return problems

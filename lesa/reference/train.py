@@ -26,7 +26,7 @@ MAX_SCORER_STEPS = 800
 MAX_IMAGES = 24_000  # rendered once and encoded once
 TYPICAL = 0.15  # share of the real digits, the most typical ones, that the model learns to draw
 SHORT_SHARE = 0.1  # of the training texts are in short form
-NUM_JUDGED = 120  # validation prompts sampled for the reported agreement
+MAX_JUDGED = 120  # validation prompts sampled for the reported agreement
 
 
 def train_flux_digits(
@@ -97,7 +97,7 @@ def train_flux_digits(
             report=report,
         )
     metrics["scorer_accuracy"] = scorer.accuracy
-    metrics["agreement"] = _agreement(pipeline.to(device), scorer, validation[:NUM_JUDGED])
+    metrics["agreement"] = _agreement(pipeline.to(device), scorer, validation[: min(MAX_JUDGED, 4 * steps)])
     pipeline.to("cpu")
     _save(pipeline, scorer, base_dir=base_dir, scorer_dir=scorer_dir)
     return metrics

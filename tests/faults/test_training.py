@@ -84,7 +84,7 @@ def count_down_writes(left: int) -> None:
     calls = [0]
     for name in ("fsync", "rename", "replace"):
 
-        def counted(*args: Any, true: Any = getattr(os, name), **kwargs: Any) -> Any:
+        def counted(*args: Any, true: Any = getattr(os, name), **kwargs: Any) -> Any:  # noqa: B008
             calls[0] += 1
             if calls[0] == left:
                 os.kill(os.getpid(), signal.SIGKILL)

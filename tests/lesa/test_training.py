@@ -187,7 +187,7 @@ def test_a_run_of_one_step_is_legal(gate: str) -> None:
     from lesa.params import BudgetParams, CallParams
 
     made = workload(
-        call=dict(num_inference_steps=1),
+        call={"num_inference_steps": 1},
         schedule={"budgets": {"2x": BudgetParams(interval=1)}},
         predictor={"boundaries": (), "history_sizes": (2,), "gate": gate},
     )

@@ -31,7 +31,7 @@ def centroid(strokes: torch.Tensor) -> tuple[float, float]:
 
 def test_thickness_changes_the_amount_of_ink() -> None:
     thin, plain, bold = (float(ink(thickness=t).sum()) for t in ("thin", "plain", "bold"))
-    assert thin < 0.8 * plain and plain < 0.8 * bold
+    assert thin < 0.85 * plain and plain < 0.9 * bold
 
 
 def test_slant_moves_the_top_against_the_bottom() -> None:
