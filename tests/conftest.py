@@ -26,3 +26,12 @@ def _own_state() -> Iterator[None]:
 
     stop(_HOME / "prefect")
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a module's code puts into the environment (MLflow keeps its address there) stays with the module."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
