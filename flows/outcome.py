@@ -8,6 +8,7 @@ Exit codes: 0 a fitting champion is registered, 1 there is none, otherwise DVC's
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workload = read_workload(args.workload)
         if args.repro:
-            code = dvc_repro(dvc_file(workload.name, load_params("params.yaml").name))
+            pipeline = dvc_file(workload.name, load_params("params.yaml").name)
+            code = dvc_repro(pipeline, show=functools.partial(print, flush=True))
             if code != 0:
                 return code
         return show_outcome(workload)

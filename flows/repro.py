@@ -40,6 +40,7 @@ def dvc_repro(pipeline: Path, show: Callable[[str], object] = print, root: Path 
     """
     environment = dict(os.environ)
     # The stages' `python` must be the one we run on, whatever is on the path.
+    environment["PYTHONUNBUFFERED"] = "1"  # people watch: what a stage says is shown when it says it
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with file_lock(state_folder(root) / "repro.lock"):
         process = subprocess.Popen(

@@ -149,15 +149,7 @@ def train_budget(
         nn.ModuleDict({str(stage): expert for stage, expert in experts.items()}),
         through_sampler if settings.gradient == "through_sampler" else drifted_states,
         validation_loss,
-        settings=LoopSettings(
-            iterations=settings.iterations,
-            learning_rate=settings.learning_rate,
-            gate_learning_rate=settings.gate_learning_rate,
-            weight_decay=settings.weight_decay,
-            gradient_clip=settings.gradient_clip,
-            checkpoint_every=settings.checkpoint_every,
-            seed=expert_seed(workload, jobs[0]),
-        ),
+        settings=LoopSettings.of(settings, expert_seed(workload, jobs[0])),
         folder=work_dir / budget,
         key=training_key(
             workload, "closed_loop", budget, trajectories_digest(train, validation) + predictor_digest(start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 
 from lesa.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from lesa.expert import Expert
+from lesa.params import ClosedLoopParams, GroundTruthParams
 
 Report = Callable[[int, dict[str, float]], None]
 FINAL_LEARNING_RATE = 0.02  # of the first, at the end of the cosine
@@ -34,6 +36,12 @@ class LoopSettings:
     gradient_clip: float  # 0: off
     checkpoint_every: int
     seed: int
+
+    @classmethod
+    def of(cls, params: GroundTruthParams | ClosedLoopParams, seed: int) -> LoopSettings:
+        """What both sections of the parameters say of the loop."""
+        shared = [f.name for f in dataclasses.fields(cls) if f.name != "seed"]
+        return cls(seed=seed, **{name: getattr(params, name) for name in shared})
 
 
 def optimise(

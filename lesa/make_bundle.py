@@ -45,7 +45,7 @@ def make_bundle(
             "pipeline_class": type(pipe).__name__,
             "transformer_class": type(pipe.transformer).__name__,
             "fingerprint": fingerprint(pipe.transformer),
-            "source": workload.model.source,
+            "source": _public(workload.model.source),
             "revision": workload.model.revision,
             "dtype": workload.model.dtype,
         },
@@ -91,3 +91,8 @@ def _branches(workload: Workload, num_branches: int) -> list[str]:
     if num_branches == len(usual):
         return list(usual)
     return ["denoise"] if num_branches == 1 else ["cond", "uncond"]
+
+
+def _public(source: str) -> str:
+    """A source as it may be published: of an absolute folder the name alone, which says nothing of the machine."""
+    return Path(source).name if Path(source).is_absolute() else source
