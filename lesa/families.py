@@ -27,6 +27,7 @@ class Family:
     transformer_class: str
     pipeline_classes: tuple[str, ...]
     block_lists: tuple[BlockList, ...]
+    embedders: tuple[str, ...] = ()  # modules whose output nothing but the blocks reads
     branches: tuple[str, ...] = ("denoise",)  # calls of the transformer per step, in the pipeline's order
     guidance_argument: str = "guidance_scale"  # the pipeline argument that carries the guidance
 
@@ -46,12 +47,14 @@ FAMILIES: dict[str, Family] = {
                 BlockList(attribute="transformer_blocks", hidden_index=1, encoder_index=0),
                 BlockList(attribute="single_transformer_blocks", hidden_index=1, encoder_index=0),
             ),
+            embedders=("x_embedder", "context_embedder"),
         ),
         Family(
             name="qwen-image",
             transformer_class="QwenImageTransformer2DModel",
             pipeline_classes=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
             block_lists=(BlockList(attribute="transformer_blocks", hidden_index=1, encoder_index=0),),
+            embedders=("img_in", "txt_in"),
             branches=("cond", "uncond"),
             guidance_argument="true_cfg_scale",
         ),
@@ -63,6 +66,7 @@ FAMILIES: dict[str, Family] = {
                 BlockList(attribute="transformer_blocks", hidden_index=0, encoder_index=1),
                 BlockList(attribute="single_transformer_blocks", hidden_index=0, encoder_index=1),
             ),
+            embedders=("x_embedder", "context_embedder"),
         ),
     )
 }

@@ -3,8 +3,8 @@
 LESA (arXiv 2602.20497): at a full step the transformer runs as it is and the feature of its last block is
 kept; at a predicted step a rule says that feature and only the model's cheap ends run. A root hook on the
 transformer decides, one hook a block obeys: pass the inputs through, and at the last block (the tail)
-return the prediction. Embedders, ControlNet residuals, `norm_out` and `proj_out` run unchanged; rotary
-embeddings, which nothing but the blocks reads, stand still.
+return the prediction. The conditioning, ControlNet residuals, `norm_out` and `proj_out` run unchanged; what
+nothing but the blocks reads (token embedders, rotary embeddings) does not run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lesa.schedule import Schedule
 _ROOT_HOOK = "lesa_cache"
 _BLOCK_HOOK = "lesa_cache_block"
 _ROTARY_HOOK = "lesa_cache_rotary"
+_EMBEDDER_HOOK = "lesa_cache_embedder"
 _ROTARY = ("pos_embed", "rope")  # diffusers' names for what makes rotary embeddings
 _AGAIN = "disable LESA and enable it again, after whatever changed the hooks"
 _NORM_JUMP = 10.0  # a prediction this many times larger than the feature it starts from is no prediction
@@ -314,6 +315,28 @@ class LesaRotaryHook(ModelHook):
         return module
 
 
+class LesaEmbedderHook(ModelHook):
+    """Gives a placeholder of the right shape for tokens that only skipped blocks would read: one element, expanded."""
+
+    _is_stateful = True
+
+    def __init__(self, call: LesaCallState) -> None:
+        super().__init__()
+        self._call = call
+        self._placeholder: torch.Tensor | None = None
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._call.skip and self._placeholder is not None:
+            return self._placeholder
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self._placeholder = output.new_zeros(1).expand(output.shape) if isinstance(output, torch.Tensor) else None
+        return output
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._placeholder = None
+        return module
+
+
 def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> None:
     """Accelerate `transformer` until `remove_lesa_cache`.
 
@@ -342,10 +365,14 @@ def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> N
     for index, (_, block, row) in enumerate(rows):
         hook = LesaBlockHook(call, block, row, is_tail=index == len(rows) - 1)
         add_hook(unwrap_module(block), hook, _BLOCK_HOOK)
-    for name in _ROTARY:
-        module = getattr(transformer, name, None)
-        if isinstance(module, torch.nn.Module):
-            add_hook(unwrap_module(module), LesaRotaryHook(call), _ROTARY_HOOK)
+    for names, kind, hook_name in (
+        (_ROTARY, LesaRotaryHook, _ROTARY_HOOK),
+        (family.embedders, LesaEmbedderHook, _EMBEDDER_HOOK),
+    ):
+        for name in names:
+            module = getattr(transformer, name, None)
+            if isinstance(module, torch.nn.Module):
+                add_hook(unwrap_module(module), kind(call), hook_name)
     add_hook(transformer, root, _ROOT_HOOK)
     forget_children(transformer)
 
@@ -357,6 +384,7 @@ def remove_lesa_cache(transformer: torch.nn.Module) -> None:
         remove_hook(module, _ROOT_HOOK)
         remove_hook(module, _BLOCK_HOOK)
         remove_hook(module, _ROTARY_HOOK)
+        remove_hook(module, _EMBEDDER_HOOK)
     forget_children(transformer)
 
 
