@@ -28,8 +28,9 @@ SETTLE_S = 1.0  # without a process in sight for so long, the session is over
 def no_orphans() -> Iterator[None]:
     """Ray started inside the block outlives this process by some seconds at most, however it ends."""
     token = secrets.token_hex(16)
+    others = ",".join(map(str, descendants(os.getpid())))  # a session that was there before is not ours to end
     guard = subprocess.Popen(
-        [sys.executable, "-I", __file__, token, str(os.getpid())],
+        [sys.executable, "-I", __file__, token, str(os.getpid()), others],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -61,8 +62,10 @@ def session_processes(token: str) -> list[int]:
     return found
 
 
-def descendants(driver: int) -> dict[int, str]:
+def descendants(driver: int, others: frozenset[int] = frozenset()) -> dict[int, str]:
     """Ray's processes below the driver, each with its start time: a number may be given away later.
+
+    Processes in `others`, and what they have started, are left out.
 
     Some of them rewrite their title over their environment, and then no longer show the token.
     """
@@ -73,7 +76,7 @@ def descendants(driver: int) -> dict[int, str]:
     found: dict[int, str] = {}
     below = {driver}
     while below:
-        below = {pid for pid, parent in parents.items() if parent in below}
+        below = {pid for pid, parent in parents.items() if parent in below} - others
         for pid in below:
             with contextlib.suppress(OSError):
                 if b"ray" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -95,11 +98,11 @@ def _same(pid: int, started: str) -> bool:
     return fields[19] == started and fields[0] not in ("Z", "X")
 
 
-def main(token: str, driver: int) -> None:
+def main(token: str, driver: int, others: frozenset[int]) -> None:
     """Watch until the driver's end, give Ray its time, end what is left."""
     known: dict[int, str] = {}
     while not select.select([sys.stdin], [], [], WATCH_S)[0]:
-        known |= descendants(driver)
+        known |= descendants(driver, others)
     ended = quiet_since = time.monotonic()
     # Quiet for a while and not just once: a process between fork and exec is not to be seen for a moment.
     while time.monotonic() - quiet_since < SETTLE_S:
@@ -114,4 +117,4 @@ def main(token: str, driver: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), frozenset(map(int, filter(None, sys.argv[3].split(",")))))
