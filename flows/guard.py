@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "LESA_RAY_SESSION"  # environment variable that every process of one session inherits
-WATCH_S = 0.5  # between two looks at what the driver has started
 GRACE_S = 4.0  # what Ray takes to end by itself
 SETTLE_S = 1.0  # without a process in sight for so long, the session is over
 
@@ -28,9 +26,8 @@ SETTLE_S = 1.0  # without a process in sight for so long, the session is over
 def no_orphans() -> Iterator[None]:
     """Ray started inside the block outlives this process by some seconds at most, however it ends."""
     token = secrets.token_hex(16)
-    others = ",".join(map(str, descendants(os.getpid())))  # a session that was there before is not ours to end
     guard = subprocess.Popen(
-        [sys.executable, "-I", __file__, token, str(os.getpid()), others],
+        [sys.executable, "-I", __file__, token],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -62,51 +59,13 @@ def session_processes(token: str) -> list[int]:
     return found
 
 
-def descendants(driver: int, others: frozenset[int] = frozenset()) -> dict[int, str]:
-    """Ray's processes below the driver, each with its start time: a number may be given away later.
-
-    Processes in `others`, and what they have started, are left out.
-
-    Some of them rewrite their title over their environment, and then no longer show the token.
-    """
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(entry.name)] = int(_stat(entry)[1])
-    found: dict[int, str] = {}
-    below = {driver}
-    while below:
-        below = {pid for pid, parent in parents.items() if parent in below} - others
-        for pid in below:
-            with contextlib.suppress(OSError):
-                if b"ray" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found[pid] = _stat(Path(f"/proc/{pid}"))[19]
-    return found
-
-
-def _stat(entry: Path) -> list[str]:
-    """Fields of a process's stat after its name: state, parent, ..., start time at 19."""
-    return (entry / "stat").read_text().rpartition(")")[2].split()
-
-
-def _same(pid: int, started: str) -> bool:
-    """Whether the process that was seen still runs."""
-    try:
-        fields = _stat(Path(f"/proc/{pid}"))
-    except OSError:
-        return False
-    return fields[19] == started and fields[0] not in ("Z", "X")
-
-
-def main(token: str, driver: int, others: frozenset[int]) -> None:
-    """Watch until the driver's end, give Ray its time, end what is left."""
-    known: dict[int, str] = {}
-    while not select.select([sys.stdin], [], [], WATCH_S)[0]:
-        known |= descendants(driver, others)
+def main(token: str) -> None:
+    """Wait for the driver's end, give Ray its time, end what is left."""
+    sys.stdin.buffer.read()
     ended = quiet_since = time.monotonic()
     # Quiet for a while and not just once: a process between fork and exec is not to be seen for a moment.
     while time.monotonic() - quiet_since < SETTLE_S:
-        left = {*session_processes(token), *(pid for pid, started in known.items() if _same(pid, started))}
+        left = session_processes(token)
         if left:
             quiet_since = time.monotonic()
         if time.monotonic() - ended > GRACE_S:
@@ -117,4 +76,4 @@ def main(token: str, driver: int, others: frozenset[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), frozenset(map(int, filter(None, sys.argv[3].split(",")))))
+    main(sys.argv[1])
