@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MARK = "LESA_RAY_SESSION"  # environment variable that every process of one session inherits
@@ -23,49 +23,78 @@ SETTLE_S = 1.0  # without a process in sight for so long, the session is over
 
 
 @contextlib.contextmanager
-def no_orphans() -> Iterator[None]:
-    """Ray started inside the block outlives this process by some seconds at most, however it ends."""
+def no_orphans() -> Iterator[Callable[[str], None]]:
+    """Ray started inside the block outlives this process by some seconds at most, however it ends.
+
+    Yields a function that takes the folder of the session, as soon as Ray has named it.
+    """
     token = secrets.token_hex(16)
     guard = subprocess.Popen(
-        [sys.executable, "-I", __file__, token],
+        [sys.executable, "-I", __file__, token, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C or a kill of our process group is not meant for it
     )
-    assert guard.stdin is not None
+    pipe = guard.stdin
+    assert pipe is not None
+
+    def session_is(folder: str) -> None:
+        with contextlib.suppress(OSError):  # a guard that was killed must not end the work
+            pipe.write(os.fsencode(folder) + b"\n")
+            pipe.flush()
+
     previous = os.environ.get(MARK)
     os.environ[MARK] = token
     try:
-        yield
+        yield session_is
     finally:
         if previous is None:
             os.environ.pop(MARK, None)
         else:
             os.environ[MARK] = previous
-        guard.stdin.close()
+        with contextlib.suppress(OSError):
+            pipe.close()
         guard.wait()
 
 
-def session_processes(token: str) -> list[int]:
-    """Ray's processes that inherited the token; never a process of another session or of another kind."""
+def session_processes(token: str, folders: list[str], driver: int) -> list[int]:
+    """The session's processes, the driver left out; never one of another session or of another kind.
+
+    They are known by the token they inherited, or by a file of the session's folder that they hold open: some of
+    Ray's agents write their title over their environment.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or not ours to read
-            if f"{MARK}={token}".encode() not in (entry / "environ").read_bytes().split(b"\0"):
-                continue
-            if b"ray" in (entry / "cmdline").read_bytes():
+            if int(entry.name) != driver and (_inherited(entry, token) or _holds(entry, folders)):
                 found.append(int(entry.name))
     return found
 
 
-def main(token: str) -> None:
+def _inherited(entry: Path, token: str) -> bool:
+    if f"{MARK}={token}".encode() not in (entry / "environ").read_bytes().split(b"\0"):
+        return False
+    # What the driver starts for other ends inherits the token too.
+    words = (entry / "cmdline").read_bytes().split(b"\0")
+    return any(b"ray/" in word or word.startswith((b"ray:", b"ray-")) for word in words)
+
+
+def _holds(entry: Path, folders: list[str]) -> bool:
+    for link in (entry / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).startswith(tuple(folders)):
+                return True
+    return False
+
+
+def main(token: str, driver: int) -> None:
     """Wait for the driver's end, give Ray its time, end what is left."""
-    sys.stdin.buffer.read()
+    folders = [f"{os.fsdecode(line)}/" for line in sys.stdin.buffer.read().split(b"\n") if line]
     ended = quiet_since = time.monotonic()
     # Quiet for a while and not just once: a process between fork and exec is not to be seen for a moment.
     while time.monotonic() - quiet_since < SETTLE_S:
-        left = session_processes(token)
+        left = session_processes(token, folders, driver)
         if left:
             quiet_since = time.monotonic()
         if time.monotonic() - ended > GRACE_S:
@@ -76,4 +105,4 @@ def main(token: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.guard import no_orphans
 from flows.runtime import ray_session
 from flows.tracking import Reporter
 from lesa.params import Workload
@@ -41,7 +40,7 @@ def run_jobs(
             name: _job(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd())
             for name, job in jobs.items()
         }
-    with no_orphans(), ray_session(workers * threads_per_worker) as ray:
+    with ray_session(workers * threads_per_worker) as ray:
         from ray.exceptions import RayTaskError
 
         gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0

@@ -15,7 +15,6 @@ from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
 from flows.actors import RecorderPool
-from flows.guard import no_orphans
 from flows.runtime import ray_session, stage_main
 from flows.stage import read_workload
 from lesa.atomic import format_bytes, require_space
@@ -54,7 +53,7 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
             log.info("removed %d unfinished trajectories of a recorder that was killed", len(swept))
         settings = workload.record
         num_cpus = settings.actors * settings.threads_per_actor
-        with no_orphans(), ray_session(num_cpus) as ray:
+        with ray_session(num_cpus) as ray:
             pool = RecorderPool(ray, workload, Path.cwd())
             try:
                 source, size = pool.describe()

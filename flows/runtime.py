@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.guard import no_orphans
 from flows.server import shared_server
 from lesa.atomic import Locked, file_lock
 
@@ -89,6 +90,8 @@ def waiting_lock(path: Path, seconds: float = 60.0) -> Iterator[None]:
 def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     """A local Ray on loopback for the block, without dashboard; yields the ray module.
 
+    None of its processes outlives this one by more than seconds, however it ends.
+
     An already initialised Ray is used as it is and left running. num_cpus None lets Ray count.
     """
     quiet_environment()
@@ -99,24 +102,26 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    for attempt in range(1, RAY_ATTEMPTS + 1):
+    with no_orphans() as session_is:
+        for attempt in range(1, RAY_ATTEMPTS + 1):
+            try:
+                started = ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    logging_level=logging.WARNING,
+                )
+                break
+            except Exception as error:
+                ray.shutdown()
+                # Ray gives itself 30 s, which a very busy machine can exceed; nothing is lost by trying again.
+                if attempt == RAY_ATTEMPTS or "timed out during startup" not in str(error):
+                    raise
+        session_is(started.address_info["session_dir"])
         try:
-            ray.init(
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                logging_level=logging.WARNING,
-            )
-            break
-        except Exception as error:
+            yield ray
+        finally:
             ray.shutdown()
-            # Ray gives itself 30 s, which a very busy machine can exceed; nothing is lost by trying again.
-            if attempt == RAY_ATTEMPTS or "timed out during startup" not in str(error):
-                raise
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from flows.actors import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
-from flows.guard import no_orphans
 from flows.record import drive
 from flows.runtime import ray_session
 from lesa import atomic
@@ -103,7 +102,7 @@ def test_a_trajectory_that_never_ends_is_given_up_by_name(
     """2000 steps in a second: every attempt is too slow, and the last one says which trajectory it was."""
     monkeypatch.chdir(tiny_repository(tmp_path, num_inference_steps=2000, timeout_s=1))
     workload = load_params()
-    with no_orphans(), ray_session(2) as ray:
+    with ray_session(2) as ray:
         pool = RecorderPool(ray, workload, Path.cwd())
         try:
             plan = plan_recording(workload, pool.describe()[0])
