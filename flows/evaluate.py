@@ -23,7 +23,7 @@ from lesa.table import format_table
 @flow(name="evaluate")
 def evaluate(workload: str | None = None) -> dict[str, Any]:
     """Judge the predictors against every peer and write the report."""
-    settings = read_workload(workload)
+    settings = read_workload(workload, searched=True)
     with stage_run("evaluate", settings, ("evaluate", "schedule", "call")) as run:
         return judge(settings, run)
 

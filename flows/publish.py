@@ -31,7 +31,7 @@ from lesa.pull import pull
 @flow(name="publish")
 def publish(workload: str | None = None) -> dict[str, Any]:
     """Register the new bundle; promote it if the gate finds it better. A refusal is a recorded decision."""
-    return judge_and_register(read_workload(workload))
+    return judge_and_register(read_workload(workload, searched=True))
 
 
 @task(name="judge and register", cache_policy=NO_CACHE)

@@ -14,12 +14,19 @@ from flows.runtime import ROOT
 from flows.tracking import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes
 from lesa.params import Workload, load_params
+from lesa.schedules import with_schedules
 
 
-def read_workload(name: str | None) -> Workload:
-    """The settings of a workload, all checked, before anything starts; paths are relative to the root."""
+def read_workload(name: str | None, *, searched: bool = False) -> Workload:
+    """The settings of a workload, all checked, before anything starts; paths are relative to the root.
+
+    Args:
+        name: section of params.yaml; None takes its default.
+        searched: also read what the search stage found; `ValueError` where it has not run.
+    """
     os.chdir(ROOT)
-    return load_params("params.yaml", name)
+    workload = load_params("params.yaml", name)
+    return with_schedules(workload) if searched else workload
 
 
 @contextlib.contextmanager

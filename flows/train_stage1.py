@@ -21,7 +21,7 @@ from lesa.params import Workload
 @flow(name="train_stage1")
 def train_stage1(workload: str | None = None) -> dict[str, Any]:
     """Train every expert on true histories (ground-truth guided)."""
-    settings = read_workload(workload)
+    settings = read_workload(workload, searched=True)
     with stage_run("train_stage1", settings, ("predictor", "ground_truth", "schedule", "seed")) as run:
         return train(settings, run)
 

@@ -21,7 +21,7 @@ from lesa.params import Workload
 @flow(name="train_stage2")
 def train_stage2(workload: str | None = None) -> dict[str, Any]:
     """Train the experts of every budget in the closed loop of the sampler."""
-    settings = read_workload(workload)
+    settings = read_workload(workload, searched=True)
     with stage_run("train_stage2", settings, ("predictor", "closed_loop", "schedule", "seed")) as run:
         return train(settings, run)
 

@@ -25,15 +25,25 @@ from lesa import losses
 from lesa.ends import Ends, ends_of, freeze
 from lesa.expert import Expert
 from lesa.families import blocks, family_of
+from lesa.forecast import Rule
 from lesa.history import History
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import call_arguments
-from lesa.predictor import Predictor, Variant
+from lesa.predictor import STEPS, Predictor, Variant
 from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
-from lesa.training import Job, Windows, expert_seed, new_expert, predictor_spec, training_key
+from lesa.step_weights import StepWeights, differences
+from lesa.training import (
+    Job,
+    Windows,
+    expert_seed,
+    new_expert,
+    predictor_spec,
+    step_weights_of_stage,
+    training_key,
+)
 from lesa.trajectories import Trajectories, draw, trajectories_digest
 
 
@@ -47,6 +57,8 @@ class ExpertRule:
     boundaries: tuple[float, ...]
     sizes: tuple[int, ...]
     history: str
+    step_weights: StepWeights | None = None  # kind per_step
+    step_history: int = 0
     name: str = "experts in training"
     captured: dict[tuple[int, int], torch.Tensor] | None = None  # (branch, step) -> history entry, where asked for
     place: tuple[int, int] = (-1, 0)  # step and branch of the newest call, while capturing
@@ -56,7 +68,7 @@ class ExpertRule:
 
     def __post_init__(self) -> None:
         self.stages = tuple(stage_of_steps(self.sigmas, self.boundaries))
-        self.history_size = max(self.sizes)
+        self.history_size = max(*self.sizes, self.step_history)
         self.keeps_predictions = self.history == "steps"
 
     def __call__(self, history: History, step: int) -> torch.Tensor:
@@ -74,7 +86,11 @@ class ExpertRule:
         offsets = gates.offsets(self.sigmas, step, past)[None]
         alpha = expert.alpha(offsets.to(newest.device), [step])
         # Experts train in float32 whatever the pipeline's dtype.
-        return (newest.float() + alpha * history.memo[stage]).to(newest.dtype)
+        change = alpha * history.memo[stage]
+        if self.step_weights is not None:
+            held = [feature.float() for feature in history.features]
+            change = change + self.step_weights(held[0], differences(held, self.step_history), step)
+        return (newest.float() + change).to(newest.dtype)
 
 
 def train_budget(
@@ -110,9 +126,13 @@ def train_budget(
     for stage, expert in experts.items():
         restore(expert, start, variant, stage)
     if not schedule.predicted_steps:
-        return {job: experts[job.stage].export() for job in jobs}, {}
+        untouched = {job: experts[job.stage].export() for job in jobs}
+        own = start.step_tensors(variant)
+        untouched[jobs[0]] |= {f"{STEPS}.{name}": tensor for name, tensor in own.items()}
+        return untouched, {}
     for expert in experts.values():
         expert.to(pipe.device)
+    step_weights = start_step_weights(workload, budget, start, experts, train)
     rule = ExpertRule(
         experts=experts,
         schedule=schedule,
@@ -120,12 +140,16 @@ def train_budget(
         boundaries=workload.predictor.boundaries,
         sizes=workload.predictor.history_sizes,
         history=workload.predictor.history,
+        step_weights=step_weights,
+        step_history=workload.predictor.step_history if step_weights is not None else 0,
     )
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:
         indices = draw(batch, len(train), settings.batch_size)
-        latents = accelerated_latents(pipe, workload, rule, train, indices, settings.gradient_checkpointing)
+        latents = accelerated_latents(
+            pipe, workload, rule.schedule, rule, train, indices, settings.gradient_checkpointing
+        )
         return compare(latents, train.latents[indices].to(latents.device))
 
     ends = ends_of(pipe.transformer)
@@ -140,13 +164,16 @@ def train_budget(
     def validation_loss() -> float:
         total = 0.0
         for chunk in torch.arange(len(validation)).split(settings.batch_size):
-            latents = accelerated_latents(pipe, workload, rule, validation, chunk.tolist())
+            latents = accelerated_latents(pipe, workload, rule.schedule, rule, validation, chunk.tolist())
             total += float(compare(latents, validation.latents[chunk].to(latents.device))) * len(chunk)
         return total / len(validation)
 
     before = validation_loss()
+    modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()})
+    if step_weights is not None:
+        modules[STEPS] = step_weights
     best = optimise(
-        nn.ModuleDict({str(stage): expert for stage, expert in experts.items()}),
+        modules,
         through_sampler if settings.gradient == "through_sampler" else drifted_states,
         validation_loss,
         settings=LoopSettings.of(settings, expert_seed(workload, jobs[0])),
@@ -157,13 +184,31 @@ def train_budget(
         report=report,
     )
     tensors = {job: experts[job.stage].export() for job in jobs}
+    if step_weights is not None:
+        found = {f"{STEPS}.{name}": tensor for name, tensor in step_weights.export().items()}
+        tensors[jobs[0]] |= found  # a budget's step weights are one table, whichever stage hands it on
     return tensors, {"validation_loss_start": before, "validation_loss": best}
+
+
+def start_step_weights(
+    workload: Workload, budget: str, start: Predictor, experts: dict[int, Expert], train: Trajectories
+) -> StepWeights | None:
+    """The step weights of the first training step, in units fitted anew; None with kind `lesa`."""
+    if workload.predictor.kind != "per_step":
+        return None
+    parts = [step_weights_of_stage(workload, Job(budget, stage), expert, train) for stage, expert in experts.items()]
+    weights = StepWeights(torch.stack([part.units for part in parts]).sum(dim=0))
+    variant = next(v for v in start.spec.variants if v.name == budget)
+    tensors = {name: tensor.to(weights.units.device) for name, tensor in start.step_tensors(variant).items()}
+    weights.load_export(tensors)
+    return weights
 
 
 def accelerated_latents(
     pipe: Any,
     workload: Workload,
-    rule: ExpertRule,
+    schedule: Schedule,
+    rule: Rule,
     data: Trajectories,
     indices: Sequence[int],
     gradient_checkpointing: bool = False,
@@ -175,7 +220,7 @@ def accelerated_latents(
     decorated: Any = type(pipe).__call__
     call = decorated.__wrapped__
     prompts = [data.prompts[i] for i in indices]
-    with in_loop(pipe, rule, gradient_checkpointing):
+    with in_loop(pipe, schedule, rule, gradient_checkpointing):
         return call(
             pipe,
             prompt=prompts,
@@ -199,7 +244,7 @@ def drifted_loss(
     rule.captured, rule.place = {}, (-1, 0)
     try:
         with torch.no_grad():
-            accelerated_latents(pipe, workload, rule, data, indices)
+            accelerated_latents(pipe, workload, rule.schedule, rule, data, indices)
         captured = rule.captured
     finally:
         rule.captured = None
@@ -226,12 +271,12 @@ def drifted_loss(
 
 
 @contextmanager
-def in_loop(pipe: Any, rule: ExpertRule, gradient_checkpointing: bool) -> Iterator[None]:
+def in_loop(pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: bool) -> Iterator[None]:
     """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
     transformer = pipe.transformer
     modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
     config = LesaCacheConfig(
-        schedule=rule.schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
+        schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
     )
     if is_lesa_cache_enabled(transformer):
         raise ValueError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")

@@ -223,12 +223,3 @@ def _import_gate(gate: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             layer.grid.copy_(tensors[f"kan.{index}.grid"])
             layer.coef.copy_(tensors[f"kan.{index}.coef"])
             layer.scale_base.copy_(tensors[f"kan.{index}.base"])
-
-
-def exported_predictor_tensors(experts: Mapping[tuple[str, int], Expert]) -> dict[str, torch.Tensor]:
-    """All experts' tensors under `<variant>/<stage>/`."""
-    return {
-        f"{variant}/{stage}/{name}": tensor
-        for (variant, stage), expert in experts.items()
-        for name, tensor in expert.export().items()
-    }

@@ -17,7 +17,7 @@ from lesa.closed_loop import train_budget
 from lesa.ends import load_ends
 from lesa.loop import Report
 from lesa.params import Workload
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import load_pipeline, pipeline_folder
 from lesa.predictor import Predictor, PredictorSpec
 from lesa.prompts import read_splits
 from lesa.training import Job, assemble, ground_truth_jobs, train_expert
@@ -43,7 +43,7 @@ def list_ground_truth_jobs(workload: Workload) -> list[Job]:
 def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
     """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
     train, validation = recorded_splits(workload)
-    ends = load_ends(_transformer_folder(workload))
+    ends = load_ends(transformer_folder(workload))
     return train_expert(
         workload, job, train, validation, ends, work_dir=work_dir(workload) / "ground_truth", report=report
     )
@@ -121,7 +121,6 @@ def load_figures(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "predictor.json").read_text())["figures"]
 
 
-def _transformer_folder(workload: Workload) -> Path:
-    from lesa.pipelines import pipeline_folder
-
+def transformer_folder(workload: Workload) -> Path:
+    """Where the transformer alone lies, for what needs only its ends."""
     return pipeline_folder(workload) / "transformer"

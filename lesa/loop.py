@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from lesa.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from lesa.expert import Expert
 from lesa.params import ClosedLoopParams, GroundTruthParams
+from lesa.step_weights import StepWeights
 
 Report = Callable[[int, dict[str, float]], None]
 FINAL_LEARNING_RATE = 0.02  # of the first, at the end of the cosine
@@ -32,6 +34,7 @@ class LoopSettings:
     iterations: int
     learning_rate: float
     gate_learning_rate: float
+    step_learning_rate: float
     weight_decay: float
     gradient_clip: float  # 0: off
     checkpoint_every: int
@@ -40,8 +43,11 @@ class LoopSettings:
     @classmethod
     def of(cls, params: GroundTruthParams | ClosedLoopParams, seed: int) -> LoopSettings:
         """What both sections of the parameters say of the loop."""
-        shared = [f.name for f in dataclasses.fields(cls) if f.name != "seed"]
-        return cls(seed=seed, **{name: getattr(params, name) for name in shared})
+        shared = [f.name for f in dataclasses.fields(cls) if f.name not in ("seed", "step_learning_rate")]
+        values = {name: getattr(params, name) for name in shared}
+        # On true histories the step weights are fitted in closed form.
+        of_steps = params.step_learning_rate if isinstance(params, ClosedLoopParams) else 0.0
+        return cls(seed=seed, step_learning_rate=of_steps, **values)
 
 
 def optimise(
@@ -57,7 +63,7 @@ def optimise(
     """Train in place and leave the experts at their lowest validation loss, the start included.
 
     Args:
-        experts: modules of type `lesa.expert.Expert`.
+        experts: modules of type `lesa.expert.Expert` or `lesa.step_weights.StepWeights`.
         loss_of: one batch's loss; draws whatever it draws from the generator given.
         validation_loss: loss on the validation trajectories, without gradients.
         folder: of this run's checkpoints.
@@ -70,12 +76,7 @@ def optimise(
     Raises:
         TrainingError: a loss or gradient that is not finite, naming the iteration.
     """
-    groups = [
-        group
-        for expert in experts.values()
-        if isinstance(expert, Expert)
-        for group in expert.parameter_groups(settings.learning_rate, settings.gate_learning_rate)
-    ]
+    groups = [group for module in experts.values() for group in _parameter_groups(module, settings)]
     for group in groups:
         group.setdefault("weight_decay", settings.weight_decay)
         group["initial_lr"] = group["lr"]
@@ -110,6 +111,13 @@ def optimise(
     experts.load_state_dict(state.best)
     assert state.best_loss is not None
     return state.best_loss
+
+
+def _parameter_groups(module: nn.Module, settings: LoopSettings) -> list[dict[str, Any]]:
+    if isinstance(module, StepWeights):
+        return module.parameter_groups(settings.step_learning_rate)
+    assert isinstance(module, Expert), type(module)
+    return module.parameter_groups(settings.learning_rate, settings.gate_learning_rate)
 
 
 def batch_generator(seed: int, iteration: int) -> torch.Generator:

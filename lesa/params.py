@@ -71,10 +71,11 @@ class BaseParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetParams:
-    """One schedule of the bundle: either an interval or a list."""
+    """One schedule of the bundle: an interval, a list, or a number of full steps whose places are searched."""
 
     interval: int | None = setting(None, low=1)  # steps from one full step to the next
     full_steps: tuple[int, ...] | None = None  # explicit full steps
+    num_full: int | None = setting(None, low=2)  # the search stage finds where they stand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +103,23 @@ class RecordParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SearchParams:
+    """Where the full steps stand, for budgets that give only their number."""
+
+    evaluations: int = setting(60, low=1)  # true closed-loop runs a budget, after the cheapest path is known
+    samples: int = setting(32, low=1)  # training trajectories a run; the others are fitted
+    max_gap: int = setting(16, low=2)  # steps between neighbouring full steps that are considered
+    workers: int = setting(2, low=1)  # budgets searched side by side
+    threads_per_worker: int = setting(1, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PredictorParams:
     """The experts: noise stages, projection of the history, KAN over time (LESA, arXiv 2602.20497)."""
 
+    kind: Literal["lesa", "per_step"] = "lesa"  # experts alone, or with per-channel weights of each step's own
+    step_history: int = setting(3, low=1, high=MAX_HISTORY)  # K of the step weights
+    ridge: float = setting(1e-3, low=0.0)  # pull of the step weights to zero in their closed form
     history: Literal["full_steps", "steps"] = "full_steps"  # the last K full steps, or steps with own predictions
     boundaries: tuple[float, ...] = (0.8, 0.4)  # noise levels between the stages, decreasing
     history_sizes: tuple[int, ...] = (3, 3, 3)  # K of each stage's expert
@@ -142,6 +157,7 @@ class ClosedLoopParams:
     batch_size: int = setting(16, low=1)
     learning_rate: float = setting(1e-4, low=0.0)
     gate_learning_rate: float = setting(1e-3, low=0.0)
+    step_learning_rate: float = setting(1e-2, low=0.0)  # of step weights, in units of what they correct
     weight_decay: float = setting(0.0, low=0.0)
     gradient_clip: float = setting(1.0, low=0.0)
     gradient_checkpointing: bool = False  # recompute full steps in the backward pass: memory for time
@@ -183,6 +199,7 @@ class Workload:
     prompts: str  # prompt set: folder under data/prompts
     schedule: ScheduleParams
     record: RecordParams
+    search: SearchParams = SearchParams()
     predictor: PredictorParams = PredictorParams()
     ground_truth: GroundTruthParams = GroundTruthParams()
     closed_loop: ClosedLoopParams = ClosedLoopParams()
@@ -198,18 +215,29 @@ class Workload:
         return Paths(self)
 
     def budgets(self) -> dict[str, Schedule]:
-        """The schedule of every budget."""
+        """The schedule of every budget.
+
+        Raises:
+            ValueError: naming the budgets that are still to be searched.
+        """
         return budget_schedules(self.schedule, self.call.num_inference_steps)
 
 
 def budget_schedules(rule: ScheduleParams, num_steps: int) -> dict[str, Schedule]:
-    """The schedule of every budget for runs of `num_steps`."""
+    """The schedule of every budget for runs of `num_steps`; `ValueError` where one is still to be searched."""
+    if open_ones := searched_budgets(rule):
+        raise ValueError(f"schedule.budgets: {', '.join(open_ones)} are still to be searched: run the search stage")
     return {
         name: Schedule.explicit(num_steps, budget.full_steps)
         if budget.full_steps is not None
         else Schedule.uniform(num_steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps)
         for name, budget in rule.budgets.items()
     }
+
+
+def searched_budgets(rule: ScheduleParams) -> dict[str, int]:
+    """Budgets whose full steps are still to be found, and how many each has."""
+    return {name: budget.num_full for name, budget in rule.budgets.items() if budget.num_full is not None}
 
 
 @dataclass(frozen=True)
@@ -233,6 +261,10 @@ class Paths:
     @property
     def trajectories(self) -> Path:
         return Path("data/trajectories") / f"{self.workload.name}.zarr"
+
+    @property
+    def schedules(self) -> Path:
+        return Path("data/schedules") / f"{self.workload.name}.json"
 
     @property
     def ground_truth(self) -> Path:
@@ -340,8 +372,8 @@ def _budget_problems(rule: ScheduleParams) -> list[str]:
         where = f"schedule.budgets.{name}"
         if not NAME.fullmatch(name):
             problems.append(f"{where}: not a name")
-        if (budget.interval is None) == (budget.full_steps is None):
-            problems.append(f"{where}: give either interval or full_steps")
+        if sum(value is not None for value in (budget.interval, budget.full_steps, budget.num_full)) != 1:
+            problems.append(f"{where}: give one of interval, full_steps and num_full")
     return problems
 
 
@@ -351,11 +383,34 @@ def _step_problems(rule: ScheduleParams, call: CallParams) -> list[str]:
         where = f"schedule.budgets.{name}"
         if budget.interval is not None and steps > 1 and budget.interval >= steps:
             problems.append(f"{where}.interval: {budget.interval} must be below call.num_inference_steps {steps}")
+        if budget.num_full is not None and budget.num_full > steps:
+            problems.append(f"{where}.num_full: {budget.num_full} must be at most call.num_inference_steps {steps}")
         if budget.full_steps is not None:
             try:
                 Schedule.explicit(steps, budget.full_steps)
             except ValueError as error:
                 problems.append(f"{where}.full_steps: {error}")
+    return problems
+
+
+def _search_problems(
+    rule: ScheduleParams, call: CallParams, record: RecordParams, predictor: PredictorParams, search: SearchParams
+) -> list[str]:
+    problems = []
+    searched = searched_budgets(rule)
+    for name, count in searched.items():
+        if 1 + count * search.max_gap <= call.num_inference_steps:
+            problems.append(
+                f"search.max_gap: {search.max_gap} leaves steps out of reach of budget {name} ({count} full steps of "
+                f"{call.num_inference_steps})"
+            )
+        if any(size > count for size in predictor.history_sizes):
+            problems.append(f"schedule.budgets.{name}.num_full: {count} is less history than predictor.history_sizes")
+    if searched and search.samples >= record.train_prompts * record.seeds_per_prompt:
+        problems.append(
+            f"search.samples: {search.samples} must be fewer than the training trajectories "
+            f"({record.train_prompts * record.seeds_per_prompt}): the others are fitted"
+        )
     return problems
 
 
@@ -383,7 +438,9 @@ def _window_problems(rule: ScheduleParams, call: CallParams, predictor: Predicto
     if _budget_problems(rule) or _step_problems(rule, call) or _predictor_problems(predictor):
         return []
     problems, size = [], min(predictor.history_sizes)
-    for name, schedule in budget_schedules(rule, call.num_inference_steps).items():
+    fixed = {name: budget for name, budget in rule.budgets.items() if budget.num_full is None}
+    known = dataclasses.replace(rule, budgets=fixed)  # a search takes no schedule that the windows do not allow
+    for name, schedule in budget_schedules(known, call.num_inference_steps).items():
         anywhere = [0] * schedule.num_steps
         found = history_problems(schedule, [size], anywhere, predictor.history)
         problems += [f"schedule.budgets.{name}: {p.replace(' of noise stage 0', '')}" for p in found]
@@ -424,6 +481,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("schedule", "call"), _step_problems),
     (("predictor",), _predictor_problems),
     (("schedule", "call", "predictor"), _window_problems),
+    (("schedule", "call", "record", "predictor", "search"), _search_problems),
     (("record", "closed_loop"), _drift_problems),
     (("record", "evaluate", "publish"), _seed_problems),
 )

@@ -1,14 +1,15 @@
 """Experts with their routing, as a sampler uses them: `h_hat = h_t + alpha z` (LESA, arXiv 2602.20497).
 
 Torch alone: alpha is evaluated once when a schedule is bound, and z depends on the cached features alone, so it is
-computed once an anchor; what is left for a predicted step is one multiply-add an element.
+computed once an anchor; what is left for a predicted step is one multiply-add an element (kind `lesa`), or a few
+with weights of the step's own (kind `per_step`, see `lesa.step_weights`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 
 from lesa import gate as gates
 from lesa import projection as projections
+from lesa import step_weights
 from lesa.history import History
 from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems, stage_of_steps
 
+KINDS = ("lesa", "per_step")
+STEPS = "steps"  # name of a variant's step weights, where its stages have their numbers
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
 
@@ -29,7 +33,11 @@ class Variant:
     """Experts trained for one budget."""
 
     name: str
-    num_full: int
+    full_steps: tuple[int, ...]  # the schedule they were trained on
+
+    @property
+    def num_full(self) -> int:
+        return len(self.full_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,7 @@ class PredictorSpec:
     history_sizes: tuple[int, ...]  # K of each stage
     variants: tuple[Variant, ...]
     kind: str = "lesa"
+    step_history: int = 3  # K of the step weights (kind per_step)
     history: str = "full_steps"
     projection: str = "dense"
     rank: int = 32
@@ -56,7 +65,7 @@ class PredictorSpec:
     def __post_init__(self) -> None:
         problems = list(boundary_problems(self.boundaries))
         for name, value, known in (
-            ("kind", self.kind, ("lesa",)),
+            ("kind", self.kind, KINDS),
             ("history", self.history, ("full_steps", "steps")),
             ("projection", self.projection, projections.KINDS),
             ("gate", self.gate, gates.KINDS),
@@ -68,6 +77,7 @@ class PredictorSpec:
             ("num_steps", self.num_steps, MAX_STEPS),
             ("rank", self.rank, MAX_CHANNELS),
             ("hidden", self.hidden, MAX_HIDDEN),
+            ("step_history", self.step_history, MAX_HISTORY),
             ("grid", self.grid, 64),
             ("number of boundaries + 1", len(self.boundaries) + 1, MAX_STAGES),
             ("number of variants", len(self.variants), MAX_VARIANTS),
@@ -81,9 +91,12 @@ class PredictorSpec:
         for variant in self.variants:
             if not isinstance(variant.name, str) or not _NAME.fullmatch(variant.name):
                 problems.append(f"variant name {variant.name!r} must match {_NAME.pattern}")
-            full = variant.num_full
-            if not isinstance(full, int) or isinstance(full, bool) or full < 1:
-                problems.append(f"num_full of variant {variant.name!r} must be an integer of at least 1, got {full!r}")
+            try:
+                Schedule.explicit(self.num_steps, variant.full_steps)
+            except ValueError as error:
+                problems.append(f"variant {variant.name!r}: {error}")
+        if self.kind == "per_step" and self.history != "full_steps":
+            problems.append(f"kind per_step looks back on full_steps, history is {self.history!r}")
         if len(self.history_sizes) != len(self.boundaries) + 1:
             problems.append(f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} history sizes")
         if problems:
@@ -93,7 +106,7 @@ class PredictorSpec:
         return dataclasses.asdict(self) | {
             "boundaries": list(self.boundaries),
             "history_sizes": list(self.history_sizes),
-            "variants": [dataclasses.asdict(variant) for variant in self.variants],
+            "variants": [{"name": v.name, "full_steps": list(v.full_steps)} for v in self.variants],
         }
 
     @classmethod
@@ -110,11 +123,17 @@ class PredictorSpec:
                     **data,
                     "boundaries": tuple(map(_number, data["boundaries"])),
                     "history_sizes": tuple(data["history_sizes"]),
-                    "variants": tuple(Variant(**variant) for variant in data["variants"]),
+                    "variants": tuple(_variant(**variant) for variant in data["variants"]),
                 }
             )
         except (TypeError, KeyError, OverflowError) as error:
             raise ValueError(f"predictor: malformed: {error}") from None
+
+
+def _variant(*, name: Any, full_steps: Any) -> Variant:
+    if not isinstance(full_steps, list):
+        raise TypeError(f"full_steps must be a list, got {full_steps!r}")
+    return Variant(name=name, full_steps=tuple(full_steps))
 
 
 def _number(value: Any) -> float:
@@ -125,7 +144,8 @@ def _number(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A spec with its tensors, named `<variant>/<stage>/projection.*` and `<variant>/<stage>/gate.*`."""
+    """A spec with its tensors, named `<variant>/<stage>/projection.*`, `<variant>/<stage>/gate.*` and, with
+    kind `per_step`, `<variant>/steps/*`."""
 
     spec: PredictorSpec
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
@@ -156,6 +176,9 @@ class Predictor:
                 of_gate = gates.gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
                 shapes |= {f"{prefix}projection.{name}": shape for name, shape in of_projection.items()}
                 shapes |= {f"{prefix}gate.{name}": shape for name, shape in of_gate.items()}
+            if spec.kind == "per_step":
+                of_steps = step_weights.step_weight_shapes(spec.num_steps, spec.step_history, spec.channels)
+                shapes |= {f"{variant.name}/{STEPS}/{name}": shape for name, shape in of_steps.items()}
         return shapes
 
     @property
@@ -163,8 +186,22 @@ class Predictor:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def variant_for(self, schedule: Schedule) -> Variant:
-        """The experts trained for the number of full steps nearest to the schedule's."""
-        return min(self.spec.variants, key=lambda variant: abs(variant.num_full - schedule.num_full))
+        """The experts trained for this schedule, else those for the number of full steps nearest to its."""
+
+        def distance(variant: Variant) -> tuple[bool, int]:
+            return variant.full_steps != schedule.full_steps, abs(variant.num_full - schedule.num_full)
+
+        return min(self.spec.variants, key=distance)
+
+    def is_trained_for(self, schedule: Schedule) -> bool:
+        """Whether some variant was trained on exactly these full steps."""
+        own = self.variant_for(schedule).full_steps
+        return schedule.num_steps == self.spec.num_steps and schedule.full_steps == own
+
+    def step_tensors(self, variant: Variant) -> dict[str, torch.Tensor]:
+        """The variant's step weights, named as in `lesa.step_weights`; empty with kind `lesa`."""
+        prefix = f"{variant.name}/{STEPS}/"
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def expert(self, variant: Variant, stage: int, part: str) -> dict[str, torch.Tensor]:
         """One expert's tensors without their prefix; `part` is `projection` or `gate`."""
@@ -192,6 +229,9 @@ class Predictor:
             raise ValueError(
                 f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
             )
+        if spec.kind == "per_step" and schedule.predicted_steps and not self.is_trained_for(schedule):
+            known = "; ".join(f"{v.name}: {list(v.full_steps)}" for v in spec.variants)
+            problems.append(f"weights of each step serve the full steps they were trained for only ({known})")
         result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
         for stage, size in enumerate(spec.history_sizes):
             tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
@@ -238,22 +278,54 @@ class Predictor:
         alphas = self.alphas(schedule, sigmas)
         variant = self.variant_for(schedule)
         stages = stage_of_steps(sigmas, self.spec.boundaries)
+        parts = {stage: self.expert(variant, stage, "projection") for stage in sorted(set(stages))}
+        by_step: dict[str, torch.Tensor] = {}
+        if self.spec.kind == "per_step" and self.is_trained_for(schedule):
+            by_step = fold_step_weights(self.step_tensors(variant), parts, stages, alphas)
+            parts = {stage: projections.without_channel_part(tensors) for stage, tensors in parts.items()}
         experts = {
             stage: {
-                name: tensor.to(device=device, dtype=dtype)
-                for name, tensor in projections.fold(self.expert(variant, stage, "projection")).items()
+                name: tensor.to(device=device, dtype=dtype) for name, tensor in projections.fold(tensors).items()
             }
-            for stage in sorted(set(stages))
+            for stage, tensors in parts.items()
         }
         return BoundPredictor(
             name=f"lesa[{variant.name}]",
-            history_size=max(self.spec.history_sizes),
+            history_size=max(*self.spec.history_sizes, self.spec.step_history if by_step else 1),
             keeps_predictions=self.spec.history == "steps",
             alphas=tuple(alphas.tolist()),
             stages=tuple(stages),
             sizes=self.spec.history_sizes,
             experts=experts,
+            by_step={name: tensor.to(device=device, dtype=dtype) for name, tensor in by_step.items()},
         )
+
+
+def fold_step_weights(
+    own: Mapping[str, torch.Tensor],
+    experts: Mapping[int, Mapping[str, torch.Tensor]],
+    stages: Sequence[int],
+    alphas: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Step weights that hold the per-channel part of `alpha z` too: it costs nothing more at a predicted step.
+
+    Args:
+        own: `weight` [S, K, C] and `bias` [S, C].
+        experts: projection tensors of each noise stage.
+        stages: of each step.
+        alphas: [S]; NaN where there is no prediction.
+    """
+    num_steps, size, channels = own["weight"].shape
+    deepest = max(size, *(tensors["scale"].shape[0] for tensors in experts.values()))
+    weight = torch.zeros(num_steps, deepest, channels)
+    weight[:, :size] = own["weight"]
+    bias = own["bias"].float().clone()
+    for step, (stage, alpha) in enumerate(zip(stages, alphas.tolist(), strict=True)):
+        if alpha == alpha:
+            scale = step_weights.in_differences(experts[stage]["scale"].float())
+            weight[step, : len(scale)] += alpha * scale
+            bias[step] += alpha * experts[stage]["bias"].float()
+    return {"weight": weight, "bias": bias}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,16 +339,35 @@ class BoundPredictor:
     stages: tuple[int, ...]  # noise stage of each step
     sizes: tuple[int, ...]  # K of each stage
     experts: Mapping[int, Mapping[str, torch.Tensor]] = field(repr=False)
+    by_step: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)  # step weights, folded
 
     def __call__(self, history: History, step: int) -> torch.Tensor:
+        newest = history.features[0]
+        if not self.by_step:
+            return torch.add(newest, self._z(history, step), alpha=self.alphas[step])
+        weight = self.by_step["weight"][step]
+        # Summed up before the feature is added: in low precision one rounding at its size, not one a term.
+        change = step_weights.correction(newest, self._differences(history), weight, self.by_step["bias"][step])
+        if self.experts[self.stages[step]]:
+            change.add_(self._z(history, step), alpha=self.alphas[step])
+        return change.add_(newest)
+
+    def _z(self, history: History, step: int) -> torch.Tensor:
         stage = self.stages[step]
         z = history.memo.get(stage)
         if z is None:
             size = self.sizes[stage]
-            z = projections.project_folded(history.features[:size], self.experts[stage])
-            history.memo[stage] = z
-        return torch.add(history.features[0], z, alpha=self.alphas[step])
+            history.memo[stage] = z = projections.project_folded(history.features[:size], self.experts[stage])
+        return z
+
+    def _differences(self, history: History) -> list[torch.Tensor]:
+        found = [history.memo[key] for key in sorted(k for k in history.memo if isinstance(k, str))]
+        if not found and len(history.features) > 1:
+            found = step_weights.differences(history.features, self.by_step["weight"].shape[1])
+            history.memo |= {f"difference{index:02d}": change for index, change in enumerate(found)}
+        return found
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for expert in self.experts.values() for t in expert.values())
+        tensors = [*self.by_step.values(), *(t for expert in self.experts.values() for t in expert.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -64,6 +64,8 @@ def fold(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same projection for sampling: a dense weight swallows the per-channel part, one matrix product is left."""
     if "weight" not in tensors:
         return dict(tensors)
+    if "scale" not in tensors:
+        return {"folded": tensors["weight"]}
     history_size, channels = tensors["scale"].shape
     weight = tensors["weight"].clone().view(channels, history_size, channels)
     index = torch.arange(channels)
@@ -72,8 +74,15 @@ def fold(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"folded": weight.view(channels, -1), "bias": tensors["bias"]}
 
 
+def without_channel_part(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices alone, where the per-channel part and the bias are kept elsewhere; empty where there are none."""
+    return {name: tensor for name, tensor in tensors.items() if name in ("weight", "down", "up")}
+
+
 def project_folded(features: Sequence[torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """`project` for tensors that went through `fold`."""
     if "folded" in tensors:
-        return F.linear(torch.cat(list(features), dim=-1), tensors["folded"], tensors["bias"])
+        return F.linear(torch.cat(list(features), dim=-1), tensors["folded"], tensors.get("bias"))
+    if "scale" not in tensors:
+        return F.linear(F.linear(torch.cat(list(features), dim=-1), tensors["down"]), tensors["up"])
     return project(features, tensors)

@@ -20,13 +20,15 @@ from torch import nn
 from lesa import gate as gates
 from lesa import losses
 from lesa.ends import Ends
-from lesa.expert import Expert, exported_predictor_tensors
+from lesa.expert import Expert
+from lesa.fit_steps import fit_step_weights
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import pick_device
-from lesa.predictor import Predictor, PredictorSpec, Variant
+from lesa.predictor import STEPS, Predictor, PredictorSpec, Variant
 from lesa.schedule import history_problems
 from lesa.stages import stage_of_steps
+from lesa.step_weights import StepWeights, step_weight_shapes
 from lesa.trajectories import Trajectories, draw, trajectories_digest
 
 
@@ -153,7 +155,7 @@ def train_expert(
     expert = new_expert(workload, job, train.sigmas, train.channels)
     windows = Windows.of(workload, job, train.sigmas)
     if not windows.steps:
-        return expert.export(), {}
+        return expert.export() | _no_step_weights(workload, train.channels), {}
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
@@ -171,6 +173,13 @@ def train_expert(
         total = sum(float(loss_on(validation, chunk.tolist())) * len(chunk) for chunk in chunks)
         return total / len(validation)
 
+    def finished(figures: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        exported = expert.export()
+        if workload.predictor.kind == "per_step":
+            found = step_weights_of_stage(workload, job, expert, train).export()
+            exported |= {f"{STEPS}.{name}": tensor for name, tensor in found.items()}
+        return exported, figures
+
     start = validation_loss()
     best = optimise(
         nn.ModuleDict({"expert": expert}),
@@ -181,7 +190,34 @@ def train_expert(
         key=training_key(workload, "ground_truth", str(job), trajectories_digest(train, validation)),
         report=report,
     )
-    return expert.export(), {"validation_loss_start": start, "validation_loss": best}
+    return finished({"validation_loss_start": start, "validation_loss": best})
+
+
+def step_weights_of_stage(workload: Workload, job: Job, expert: Expert, train: Trajectories) -> StepWeights:
+    """Least-squares step weights beside an expert, for every step of its noise stage that has a history.
+
+    Full steps too: there the error meter asks what would have been predicted.
+    """
+    schedule, params = workload.budgets()[job.budget], workload.predictor
+    stages = stage_of_steps(train.sigmas, params.boundaries)
+    size = params.history_sizes[job.stage]
+    steps = [s for s in range(schedule.num_steps) if stages[s] == job.stage and len(schedule.anchors(s, size)) == size]
+    device = expert.low.device
+
+    def predict(history: Sequence[torch.Tensor], step: int) -> torch.Tensor:
+        offsets = gates.offsets(train.sigmas, step, schedule.anchors(step, size))[None].to(device)
+        return history[0] + expert.alpha(offsets, [step]) * expert.project(history[:size])
+
+    return fit_step_weights(
+        train, schedule, steps, predict, history_size=params.step_history, ridge=params.ridge, device=device
+    )
+
+
+def _no_step_weights(workload: Workload, channels: int) -> dict[str, torch.Tensor]:
+    if workload.predictor.kind != "per_step":
+        return {}
+    shapes = step_weight_shapes(workload.call.num_inference_steps, workload.predictor.step_history, channels)
+    return {f"{STEPS}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def training_key(workload: Workload, step: str, job: str, data: str) -> str:
@@ -205,8 +241,10 @@ def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
         boundaries=params.boundaries,
         history_sizes=params.history_sizes,
         variants=tuple(
-            Variant(name=name, num_full=schedule.num_full) for name, schedule in workload.budgets().items()
+            Variant(name=name, full_steps=schedule.full_steps) for name, schedule in workload.budgets().items()
         ),
+        kind=params.kind,
+        step_history=params.step_history,
         history=params.history,
         projection=params.projection,
         rank=params.rank,
@@ -217,15 +255,26 @@ def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
 
 
 def assemble(workload: Workload, channels: int, experts: dict[Job, dict[str, torch.Tensor]]) -> Predictor:
-    """One predictor of all jobs' tensors."""
-    tensors = {
-        f"{job.budget}/{job.stage}/{name}": tensor for job, part in experts.items() for name, tensor in part.items()
-    }
+    """One predictor of all jobs' tensors; a budget's step weights are the sum of what its stages fitted."""
+    tensors: dict[str, torch.Tensor] = {}
+    for job, part in experts.items():
+        for name, tensor in part.items():
+            if name.startswith(f"{STEPS}."):
+                name = f"{job.budget}/{STEPS}/{name.removeprefix(f'{STEPS}.')}"
+                tensors[name] = tensors[name] + tensor if name in tensors else tensor
+            else:
+                tensors[f"{job.budget}/{job.stage}/{name}"] = tensor
     return Predictor(predictor_spec(workload, channels), tensors)
 
 
 def untrained_predictor(workload: Workload, sigmas: torch.Tensor, channels: int) -> Predictor:
     """The predictor before any training: first-order extrapolation in sigma where the parameters start so."""
     jobs = ground_truth_jobs(workload, sigmas)
-    experts = {(job.budget, job.stage): new_expert(workload, job, sigmas, channels) for job in jobs}
-    return Predictor(predictor_spec(workload, channels), exported_predictor_tensors(experts))
+    return assemble(
+        workload,
+        channels,
+        {
+            job: new_expert(workload, job, sigmas, channels).export() | _no_step_weights(workload, channels)
+            for job in jobs
+        },
+    )

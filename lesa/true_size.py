@@ -141,7 +141,7 @@ def dense_spec(channels: int, schedule: Schedule) -> PredictorSpec:
         num_steps=schedule.num_steps,
         boundaries=(0.8, 0.4),
         history_sizes=(3, 3, 3),
-        variants=(Variant(name="default", num_full=schedule.num_full),),
+        variants=(Variant(name="default", full_steps=schedule.full_steps),),
     )
 
 

@@ -31,7 +31,7 @@ def extrapolating(channels: int, sigmas: torch.Tensor, schedule: Schedule) -> Pr
         num_steps=schedule.num_steps,
         boundaries=(0.5,),
         history_sizes=(2, 2),
-        variants=(Variant(name="1.67x", num_full=schedule.num_full),),
+        variants=(Variant(name="1.67x", full_steps=schedule.full_steps),),
         projection="per_channel",
         gate="table",
     )

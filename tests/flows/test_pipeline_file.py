@@ -14,7 +14,7 @@ from lesa.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-ORDER = ["base", "record", "train_stage1", "train_stage2", "evaluate", "publish"]
+ORDER = ["base", "record", "search", "train_stage1", "train_stage2", "evaluate", "publish"]
 
 # Sources that every stage uses and that do not make results: settings (their values are listed as params),
 # files written safely, prompts read (the files are listed), the registry's and the sampler's own surface.
@@ -29,6 +29,7 @@ PLUMBING = {
     "pull",
     "run_check",
     "run_statistics",
+    "schedules",
     "strict_json",
     "true_size",
 }
@@ -39,6 +40,10 @@ READING = {"store", "store_format"}  # what is read is held to its digest
 NOT_RUN = {
     "base": set(),
     "record": set(),
+    # Training, whose loop it runs in without training.
+    "search": READING
+    | {"checkpoint", "clock", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
+    | {"projection", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
     | {"closed_loop", "clock", "families", "forecast", "history", "hook", "hook_registry", "pipelines"},
@@ -49,6 +54,7 @@ NOT_RUN = {
         "checkpoint",
         "closed_loop",
         "ends",
+        "fit_steps",
         "jobs",
         "loop",
         "losses",

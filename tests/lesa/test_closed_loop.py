@@ -92,7 +92,7 @@ def rule_of(place: Place, workload: Workload | None = None) -> ExpertRule:
 
 
 def loss_of(place: Place, rule: ExpertRule, checkpointing: bool = False) -> torch.Tensor:
-    latents = accelerated_latents(place.pipe, place.workload, rule, place.train, [0, 2], checkpointing)
+    latents = accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0, 2], checkpointing)
     return losses.log_latents_loss(latents, place.train.latents[[0, 2]])
 
 
@@ -109,7 +109,7 @@ def test_recorded_latents_are_what_the_loop_compares_with(place: Place) -> None:
         schedule=dataclasses.replace(place.workload.budgets()["2x"], full_steps=tuple(range(8))),
     )
     with torch.no_grad():
-        latents = accelerated_latents(place.pipe, place.workload, rule, place.train, [1, 3])
+        latents = accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [1, 3])
     reference = place.train.latents[[1, 3]]
     assert latents.shape == reference.shape
     torch.testing.assert_close(latents, reference, rtol=1e-4, atol=1e-4)
@@ -228,7 +228,7 @@ def test_drifted_histories_are_the_accelerated_runs_own(place: Place) -> None:
     rule = rule_of(place)
     rule.captured, rule.place = {}, (-1, 0)
     with torch.no_grad():
-        accelerated_latents(place.pipe, place.workload, rule, place.train, [0, 1])
+        accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0, 1])
     captured = rule.captured
     assert {branch for branch, _ in captured} == {0}
     assert {step for _, step in captured} <= set(place.workload.budgets()["2x"].full_steps)
@@ -264,7 +264,7 @@ def test_hooks_go_when_the_run_breaks(place: Place) -> None:
     before = sample(place.pipe, ["a thin seven"], [5], place.workload.call)
     for checkpointing in (False, True):
         with pytest.raises(RuntimeError, match="broken rule"), torch.no_grad():
-            accelerated_latents(place.pipe, place.workload, rule, place.train, [0], checkpointing)
+            accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0], checkpointing)
         assert not is_lesa_cache_enabled(place.pipe.transformer)
         assert not any("forward" in block.__dict__ for _, block, _ in rows(place))
     assert torch.equal(sample(place.pipe, ["a thin seven"], [5], place.workload.call), before)
@@ -279,7 +279,7 @@ def test_a_pipeline_in_use_is_left_alone(place: Place) -> None:
     try:
         forwards = [block.forward for _, block, _ in rows(place)]
         with pytest.raises(ValueError, match=r"call lesa.disable\(pipe\) before training"):
-            with in_loop(place.pipe, rule_of(place), gradient_checkpointing=True):
+            with in_loop(place.pipe, rule_of(place).schedule, rule_of(place), gradient_checkpointing=True):
                 pytest.fail("the loop must not start")
         assert is_lesa_cache_enabled(transformer)
         assert [block.forward for _, block, _ in rows(place)] == forwards
@@ -296,7 +296,7 @@ def test_another_tools_forward_survives_recomputing(place: Place) -> None:
 
     block.forward = wrapped
     try:
-        with in_loop(place.pipe, rule_of(place), gradient_checkpointing=True):
+        with in_loop(place.pipe, rule_of(place).schedule, rule_of(place), gradient_checkpointing=True):
             assert block.forward is not wrapped
         assert block.forward is wrapped
     finally:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lesa import gate as gates
-from lesa.expert import Expert, exported_predictor_tensors
+from lesa.expert import Expert
 from lesa.params import PredictorParams
 from lesa.predictor import Predictor, PredictorSpec, Variant
 from lesa.projection import KINDS
@@ -126,11 +126,11 @@ def test_the_predictor_says_what_the_trained_module_says(gate: str) -> None:
         num_steps=S,
         boundaries=(),
         history_sizes=(K,),
-        variants=(Variant(name="5x", num_full=10),),
+        variants=(Variant(name="5x", full_steps=tuple(range(10))),),
         gate=gate,
         rank=2,
     )
-    predictor = Predictor(spec, exported_predictor_tensors({("5x", 0): expert}))
+    predictor = Predictor(spec, {f"5x/0/{name}": tensor for name, tensor in expert.export().items()})
     alphas = predictor.alphas(SCHEDULE, SIGMAS)[STEPS]
     with torch.no_grad():
         trained = expert.alpha(OFFSETS, STEPS)
@@ -151,10 +151,10 @@ def test_equal_offsets_survive_the_export() -> None:
         num_steps=50,
         boundaries=(),
         history_sizes=(3,),
-        variants=(Variant(name="5x", num_full=10),),
+        variants=(Variant(name="5x", full_steps=tuple(range(10))),),
         history="steps",
     )
-    predictor = Predictor(spec, exported_predictor_tensors({("5x", 0): expert}))
+    predictor = Predictor(spec, {f"5x/0/{name}": tensor for name, tensor in expert.export().items()})
     with torch.no_grad():
         trained = expert.alpha(dt, steps)
     torch.testing.assert_close(predictor.alphas(schedule, line)[steps].float(), trained, rtol=1e-5, atol=1e-5)

@@ -50,7 +50,7 @@ def spec(projection: str, history: str = "full_steps") -> PredictorSpec:
         num_steps=8,
         boundaries=(0.5,),
         history_sizes=(2, 3),
-        variants=(Variant(name="a", num_full=4),),
+        variants=(Variant(name="a", full_steps=tuple(range(4))),),
         projection=projection,
         rank=4,
         history=history,

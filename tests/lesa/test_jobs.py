@@ -157,7 +157,7 @@ def test_a_missing_torn_or_altered_result_is_refused(trained: Trained, tmp_path:
         ),
         ("predictor.json", record[:100].encode(), "predictor.json is torn"),
         ("predictor.json", b"[]", "must have spec, sha256 and figures"),
-        ("predictor.json", record.replace('"full_steps"', '"everything"').encode(), "history 'everything'"),
+        ("predictor.json", record.replace('"history": "full_steps"', '"history": "everything"').encode(), "history 'everything'"),
     ):
         jobs.save_predictor(folder, trained.first, {})
         (folder / name).write_bytes(data)

@@ -41,6 +41,7 @@ def settings(**changes: Any) -> LoopSettings:
         "gate_learning_rate": 0.02,
         "weight_decay": 0.0,
         "gradient_clip": 1.0,
+        "step_learning_rate": 0.0,
         "checkpoint_every": 2,
         "seed": 3,
     }

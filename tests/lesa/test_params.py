@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lesa.params import ParamsError, load_params
+from lesa.params import ParamsError, load_params, searched_budgets
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {
@@ -69,10 +69,9 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_the_repositorys_file_loads() -> None:
     workload = load_params(ROOT / "params.yaml")
     assert workload.name == "flux-digits" and workload.base is not None
-    assert {name: schedule.num_full for name, schedule in workload.budgets().items()} == {
-        "5x": 10,
-        "6.25x": 8,
-    }
+    assert searched_budgets(workload.schedule) == {"3x": 16, "5x": 10, "6.25x": 8, "8x": 6}
+    with pytest.raises(ValueError, match="3x, 5x, 6.25x, 8x are still to be searched: run the search stage"):
+        workload.budgets()
     assert workload.paths.trajectories == Path("data/trajectories/flux-digits.zarr")
 
 
@@ -136,11 +135,11 @@ def test_one_wrong_value(tmp_path: Path, path: str, value: Any, words: str) -> N
         ("model.source", "someone/model", "model.revision: required for a hub id"),
         ("prompts", "../secrets", "prompts: '../secrets' is not a name"),
         ("schedule.default_budget", "4x", "schedule.default_budget: '4x' is not one of"),
-        ("schedule.budgets.5x", {}, "schedule.budgets.5x: give either interval or full_steps"),
+        ("schedule.budgets.5x", {}, "schedule.budgets.5x: give one of interval, full_steps and num_full"),
         (
             "schedule.budgets.5x",
             {"interval": 7, "full_steps": [0, 1, 2]},
-            "schedule.budgets.5x: give either interval or full_steps",
+            "schedule.budgets.5x: give one of interval, full_steps and num_full",
         ),
         ("schedule.budgets.5x", {"interval": 50}, "schedule.budgets.5x.interval: 50 must be below"),
         ("schedule.budgets.A B", {"interval": 7}, "schedule.budgets.A B: not a name"),

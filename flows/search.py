@@ -1,0 +1,53 @@
+"""Stage `search`: where the full steps of each budget stand, for budgets that give only their number.
+
+python -m flows.search [--workload NAME]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.parallel import run_jobs
+from flows.runtime import stage_main
+from flows.stage import final_values, read_workload, stage_run
+from flows.tracking import Tracker
+from lesa.params import Workload
+from lesa.schedules import write_schedules
+from lesa.search_jobs import cheapest_starts, clear_searches, run_search_job
+
+
+@flow(name="search")
+def search(workload: str | None = None) -> dict[str, Any]:
+    """Search the full steps of every budget that gives only their number."""
+    settings = read_workload(workload)
+    with stage_run("search", settings, ("search", "predictor", "schedule", "seed")) as run:
+        return find(settings, run)
+
+
+@task(name="search schedules", cache_policy=NO_CACHE)
+def find(workload: Workload, run: Tracker) -> dict[str, Any]:
+    """The cheapest paths first, then one job a budget."""
+    threads = workload.search.threads_per_worker
+    starts = run_jobs(
+        cheapest_starts, workload, {"paths": None}, workers=1, threads_per_worker=threads, reporter=run.reporter
+    )["paths"]
+    found = run_jobs(
+        run_search_job,
+        workload,
+        {job.budget: job for job in starts},
+        workers=workload.search.workers,
+        threads_per_worker=threads,
+        reporter=run.reporter,
+    )
+    write_schedules(workload, found)
+    clear_searches(workload)
+    figures = {name: values for name, (_, values) in found.items()}
+    run.note(workload.search.evaluations, final_values(figures))
+    return {name: {"full_steps": list(schedule.full_steps), **values} for name, (schedule, values) in found.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(search))

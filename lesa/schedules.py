@@ -1,0 +1,57 @@
+"""The searched schedules of a workload: one small file between the search and everything that trains or judges."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lesa import atomic
+from lesa.params import BudgetParams, Workload, searched_budgets
+from lesa.schedule import Schedule
+
+
+def write_schedules(workload: Workload, found: Mapping[str, tuple[Schedule, Mapping[str, float]]]) -> None:
+    """Keep the schedule and figures found for each budget."""
+    path = workload.paths.schedules
+    path.parent.mkdir(parents=True, exist_ok=True)
+    budgets = {
+        name: {"full_steps": list(schedule.full_steps), **figures} for name, (schedule, figures) in found.items()
+    }
+    atomic.write_json(path, {"num_steps": workload.call.num_inference_steps, "budgets": budgets}, sort_keys=False)
+
+
+def with_schedules(workload: Workload) -> Workload:
+    """The workload with every searched budget's full steps filled in.
+
+    Raises:
+        ValueError: a budget that was not searched, or for another number of steps.
+    """
+    wanted = searched_budgets(workload.schedule)
+    if not wanted:
+        return workload
+    path = workload.paths.schedules
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        steps, found = record["num_steps"], {name: tuple(b["full_steps"]) for name, b in record["budgets"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: run the search stage, python -m flows.search") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not a file of searched schedules; run the search stage again") from None
+    problems = [
+        f"{name}: {count} full steps wanted, found {list(found.get(name, ()))}"
+        for name, count in wanted.items()
+        if len(found.get(name, ())) != count
+    ]
+    if steps != workload.call.num_inference_steps:
+        problems.append(f"searched for {steps} steps, the call has {workload.call.num_inference_steps}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}: run the search stage again")
+    budgets = {
+        name: BudgetParams(full_steps=found[name]) if name in wanted else budget
+        for name, budget in workload.schedule.budgets.items()
+    }
+    for name in wanted:
+        Schedule.explicit(steps, found[name])
+    return dataclasses.replace(workload, schedule=dataclasses.replace(workload.schedule, budgets=budgets))

@@ -1,0 +1,69 @@
+"""The search cut into jobs: the cheapest paths of all budgets first, then each budget by itself."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from lesa.ends import load_ends
+from lesa.jobs import Figures, recorded_splits, transformer_folder, work_dir
+from lesa.loop import Report
+from lesa.params import Workload, searched_budgets
+from lesa.pipelines import load_pipeline
+from lesa.schedule import Schedule
+from lesa.search import cheapest_schedules
+from lesa.search_loop import refine, serves
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """One budget to search, and the schedules to start from."""
+
+    budget: str
+    starts: tuple[Schedule, ...]
+
+
+def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[SearchJob]:
+    """A job for every budget that is to be searched, started from the cheapest path and the uniform rule."""
+    wanted = searched_budgets(workload.schedule)
+    if not wanted:
+        return []
+    train, _ = recorded_splits(workload)
+    ends = load_ends(transformer_folder(workload))
+    paths = cheapest_schedules(train, ends, sorted({*wanted.values()}), max_gap=workload.search.max_gap)
+    jobs, impossible = [], []
+    for budget, count in wanted.items():
+        uniform = [
+            schedule
+            for interval in range(1, workload.call.num_inference_steps)
+            if (schedule := Schedule.uniform(len(train.sigmas) - 1, interval)).num_full == count
+        ]
+        starts = [schedule for schedule in (paths[count], *uniform[:1]) if serves(workload, schedule, train.sigmas)]
+        if not starts:
+            impossible.append(f"{budget}: {list(paths[count].full_steps)}")
+        jobs.append(SearchJob(budget, tuple(starts)))
+    if impossible:
+        raise ValueError(
+            f"search: the cheapest paths ({'; '.join(impossible)}) have fewer full steps first than "
+            f"predictor.history_sizes {list(workload.predictor.history_sizes)} need: lower the first of them to 2"
+        )
+    return jobs
+
+
+def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[Schedule, Figures]:
+    """Search one budget; a search that was killed goes on from its journal."""
+    train, _ = recorded_splits(workload)
+    return refine(
+        load_pipeline(workload),
+        workload,
+        train,
+        job.starts,
+        seed=workload.seed,
+        journal=work_dir(workload) / "search" / f"{job.budget}.json",
+        report=report,
+    )
+
+
+def clear_searches(workload: Workload) -> None:
+    """Drop the journals of searches that are done."""
+    shutil.rmtree(work_dir(workload) / "search", ignore_errors=True)

@@ -1,0 +1,118 @@
+"""The local search through a real, tiny pipeline, and the file between the search and the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lesa import search_loop
+from lesa.closed_loop import accelerated_latents
+from lesa.losses import log_latents_loss
+from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
+from lesa.schedule import Schedule
+from lesa.schedules import with_schedules, write_schedules
+from lesa.search_jobs import cheapest_starts, run_search_job
+from lesa.search_loop import DECIBELS, StepFits, neighbours, refine
+from tests.lesa.test_closed_loop import Place, place, small  # noqa: F401 - a fixture
+
+
+def searched(workload: Workload, count: int = 4, **changes: int) -> Workload:
+    budgets = {"2x": BudgetParams(num_full=count)}
+    settings = {"evaluations": 6, "samples": 1, "max_gap": 6} | changes
+    return dataclasses.replace(
+        workload,
+        schedule=ScheduleParams(budgets=budgets, default_budget="2x"),
+        search=SearchParams(**settings),
+        predictor=dataclasses.replace(workload.predictor, history_sizes=(2, 2)),
+    )
+
+
+def test_neighbours_differ_in_one_full_step_near_ones_first() -> None:
+    schedule = Schedule.explicit(12, (0, 1, 5, 9))
+    found = list(neighbours(schedule, torch.Generator().manual_seed(0)))
+    assert len({candidate.full_steps for candidate in found}) == len(found)
+    moves = []
+    for candidate in found:
+        gone, new = {*schedule.full_steps} - {*candidate.full_steps}, {*candidate.full_steps} - {*schedule.full_steps}
+        assert len(gone) == len(new) == 1 and gone != {0}
+        moves.append(abs(gone.pop() - new.pop()))
+    assert moves == sorted(moves) and set(moves) == {1, 2, 3}
+
+
+def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place, tmp_path: Path) -> None:  # noqa: F811
+    workload = searched(place.workload)
+    start = Schedule.explicit(8, (0, 1, 2, 3))
+    steps: list[int] = []
+    best, figures = refine(
+        place.pipe, workload, place.train, [start], seed=0, journal=tmp_path / "j.json",
+        report=lambda step, values: steps.append(step),
+    )  # fmt: skip
+    assert figures["error_db"] < figures["start_error_db"] and best.num_full == 4
+    assert steps == list(range(1, int(figures["evaluations"]) + 1)) and len(steps) <= 6
+    fits = StepFits(place.train, range(len(place.train) - 1), 3, workload.predictor.ridge, place.pipe.device)
+    judged = [len(place.train) - 1]
+    with torch.no_grad():
+        latents = accelerated_latents(place.pipe, workload, best, fits.rule(best), place.train, judged)
+    again = float(log_latents_loss(latents, place.train.latents[judged])) * DECIBELS
+    assert again == pytest.approx(figures["error_db"], abs=1e-4)
+
+
+def test_a_killed_search_ends_where_an_undisturbed_one_does(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    workload = searched(place.workload)
+    start = [Schedule.explicit(8, (0, 1, 2, 3))]
+
+    class Killed(Exception):
+        pass
+
+    def kill_at_three(step: int, values: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+
+    whole = refine(
+        place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "a.json", report=lambda *_: None
+    )
+    with pytest.raises(Killed):
+        refine(place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "b.json", report=kill_at_three)
+    runs = 0
+    real = search_loop.accelerated_latents
+
+    def counted(*arguments: object) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search_loop, "accelerated_latents", counted)
+    resumed = refine(
+        place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "b.json", report=lambda *_: None
+    )
+    assert resumed == whole and runs == int(whole[1]["evaluations"]) - 3
+    (tmp_path / "b.json").write_text("{torn")
+    assert search_loop.read_journal(tmp_path / "b.json", "key") == {}
+
+
+def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811
+    workload = searched(place.workload)
+    with pytest.raises(ValueError, match="2x are still to be searched"):
+        workload.budgets()
+    with pytest.raises(ValueError, match="does not exist: run the search stage"):
+        with_schedules(workload)
+    (job,) = cheapest_starts(workload, None, lambda *_: None)
+    found = run_search_job(workload, job, lambda *_: None)
+    write_schedules(workload, {job.budget: found})
+    assert with_schedules(workload).budgets() == {"2x": found[0]}
+    with pytest.raises(ValueError, match="2x: 5 full steps wanted, found"):
+        with_schedules(searched(place.workload, count=5))
+    record = json.loads(workload.paths.schedules.read_text())
+    workload.paths.schedules.write_text(json.dumps(record | {"num_steps": 9}))
+    with pytest.raises(ValueError, match="searched for 9 steps, the call has 8"):
+        with_schedules(workload)
+    workload.paths.schedules.write_text("[]")
+    with pytest.raises(ValueError, match="not a file of searched schedules"):
+        with_schedules(workload)
+    assert with_schedules(small(place.workload)) == small(place.workload)
