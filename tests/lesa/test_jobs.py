@@ -148,6 +148,7 @@ def test_a_missing_torn_or_altered_result_is_refused(trained: Trained, tmp_path:
     folder = tmp_path / "saved"
     jobs.save_predictor(folder, trained.first, {})
     record, weights = (folder / "predictor.json").read_text(), (folder / "weights.safetensors").read_bytes()
+    strange = record.replace('"history": "full_steps"', '"history": "everything"')
     for name, data, words in (
         ("weights.safetensors", weights[:-1], "is not what predictor.json describes"),
         (
@@ -157,7 +158,7 @@ def test_a_missing_torn_or_altered_result_is_refused(trained: Trained, tmp_path:
         ),
         ("predictor.json", record[:100].encode(), "predictor.json is torn"),
         ("predictor.json", b"[]", "must have spec, sha256 and figures"),
-        ("predictor.json", record.replace('"history": "full_steps"', '"history": "everything"').encode(), "history 'everything'"),
+        ("predictor.json", strange.encode(), "history 'everything'"),
     ):
         jobs.save_predictor(folder, trained.first, {})
         (folder / name).write_bytes(data)
