@@ -27,6 +27,7 @@ from lesa.schedule import Schedule
 
 ALLOWANCES = ("lora", "quantized")
 REGISTRY_PREFIX = "models:/"
+_CHOICES = ("interval", "full_steps", "budget", "min_psnr", "max_loss_db")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ def enable(
     *,
     interval: int | None = None,  # steps from one full step to the next; 1 is plain sampling
     full_steps: Sequence[int] | None = None,  # the full steps themselves
-    budget: str | None = None,  # a schedule of the bundle by name; None of the three: its default budget
+    budget: str | None = None,  # a schedule of the bundle by name; nothing asked for: its default budget
+    min_psnr: float | None = None,  # dB to the plain run: the fastest budget that measured at least so much
+    max_loss_db: float | None = None,  # the fastest budget that measured at most so much below the bundle's best
     allow: Collection[str] = (),  # "lora", "quantized": accept what the bundle was not measured with
     measure: bool = True,  # at full steps, measure what the predictor would have been off by
 ) -> None:
@@ -74,7 +77,14 @@ def enable(
     problems = _pipeline_problems(pipe, transformer, manifest, allow)
     if problems:
         raise MismatchError(f"bundle {manifest.workload} does not fit this pipeline", problems)
-    schedule, chosen = choose_schedule(manifest, interval=interval, full_steps=full_steps, budget=budget)
+    schedule, chosen = choose_schedule(
+        manifest,
+        interval=interval,
+        full_steps=full_steps,
+        budget=budget,
+        min_psnr=min_psnr,
+        max_loss_db=max_loss_db,
+    )
     rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
 
@@ -139,16 +149,24 @@ def choose_schedule(
     interval: int | None = None,
     full_steps: Sequence[int] | None = None,
     budget: str | None = None,
+    min_psnr: float | None = None,
+    max_loss_db: float | None = None,
 ) -> tuple[Schedule, str]:
     """The schedule asked for, and words for it.
 
     Raises:
-        ValueError: more than one was asked for, or an unknown budget.
+        ValueError: more than one was asked for, an unknown budget, or a quality that no budget measured.
     """
-    asked = {"interval": interval, "full_steps": full_steps, "budget": budget}
+    asked = {
+        "interval": interval,
+        "full_steps": full_steps,
+        "budget": budget,
+        "min_psnr": min_psnr,
+        "max_loss_db": max_loss_db,
+    }
     asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
-        raise ValueError(f"give one of interval, full_steps and budget, got {' and '.join(asked)}")
+        raise ValueError(f"give one of {', '.join(_CHOICES)}; got {' and '.join(asked)}")
     num_steps = len(manifest.sigmas) - 1
     if full_steps is not None:
         return Schedule.explicit(num_steps, full_steps), "full_steps"
@@ -157,10 +175,33 @@ def choose_schedule(
             if known.interval == interval and interval > 1:  # with the warm-up that the bundle was made for
                 return known.schedule, name
         return Schedule.uniform(num_steps, interval), f"interval {interval}"
+    if min_psnr is not None or max_loss_db is not None:
+        name = _cheapest_budget(manifest, min_psnr, max_loss_db)
+        return manifest.budgets[name].schedule, name
     name = manifest.default_budget if budget is None else budget
     if name not in manifest.budgets:
         raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
     return manifest.budgets[name].schedule, name
+
+
+def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: float | None) -> str:
+    """The budget with the fewest full steps whose measured mean PSNR is good enough."""
+    measured = {
+        name: float(known.quality["psnr_mean"])
+        for name, known in manifest.budgets.items()
+        if isinstance(known.quality.get("psnr_mean"), int | float)
+    }
+    if not measured:
+        raise ValueError("the bundle's budgets were not measured: choose by budget, interval or full_steps")
+    if max_loss_db is not None and not max_loss_db >= 0:
+        raise ValueError(f"max_loss_db: must be at least 0 dB, got {max_loss_db}")
+    best = max(measured.values())
+    wanted = min_psnr if min_psnr is not None else best - float(max_loss_db or 0.0)
+    good = [name for name, psnr in measured.items() if psnr >= wanted]
+    if not good:
+        known = ", ".join(f"{name}: {psnr:.2f} dB" for name, psnr in measured.items())
+        raise ValueError(f"min_psnr: no budget measured {wanted:.2f} dB ({known})")
+    return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, -measured[name]))
 
 
 class _MovingRule:

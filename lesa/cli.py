@@ -116,9 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         "flops",
         _flops,
         "what a schedule saves at a published model's true size, counted without its weights",
-        "lesa flops --family flux-dev --interval 7\n  lesa flops --family hunyuan-video --interval 10 --json",
+        "lesa flops flux-dev --interval 7\n  lesa flops hunyuan-video --interval 10 --json\n"
+        "  lesa flops flux-dev --bundle data/bundles/flux-digits --budget 5x    (its predictor at that width)",
     )
-    flops.add_argument("--family", help="a model; without one, all of them")
+    flops.add_argument("family", nargs="?", help="a model; without one, all of them")
+    flops.add_argument("--bundle", help="count this bundle's predictor and schedule, rank in proportion to width")
+    flops.add_argument("--budget", help="of the bundle (default: its default)")
     flops.add_argument("--interval", type=int, help="steps from full to full (default: the method's)")
     flops.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
     flops.add_argument("--warmup", type=int, default=3, help="leading full steps (default 3)")
@@ -182,6 +185,8 @@ def _schedule_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", help="a schedule of the bundle by name (default: its default)")
     group.add_argument("--interval", type=int, help="steps from full to full; 1 is plain sampling")
     group.add_argument("--full-steps", type=_steps, help="the full steps themselves, with commas")
+    group.add_argument("--min-psnr", type=float, help="the fastest budget that measured at least so many dB")
+    group.add_argument("--max-loss-db", type=float, help="the fastest at most so far below the bundle's best, dB")
 
 
 def _steps(text: str) -> list[int]:
@@ -239,15 +244,24 @@ def _flops(arguments: argparse.Namespace) -> int:
     from lesa.schedule import Schedule
     from lesa.true_size import PRESETS, family_flops
 
+    spec, of_bundle = None, None
+    if arguments.bundle is not None:
+        from lesa.acceleration import choose_schedule
+
+        manifest = _load_bundle(arguments.bundle).manifest
+        spec = manifest.predictor
+        of_bundle, _ = choose_schedule(manifest, budget=arguments.budget)
+    elif arguments.budget is not None:
+        raise ValueError("--budget needs --bundle")
     names = [arguments.family] if arguments.family else list(PRESETS)
     results = []
     for name in names:
-        schedule = None
+        schedule = of_bundle
         if name in PRESETS and (arguments.interval is not None or arguments.steps is not None):
             steps = arguments.steps or PRESETS[name].num_inference_steps
             interval = 7 if arguments.interval is None else arguments.interval
             schedule = Schedule.uniform(steps, interval, arguments.warmup)
-        results.append(family_flops(name, schedule))
+        results.append(family_flops(name, schedule, spec))
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))
     else:

@@ -43,6 +43,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
             budget=arguments.budget,
             interval=arguments.interval,
             full_steps=arguments.full_steps,
+            min_psnr=arguments.min_psnr,
+            max_loss_db=arguments.max_loss_db,
             allow=arguments.allow,
         )
     seeds = [arguments.seed + index for index in range(len(prompts))]

@@ -83,7 +83,9 @@ def predictor_flops(spec: PredictorSpec, schedule: Schedule, sigmas: torch.Tenso
     """Operations of a LESA predictor in one run, for one sample and one branch.
 
     z = W [h] is computed once an anchor and noise stage, then every predicted step is one multiply-add an
-    element; alpha is evaluated when the schedule is fixed, once for all runs, and is not counted.
+    element; alpha is evaluated when the schedule is fixed, once for all runs, and is not counted. With kind
+    `per_step` the per-channel part is folded into the steps' own weights: differences once an anchor, then K
+    multiply-adds, z, the bias and the feature itself.
 
     Args:
         spec: widths, history, projection.
@@ -97,8 +99,37 @@ def predictor_flops(spec: PredictorSpec, schedule: Schedule, sigmas: torch.Tenso
         anchor = schedule.anchors(step, 1)[0] if spec.history == "full_steps" else step - 1
         projected.add((anchor, stages[step]))
     products = sum(_projection_flops(spec, spec.history_sizes[stage]) for _, stage in projected)
-    additions = 2.0 * spec.channels * len(schedule.predicted_steps)
-    return tokens * (products + additions)
+    if spec.kind == "lesa":
+        return tokens * (products + 2.0 * spec.channels * len(schedule.predicted_steps))
+    differences = (spec.step_history - 1.0) * spec.channels * len({anchor for anchor, _ in projected})
+    terms = 2.0 * spec.step_history + (0.0 if spec.projection == "per_channel" else 2.0) + 1.0
+    return tokens * (products + differences + terms * spec.channels * len(schedule.predicted_steps))
+
+
+def predictor_bytes(spec: PredictorSpec, *, tokens: int, element_size: int = 2) -> dict[str, int]:
+    """Memory that one run with a predictor keeps, for one sample and branch: `features`, `derived`, `weights`.
+
+    Derived is what is remembered between the steps after an anchor (z, differences); weights are those of one budget.
+
+    Args:
+        spec: the predictor.
+        tokens: L of the tapped feature.
+        element_size: bytes of a number; 2 in bfloat16.
+    """
+    per_step = spec.kind == "per_step"
+    size = max(*spec.history_sizes, spec.step_history if per_step else 1)
+    matrices = 0 if per_step and spec.projection == "per_channel" else 1
+    derived = (size - 1 if per_step else 0) + matrices
+    weights = spec.num_steps * (size + 1) * spec.channels if per_step else 0
+    for history in spec.history_sizes:
+        if spec.projection == "dense":
+            weights += history * spec.channels**2
+        elif spec.projection == "low_rank":
+            weights += spec.rank * spec.channels * (history + 1)
+        if not per_step:
+            weights += (history + 1) * spec.channels
+    feature = tokens * spec.channels * element_size
+    return {"features": size * feature, "derived": derived * feature, "weights": weights * element_size}
 
 
 def taylor_flops(order: int, schedule: Schedule, *, tokens: int, channels: int) -> float:
@@ -112,7 +143,7 @@ def _projection_flops(spec: PredictorSpec, history_size: int) -> float:
     channels, inputs = float(spec.channels), float(history_size * spec.channels)
     if spec.projection == "dense":  # the per-channel part is folded into the matrix
         return 2.0 * inputs * channels
-    per_channel = 2.0 * inputs
+    per_channel = 2.0 * inputs if spec.kind == "lesa" else 0.0  # else folded into the steps' own weights
     if spec.projection == "low_rank":
         return per_channel + 2.0 * spec.rank * (inputs + channels)
     return per_channel

@@ -7,6 +7,7 @@ guidance branch (6889 and 128), HunyuanVideo 595.4 (20400 and 256).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesa.flops import ModelFlops, count_transformer, predictor_flops
+from lesa.flops import ModelFlops, count_transformer, predictor_bytes, predictor_flops
 from lesa.predictor import PredictorSpec, Variant
 from lesa.schedule import Schedule
 
@@ -50,6 +51,7 @@ class FamilyFlops:
     predictor: float  # the predictor in the whole run
     plain: float  # every step full
     accelerated: float  # full steps, ends of predicted steps, predictor
+    bytes_kept: dict[str, int]  # of the predictor in bfloat16, all branches: features, derived, weights
 
     @property
     def ratio(self) -> float:
@@ -70,6 +72,8 @@ class FamilyFlops:
             "plain_tflops": self.plain / 1e12,
             "accelerated_tflops": self.accelerated / 1e12,
             "flops_ratio": self.ratio,
+            "predictor_full_calls": self.predictor / (self.branches * self.model.total),
+            "bytes_kept": self.bytes_kept,
         }
 
     def __str__(self) -> str:
@@ -79,7 +83,10 @@ class FamilyFlops:
                 f"{self.name}, {self.size}, {self.text_tokens} text tokens{calls}",
                 f"  full call        {self.model.total / 1e12:10.2f} TFLOPs",
                 f"  predicted call   {self.model.ends / 1e12:10.2f} TFLOPs",
-                f"  predictor        {self.predictor / 1e12:10.2f} TFLOPs in the whole run",
+                f"  predictor        {self.predictor / 1e12:10.2f} TFLOPs in the whole run, "
+                f"{self.predictor / (self.branches * self.model.total):.3f} full steps",
+                f"  bytes kept       {sum(self.bytes_kept.values()) / 1e9:10.3f} GB in bfloat16: "
+                + ", ".join(f"{name} {size / 1e9:.3f}" for name, size in self.bytes_kept.items()),
                 f"  plain            {self.plain / 1e12:10.1f} TFLOPs for {self.schedule.num_steps} steps",
                 f"  accelerated      {self.accelerated / 1e12:10.1f} TFLOPs ({self.schedule})",
                 f"  FLOPs ratio      {self.ratio:10.2f}x",
@@ -97,10 +104,11 @@ def family_flops(
         schedule: which steps are full; None is LESA's default, interval 7 after three warm-up steps, or for
         models
             of fewer than 20 steps interval 3 after one.
-        spec: the predictor; its width must be the model's. None is a dense one, history 3 in three stages.
+        spec: the predictor, taken to the model's width (`at_true_width`). None is a dense one, history 3 in
+            three stages.
 
     Raises:
-        ValueError: for an unknown name or a predictor of another width.
+        ValueError: for an unknown name.
     """
     if name not in PRESETS:
         raise ValueError(f"{name!r} is not one of the model families with a true size: {', '.join(PRESETS)}")
@@ -114,13 +122,13 @@ def family_flops(
         model = count_transformer(transformer, (), preset.inputs())
     if spec is None:
         spec = dense_spec(model.channels, schedule)
-    if spec.channels != model.channels:
-        raise ValueError(
-            f"the predictor is {spec.channels} channels wide, the feature of {name} {model.channels}"
-        )
+    elif spec.channels != model.channels:
+        spec = at_true_width(spec, model.channels, schedule.num_steps)
     sigmas = preset_sigmas(preset, schedule.num_steps)
     predictor = preset.branches * predictor_flops(spec, schedule, sigmas, tokens=model.tokens)
     full, predicted = schedule.num_full, len(schedule.predicted_steps)
+    held = predictor_bytes(spec, tokens=model.tokens)
+    copies = {"features": preset.branches, "derived": preset.branches, "weights": 1}
     return FamilyFlops(
         name=name,
         size=preset.size,
@@ -131,6 +139,21 @@ def family_flops(
         predictor=predictor,
         plain=preset.branches * schedule.num_steps * model.total,
         accelerated=preset.branches * (full * model.total + predicted * model.ends) + predictor,
+        bytes_kept={part: size * copies[part] for part, size in held.items()},
+    )
+
+
+def at_true_width(spec: PredictorSpec, channels: int, num_steps: int) -> PredictorSpec:
+    """A bundle's predictor at another model's width: same kind, history and stages, rank in proportion.
+
+    Its variants are one that is never run: only widths are counted.
+    """
+    return dataclasses.replace(
+        spec,
+        channels=channels,
+        num_steps=num_steps,
+        rank=max(1, round(spec.rank * channels / spec.channels)),
+        variants=(Variant(name="counted", full_steps=(0,)),),
     )
 
 

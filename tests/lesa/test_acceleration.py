@@ -125,6 +125,9 @@ def test_schedules_are_chosen_by_budget_interval_or_list(pipe, bundle):
         ({"budget": "9x"}, "'9x' is not one of 1.43x, 1.67x"),
         ({"budget": "1.67x", "interval": 3}, "give one of"),
         ({"interval": 0}, "interval must be an integer of at least 1"),
+        ({"budget": "1.67x", "min_psnr": 20.0}, "give one of"),
+        ({"min_psnr": 99.0}, "no budget measured 99.00 dB"),
+        ({"max_loss_db": -1.0}, "max_loss_db: must be at least 0 dB"),
         ({"full_steps": [1, 2]}, "must contain step 0"),
         ({"full_steps": [0, 5]}, "needs 2 full steps before step 1"),
         ({"full_steps": [0, 1, 40]}, "outside 0..9"),
@@ -146,6 +149,18 @@ def test_an_interval_of_the_bundle_keeps_the_bundle_s_warm_up(bundle):
     assert schedule == bundle.manifest.budgets["1.67x"].schedule and name == "1.67x"
     schedule, name = choose_schedule(bundle.manifest, interval=4)
     assert schedule == Schedule.uniform(10, 4) and name == "interval 4"
+
+
+def test_the_fastest_budget_that_is_good_enough_is_chosen(bundle):
+    """1.67x measured 30 dB, 1.43x 31 dB."""
+    for choice, name in (
+        ({"min_psnr": 30.0}, "1.67x"),
+        ({"min_psnr": 30.5}, "1.43x"),
+        ({"max_loss_db": 1.0}, "1.67x"),
+        ({"max_loss_db": 0.5}, "1.43x"),
+    ):
+        schedule, chosen = choose_schedule(bundle.manifest, **choice)
+        assert chosen == name and schedule == bundle.manifest.budgets[name].schedule
 
 
 def test_another_model_is_refused_with_every_difference(bundle):

@@ -41,7 +41,7 @@ def test_schedule_shows_the_papers_ratios(capsys):
         (["schedule", "--budget", "5x"], "--budget needs --bundle"),
         (["bundle", "show", "nowhere"], "cannot open the folder"),
         (["store", "verify", "nowhere"], "nowhere"),
-        (["flops", "--family", "no-such-model"], "no-such-model"),
+        (["flops", "no-such-model"], "no-such-model"),
         (["sample", "--bundle", "x"], "at least one prompt"),
         (["sample", "a seven", "--bundle", "models:/../x"], "is not of the form"),
     ],
@@ -163,6 +163,6 @@ def test_doctor_tells_versions_and_no_secrets(capsys, monkeypatch):
 
 
 def test_flops_of_a_true_size(capsys):
-    assert main(["flops", "--family", "flux-dev", "--interval", "7", "--json"]) == 0
+    assert main(["flops", "flux-dev", "--interval", "7", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["step_ratio"] == 5.0 and 4.5 < result["flops_ratio"] < 5.0

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from lesa.flops import CallShapes, count_transformer, predictor_flops, taylor_flops
+from lesa.flops import CallShapes, count_transformer, predictor_bytes, predictor_flops, taylor_flops
 from lesa.predictor import PredictorSpec, Variant
 from lesa.schedule import Schedule
-from lesa.true_size import PRESETS, dense_spec, family_flops, preset_sigmas
+from lesa.true_size import PRESETS, at_true_width, dense_spec, family_flops, preset_sigmas
 from tests.bundles import CALL
 from tests.evaluation import pipeline
 from tests.tiny import tiny_flux
@@ -72,6 +74,26 @@ def test_the_predictor_projects_once_an_anchor_and_stage() -> None:
     assert predictor_flops(spec("dense", "steps"), schedule, sigmas, tokens=7) == 7 * (stepwise + additions)
 
 
+@pytest.mark.parametrize("projection", ["per_channel", "low_rank", "dense"])
+def test_weights_of_each_step_cost_a_few_additions(projection: str) -> None:
+    schedule = Schedule.explicit(8, (0, 1, 2, 5))
+    sigmas = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1, 0.0])
+    own = dataclasses.replace(spec(projection), kind="per_step", step_history=3)
+    products = {"per_channel": 0, "low_rank": 2 * 4 * ((20 + 10) + 2 * (30 + 10)), "dense": 2 * (20 + 60) * 10}
+    differences = 2 * 10 * 2  # two of them, once at anchors 2 and 5
+    terms = (6 + 1 + (projection != "per_channel") * 2) * 10 * 4
+    assert predictor_flops(own, schedule, sigmas, tokens=7) == 7 * (products[projection] + differences + terms)
+
+
+def test_bytes_kept_are_what_a_run_holds() -> None:
+    own = dataclasses.replace(spec("low_rank"), kind="per_step", step_history=3)
+    held = predictor_bytes(own, tokens=7)
+    assert held["features"] == 3 * 7 * 10 * 2 and held["derived"] == 3 * 7 * 10 * 2  # two differences and z
+    assert held["weights"] == 2 * (8 * 4 * 10 + 4 * 10 * (2 + 1) + 4 * 10 * (3 + 1))
+    plain = predictor_bytes(spec("dense"), tokens=7)
+    assert plain["derived"] == 7 * 10 * 2 and plain["weights"] == 2 * ((2 + 3) * 100 + (3 + 4) * 10)
+
+
 def test_taylor_costs_differences_once_and_additions_every_step() -> None:
     schedule = Schedule.explicit(8, (0, 1, 2, 5))
     assert taylor_flops(1, schedule, tokens=7, channels=10) == 2 * 70 * (2 + 4)
@@ -100,8 +122,10 @@ def test_distilled_presets_and_other_predictors() -> None:
     schedule = Schedule.uniform(4, 3, warmup_steps=0)
     lightning = family_flops("qwen-image-lightning")
     assert lightning.schedule.full_steps == (0, 1, 2, 5) and lightning.ratio == pytest.approx(2.0, abs=0.02)
-    with pytest.raises(ValueError, match="64 channels wide"):
-        family_flops("flux-schnell", schedule, dense_spec(64, schedule))
+    narrow = dataclasses.replace(dense_spec(64, schedule), projection="low_rank", rank=16)
+    widened = family_flops("flux-schnell", schedule, narrow)
+    assert widened.to_dict() == family_flops("flux-schnell", schedule, at_true_width(narrow, 3072, 4)).to_dict()
+    assert at_true_width(narrow, 3072, 4).rank == 768  # a quarter of the width, as it was
     with pytest.raises(ValueError, match="flux-dev, flux-schnell"):
         family_flops("flux-3")
 
