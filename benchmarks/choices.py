@@ -1,17 +1,20 @@
-"""The defaults of the predictor, chosen on validation trajectories: one setting changed at a time.
+"""The predictor's choices, one changed at a time: each row trained with several seeds, judged on validation data.
 
-python -m benchmarks.choices                     # writes benchmarks/results/choices.json and choices.md
-python -m benchmarks.choices --only "loss: feature" --closed-loop
+python -m benchmarks.choices                                   # writes benchmarks/results/choices-<workload>.{json,md}
+python -m benchmarks.choices --only "loss: feature" --seeds 0
 
-Each row trains the experts of one budget on the recorded training trajectories and runs the accelerated pipeline on
-the validation ones: PSNR of the images to the unaccelerated run's, and its paired difference to the default's with a
-95% bootstrap interval over prompts. Test prompts are not touched.
+Every row trains the predictor of one budget on the recorded training trajectories, both steps unless its name says
+otherwise, and runs the accelerated pipeline on the validation prompts with fresh noise: PSNR of the images to the
+unaccelerated run's, the mean over training seeds of each sample, and its paired difference to the first row's with a
+95% bootstrap interval over prompts. Test prompts are not touched. What is finished is kept and not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,40 +31,66 @@ from lesa.ends import ends_of
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
 from lesa.jobs import recorded_splits
 from lesa.metrics import psnr
-from lesa.params import Workload, load_params
+from lesa.params import BudgetParams, Workload, load_params
 from lesa.pipelines import load_pipeline, sample
 from lesa.predictor import Predictor
+from lesa.prompts import read_splits
+from lesa.schedule import Schedule
+from lesa.schedules import with_schedules
 from lesa.training import assemble, ground_truth_jobs, new_expert, train_expert
 from lesa.trajectories import Trajectories
 
 Changes = Mapping[str, Mapping[str, Any]]
 RESULTS = Path("benchmarks/results")
+SEED_OFFSET = 80_000  # noise of the validation prompts here: nothing else uses it
+FIRST = "LESA form"
 
-# Step sizes go with the form of the projection: its numbers differ by orders of magnitude in what they move.
-LOW_RANK = {"projection": "low_rank"}
-PER_CHANNEL = {"projection": "per_channel"}
+# The LESA form, from which all other rows but the last differ in one thing. Step sizes go with the form of the
+# projection: its numbers differ by orders of magnitude in what they move.
+LESA: dict[str, dict[str, Any]] = {
+    "predictor": {"kind": "lesa", "projection": "low_rank", "history_sizes": (2, 2, 2)},
+    "ground_truth": {"learning_rate": 3e-4},
+    "closed_loop": {"learning_rate": 3e-4},
+}
+PER_CHANNEL: dict[str, dict[str, Any]] = {
+    "predictor": {"projection": "per_channel"},
+    "ground_truth": {"learning_rate": 3e-3},
+    "closed_loop": {"learning_rate": 2e-3},
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "predictor": {"projection": "dense"},
+    "ground_truth": {"learning_rate": 1e-3},
+    "closed_loop": {"learning_rate": 1e-4},
+}
+UNIFORM = "uniform schedule"
+NO_LOOP = "ground-truth step alone"
 SETTINGS: dict[str, Changes] = {
-    "default": {},
-    "loss: feature, L1 (paper)": {"ground_truth": {"loss": "feature"}},
-    "loss: normalised feature": {"ground_truth": {"loss": "normalised_feature"}},
+    FIRST: {},
+    UNIFORM: {},
     "history: steps, own predictions": {"predictor": {"history": "steps"}},
     "start: random": {"predictor": {"start": "random"}},
-    "projection: low rank 32": {
-        "predictor": LOW_RANK,
-        "ground_truth": {"learning_rate": 3e-4},
-        "closed_loop": {"learning_rate": 3e-4},
-    },
-    "projection: per channel": {
-        "predictor": PER_CHANNEL,
-        "ground_truth": {"learning_rate": 3e-3},
-        "closed_loop": {"learning_rate": 2e-3},
-    },
+    "first loss: feature, L1 (paper)": {"ground_truth": {"loss": "feature"}},
+    "first loss: normalised feature": {"ground_truth": {"loss": "normalised_feature"}},
     "gate: MLP": {"predictor": {"gate": "mlp"}},
     "gate: table": {"predictor": {"gate": "table"}},
-    "one stage": {"predictor": {"boundaries": (), "history_sizes": (3,)}},
-    "K = 2": {"predictor": {"history_sizes": (2, 2, 2)}},
-    "K = 4": {"predictor": {"history_sizes": (4, 4, 4)}},
+    "one stage": {"predictor": {"boundaries": (), "history_sizes": (2,)}},
+    "two stages": {"predictor": {"boundaries": (0.6,), "history_sizes": (2, 2)}},
+    "five stages": {"predictor": {"boundaries": (0.88, 0.72, 0.52, 0.27), "history_sizes": (2,) * 5}},
+    "K = 2, 3, 3": {"predictor": {"history_sizes": (2, 3, 3)}},
+    "projection: dense": DENSE,
+    "projection: per channel": PER_CHANNEL,
+    NO_LOOP: {},
+    "closed loop: drifted states": {"closed_loop": {"gradient": "drifted_states"}},
+    "closed loop: squared error, no logarithm": {"closed_loop": {"loss": "latents"}},
+    "weights of each step": {"predictor": {"kind": "per_step"}},
+    "weights of each step, per channel": {**PER_CHANNEL, "predictor": {"kind": "per_step", "projection": "per_channel"}},
+    "as the paper: steps, random, L1, drifted states, dense, uniform": {
+        "predictor": {"history": "steps", "start": "random", "projection": "dense"},
+        "ground_truth": {"loss": "feature", "learning_rate": 1e-3},
+        "closed_loop": {"gradient": "drifted_states", "learning_rate": 1e-4},
+    },
 }
+ON_UNIFORM = (UNIFORM, "as the paper: steps, random, L1, drifted states, dense, uniform")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,46 +99,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--workload")
     parser.add_argument("--budget", help="default: the workload's default budget")
-    parser.add_argument("--only", action="append", choices=list(SETTINGS), help="settings beside the default")
-    parser.add_argument("--closed-loop", action="store_true", help="train the second step as well")
-    parser.add_argument("--out", type=Path, default=RESULTS / "choices.json")
+    parser.add_argument("--only", action="append", choices=list(SETTINGS), help="rows beside the first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
+    parser.add_argument("--prompts", type=int, default=64, help="validation prompts, from the first")
+    parser.add_argument("--part", default="0/1", help="train only every n-th row: part/n; the last to end writes")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    workload = load_params(options.params, options.workload)
+    workload = with_schedules(load_params(options.params, options.workload))
     budget = options.budget or workload.schedule.default_budget
+    out = options.out or RESULTS / f"choices-{workload.name}.json"
+    kept = Path("data/benchmarks") / workload.name / "choices"
+    kept.mkdir(parents=True, exist_ok=True)
+    names = [FIRST, *(options.only or [n for n in SETTINGS if n != FIRST])]
     train, validation = recorded_splits(workload)
+    prompts = read_splits(workload.paths.prompts)["validation"][: options.prompts]
+    seeds = [SEED_OFFSET + i for i in range(len(prompts))]
     pipe = load_pipeline(workload)
-    reference = sample(pipe, validation.prompts, validation.seeds, workload.call)
-    rows: dict[str, dict[str, Any]] = {}
-    baseline: np.ndarray | None = None
-    for name in ["default", *(options.only or [n for n in SETTINGS if n != "default"])]:
-        setting = changed(workload, SETTINGS[name])
-        started = time.perf_counter()
-        predictor = trained(setting, budget, pipe, train, validation, closed_loop=options.closed_loop)
-        seconds = time.perf_counter() - started
-        values = accelerated_psnr(setting, budget, pipe, predictor, validation, reference)
-        baseline = values if baseline is None else baseline
-        groups = np.unique(np.array(validation.prompts), return_inverse=True)[1]
-        mean, low, high = paired_interval(values, baseline, groups)
-        rows[name] = {
-            "psnr_mean": float(values.mean()),
-            "psnr_p5": float(np.percentile(values, 5)),
-            "minus_default": {"mean": float(mean), "low": float(low), "high": float(high)},
-            "seconds": round(seconds, 1),
-        }
-        print(table_row(name, rows[name]), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    reference = sample(pipe, prompts, seeds, workload.call)
+    part, parts = map(int, options.part.split("/"))
+    for seed in options.seeds:
+        for name in names[part::parts]:
+            place = kept / f"{budget}-{list(SETTINGS).index(name)}-{seed}.json"
+            if place.exists():
+                continue
+            setting = row_settings(workload, budget, name, seed)
+            started = time.perf_counter()
+            predictor = trained(setting, budget, pipe, train, validation, closed_loop=name != NO_LOOP)
+            seconds = time.perf_counter() - started
+            values = accelerated_psnr(setting, budget, pipe, predictor, prompts, seeds, reference)
+            write_json(place, {"name": name, "psnr": values.tolist(), "seconds": seconds})
+            print(f"{name}, seed {seed}: {values.mean():.2f} dB, {seconds:.0f} s", file=sys.stderr, flush=True)
+    rows = gathered(kept, budget, names, options.seeds, prompts)
+    if rows is None:
+        print("the other parts are still at work", file=sys.stderr)
+        return 0
     about = {
         "workload": workload.name,
         "budget": budget,
         "schedule": workload.budgets()[budget].to_dict(),
-        "samples": len(validation),
+        "samples": len(prompts),
         "split": "validation",
-        "closed_loop": options.closed_loop,
+        "training_seeds": options.seeds,
+        "training_trajectories": len(train),
         "torch_threads": torch.get_num_threads(),
     }
-    write_json(options.out, {"about": about, "rows": rows}, sort_keys=False)
-    write_bytes(options.out.with_suffix(".md"), table(about, rows).encode())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {"about": about, "rows": rows}, sort_keys=False)
+    text = table(about, rows)
+    write_bytes(out.with_suffix(".md"), text.encode())
+    print(text)
     return 0
+
+
+def row_settings(workload: Workload, budget: str, name: str, seed: int) -> Workload:
+    """The workload of one row: the LESA form, the row's changes, its schedule and its training seed."""
+    steps = workload.call.num_inference_steps
+    schedule = workload.budgets()[budget]
+    if name in ON_UNIFORM:
+        rules = (Schedule.uniform(steps, interval) for interval in range(1, steps))
+        schedule = next(rule for rule in rules if rule.num_full == schedule.num_full)
+    fixed = BudgetParams(full_steps=schedule.full_steps)
+    changes: Changes = {"schedule": {"budgets": {budget: fixed}, "default_budget": budget}}
+    setting = changed(changed(changed(workload, LESA), SETTINGS[name]), changes)
+    return dataclasses.replace(setting, seed=seed)
+
+
+def gathered(
+    kept: Path, budget: str, names: Sequence[str], seeds: Sequence[int], prompts: Sequence[str]
+) -> dict[str, dict[str, Any]] | None:
+    """The rows, once all are there; None before."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for name in names:
+        for seed in seeds:
+            place = kept / f"{budget}-{list(SETTINGS).index(name)}-{seed}.json"
+            if not place.exists():
+                return None
+            record = json.loads(place.read_text())
+            assert record["name"] == name, f"{place} is of other rows: remove {kept}"
+            found[name].append(record)
+    groups = np.unique(np.array(prompts), return_inverse=True)[1]
+    values = {name: np.array([record["psnr"] for record in records]) for name, records in found.items()}
+    rows = {}
+    for name, by_seed in values.items():
+        mean, low, high = paired_interval(by_seed.mean(axis=0), values[names[0]].mean(axis=0), groups)
+        rows[name] = {
+            "psnr_mean": float(by_seed.mean()),
+            "psnr_p5": float(np.percentile(by_seed, 5)),
+            "by_seed": by_seed.mean(axis=1).tolist(),
+            "minus_first": {"mean": float(mean), "low": float(low), "high": float(high)},
+            "seconds": round(float(np.mean([record["seconds"] for record in found[name]])), 1),
+        }
+    return rows
 
 
 def changed(workload: Workload, changes: Changes) -> Workload:
@@ -142,15 +222,21 @@ def trained(
 
 
 def accelerated_psnr(
-    workload: Workload, budget: str, pipe: Any, predictor: Predictor, data: Trajectories, reference: torch.Tensor
+    workload: Workload,
+    budget: str,
+    pipe: Any,
+    predictor: Predictor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    reference: torch.Tensor,
 ) -> np.ndarray:
-    """PSNR in dB of every sample of `data` against its unaccelerated image."""
+    """PSNR in dB of every sample against its unaccelerated image; the pipeline has made a plain run before."""
     schedule = workload.budgets()[budget]
-    rule = predictor.bind(schedule, data.sigmas, device=pipe.transformer.device, dtype=pipe.transformer.dtype)
+    rule = predictor.bind(schedule, pipe.scheduler.sigmas, device=pipe.transformer.device, dtype=pipe.transformer.dtype)
     config = LesaCacheConfig(schedule=schedule, rule=rule, scheduler=pipe.scheduler, measure=False)
     apply_lesa_cache(pipe.transformer, config)
     try:
-        images = sample(pipe, data.prompts, data.seeds, workload.call)
+        images = sample(pipe, prompts, seeds, workload.call)
     finally:
         remove_lesa_cache(pipe.transformer)
     return np.asarray(psnr(images, reference), dtype=np.float64)
@@ -158,21 +244,23 @@ def accelerated_psnr(
 
 def table(about: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-    step = "both training steps" if about["closed_loop"] else "ground-truth step alone"
+    count = len(about["schedule"]["full_steps"])
     lines = [
-        f"{about['workload']}, budget {about['budget']}, {step}, {about['samples']} validation trajectories.",
+        f"{about['workload']}, {count} full steps, {about['samples']} validation prompts, mean over "
+        f"{len(about['training_seeds'])} training seeds.",
         "",
-        "| setting | PSNR, dB | 5th percentile | minus default [95%] | training, s |",
-        "| --- | --- | --- | --- | --- |",
+        f"| row | PSNR, dB | of each seed | 5th percentile | minus {FIRST} [95%] | training, s |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*lines, *(table_row(name, row) for name, row in rows.items())]) + "\n"
 
 
 def table_row(name: str, row: Mapping[str, Any]) -> str:
     """One row of the table."""
-    difference = row["minus_default"]
+    difference = row["minus_first"]
     interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    return f"| {name} | {row['psnr_mean']:.2f} | {row['psnr_p5']:.2f} | {interval} | {row['seconds']:.0f} |"
+    seeds = ", ".join(f"{value:.2f}" for value in row["by_seed"])
+    return f"| {name} | {row['psnr_mean']:.2f} | {seeds} | {row['psnr_p5']:.2f} | {interval} | {row['seconds']:.0f} |"
 
 
 if __name__ == "__main__":

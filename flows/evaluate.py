@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.runtime import stage_main
-from flows.stage import final_values, read_workload, stage_run
+from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_run
 from flows.tracking import Tracker
 from lesa.atomic import write_bytes
 from lesa.evaluate import evaluate_workload
@@ -35,7 +35,8 @@ def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
         "lesa": load_predictor(workload.paths.closed_loop),
         "lesa_ground_truth": load_predictor(workload.paths.ground_truth),
     }
-    results = evaluate_workload(workload, predictors, report=run.report)
+    curves = read_curves(metrics_folder(workload) / "train_stage2.csv")
+    results = evaluate_workload(workload, predictors, report=run.report, training=curves)
     metrics = results.metrics()
     run.note(0, final_values(metrics))
     table = format_table(results)

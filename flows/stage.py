@@ -56,6 +56,16 @@ def write_curves(path: Path, points: Sequence[tuple[str, int, float]]) -> None:
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
+def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """What `write_curves` wrote, by part; nothing where there is no file."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines()[1:]:
+            part, step, loss = line.rsplit(",", 2)
+            curves.setdefault(part, []).append((int(step), float(loss)))
+    return curves
+
+
 def experiment_name(workload: Workload) -> str:
     """Experiment and registered model carry the same name."""
     return f"lesa-{workload.name}"

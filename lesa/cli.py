@@ -17,7 +17,7 @@ _EXAMPLES = """examples:
   lesa sample "a thin seven" --bundle models:/lesa-flux-digits@champion --out pictures
   lesa compare --bundle data/bundles/flux-digits --seeds 8
   lesa schedule --steps 50 --interval 7 8 10
-  lesa flops --family flux-dev --interval 7
+  lesa flops flux-dev --interval 7
   lesa bundle verify data/bundles/flux-digits
   lesa store verify data/trajectories/flux-digits.zarr
   lesa doctor

@@ -28,6 +28,7 @@ def evaluate_workload(
     folder: Path | None = None,
     report: Report | None = None,
     pipe: Any = None,
+    training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
 ) -> Results:
     """Judge predictors on the workload's held-out prompts with fresh seeds, and write the report.
 
@@ -37,6 +38,7 @@ def evaluate_workload(
         folder: where the report goes; None is the workload's place.
         report: called with progress.
         pipe: the workload's pipeline where it is loaded already.
+        training: curves of the closed loop for the report, budget -> [(optimiser step, loss)].
 
     Raises:
         PromptError: splits that overlap, or fewer test prompts than are to be judged.
@@ -78,7 +80,7 @@ def evaluate_workload(
     )
     from lesa.report import write_report  # matplotlib: only here
 
-    write_report(results, workload.paths.report if folder is None else Path(folder))
+    write_report(results, workload.paths.report if folder is None else Path(folder), training)
     return results
 
 

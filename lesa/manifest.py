@@ -18,7 +18,7 @@ from lesa.params import CallParams
 from lesa.predictor import PredictorSpec
 from lesa.schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2  # 2: variants name their full steps; weights of each step
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads and budgets
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")

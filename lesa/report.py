@@ -161,7 +161,7 @@ def _draw(results: Results, folder: Path, training: Curves) -> list[tuple[str, s
         add(
             "Training",
             "training.png",
-            "Loss of every training run.",
+            "Loss of the closed loop at every budget (the logarithm of a squared error may be negative).",
             partial(plots.training_curves, training),
         )
     return drawn

@@ -1,0 +1,272 @@
+"""The predictor's forms against every peer at the same number of full steps, on uniform and searched schedules.
+
+python -m benchmarks.fidelity train --part 0/2        # both parts may run side by side
+python -m benchmarks.fidelity measure                 # writes benchmarks/results/fidelity-<workload>.{json,md}
+
+`train` trains every form on recorded trajectories (kept under data/benchmarks/); `measure` samples held-out prompts
+with fresh noise, every method on the same ones. Searched schedules are those of the search stage; the peers' searched
+grids come from `python -m benchmarks.search_peers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.choices import changed, trained
+from lesa.atomic import write_bytes, write_json
+from lesa.evaluate import load_scorer, refuse_trained
+from lesa.jobs import load_figures, load_predictor, recorded_splits, save_predictor
+from lesa.measuring import evaluate_methods, samples
+from lesa.methods import Method, lesa_method
+from lesa.params import BudgetParams, Workload, load_params
+from lesa.pipelines import load_pipeline
+from lesa.prompts import prompt_digests, read_splits
+from lesa.results import Results
+from lesa.schedule import Schedule, history_problems
+from lesa.schedules import with_schedules
+from lesa.stages import stage_of_steps
+
+RESULTS = Path("benchmarks/results")
+COUNTS = (10, 8, 6)  # full steps
+PROJECTIONS = {
+    # Rates go with the form: what one number of each moves differs by orders of magnitude.
+    "low_rank": {"ground_truth": 3e-4, "closed_loop": 3e-4},
+    "per_channel": {"ground_truth": 3e-3, "closed_loop": 2e-3},
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One predictor to train: a kind on a schedule."""
+
+    kind: str  # lesa, per_step
+    place: str  # uniform, searched
+    count: int  # full steps
+    projection: str = "low_rank"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.place}"
+
+    @property
+    def label(self) -> str:
+        kind = "LESA form" if self.kind == "lesa" else "weights of each step"
+        return f"{kind}, {self.place} full steps"
+
+
+def forms(counts: Sequence[int]) -> list[Form]:
+    """Every kind on every schedule."""
+    return [Form(kind, place, n) for n in counts for place in ("searched", "uniform") for kind in ("per_step", "lesa")]
+
+
+def schedule_of(workload: Workload, place: str, count: int) -> Schedule:
+    """The uniform rule with so many full steps, or the searched one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = workload.call.num_inference_steps
+    if place == "searched":
+        for schedule in with_schedules(workload).budgets().values():
+            if schedule.num_full == count:
+                return schedule
+        raise ValueError(f"no budget of {workload.name} has {count} full steps: add it and run the search stage")
+    for interval in range(1, steps):
+        if (schedule := Schedule.uniform(steps, interval)).num_full == count:
+            return schedule
+    raise ValueError(f"no interval gives {count} full steps of {steps}")
+
+
+def settings_of(workload: Workload, form: Form, sigmas: torch.Tensor, seed: int) -> Workload:
+    """The workload with the form's one budget, and as much history as its schedule allows, 3 at most."""
+    schedule = schedule_of(workload, form.place, form.count)
+    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+    sizes = tuple(
+        max(k for k in (2, 3) if not _problems_of_stage(schedule, k, stages, stage)) for stage in range(max(stages) + 1)
+    )
+    rates = PROJECTIONS[form.projection]
+    budgets = {str(form.count): BudgetParams(full_steps=schedule.full_steps)}
+    return dataclasses.replace(
+        changed(
+            workload,
+            {
+                "predictor": {"kind": form.kind, "projection": form.projection, "history_sizes": sizes},
+                "ground_truth": {"learning_rate": rates["ground_truth"]},
+                "closed_loop": {"learning_rate": rates["closed_loop"]},
+                "schedule": {"budgets": budgets, "default_budget": str(form.count)},
+            },
+        ),
+        seed=seed,
+    )
+
+
+def _problems_of_stage(schedule: Schedule, size: int, stages: Sequence[int], stage: int) -> list[str]:
+    sizes = [size if other == stage else 1 for other in range(max(stages) + 1)]
+    return history_problems(schedule, sizes, stages)
+
+
+def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -> None:
+    """Train what is not there yet."""
+    train_set, validation = recorded_splits(workload)
+    pipe = load_pipeline(workload)
+    for form in chosen:
+        place = folder / f"{form.name}-{form.count}"
+        settings = settings_of(workload, form, train_set.sigmas, seed)
+        if (place / "predictor.json").exists():
+            known = load_predictor(place).spec.variants[0].full_steps
+            if known == settings.budgets()[str(form.count)].full_steps:
+                continue
+        started = time.perf_counter()
+        predictor = trained(settings, str(form.count), pipe, train_set, validation, closed_loop=True)
+        seconds = time.perf_counter() - started
+        save_predictor(place, predictor, {"seconds": seconds, "history_sizes": settings.predictor.history_sizes})
+        print(f"{place.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def methods_of(workload: Workload, chosen: Sequence[Form], folder: Path) -> Iterator[Method]:
+    """The trained forms as methods; `ValueError` names what is not trained."""
+    for form in chosen:
+        place = folder / f"{form.name}-{form.count}"
+        predictor = load_predictor(place)
+        schedule = Schedule.explicit(workload.call.num_inference_steps, predictor.spec.variants[0].full_steps)
+        yield lesa_method(str(form.count), predictor, schedule, name=form.name, label=form.label)
+
+
+def measure(
+    workload: Workload,
+    ours: Sequence[Method],
+    peers: Sequence[Method],
+    *,
+    num_prompts: int,
+    seeds: int,
+    seed_offset: int,
+    fraction: float,
+) -> Results:
+    """Every method on held-out prompts and fresh noise."""
+    splits = read_splits(workload.paths.prompts)  # refuses prompts that stand in two splits
+    test = splits["test"][:num_prompts]
+    train_set, validation = recorded_splits(workload)
+    trained_on = prompt_digests([*train_set.prompts, *validation.prompts])
+    refuse_trained(test, {"prompt_digests": trained_on})
+    texts, noise = samples(test, seeds, seed_offset)
+    return evaluate_methods(
+        load_pipeline(workload),
+        [*ours, *peers],
+        texts,
+        noise,
+        call=workload.call,
+        settings=dataclasses.replace(workload.evaluate, converged_fraction=fraction),
+        scorer=load_scorer(workload),
+        timing=False,
+        report=lambda step, values: print(step, "samples", file=sys.stderr, flush=True),
+        about={"workload": workload.name, "seed_offset": seed_offset},
+    )
+
+
+def table(results: Results, against: Mapping[str, str]) -> str:
+    """Markdown: one table a number of full steps, best first, our forms against the better TaylorSeer."""
+    counts = results.counts
+    lines = [
+        f"{results.about['workload']}: {counts['samples']} samples, {counts['prompts']} held-out prompts; PSNR in dB to "
+        f"the plain run of {len(results.sigmas) - 1} steps with 95% intervals over prompts; to the converged run of "
+        f"{counts['converged_steps']} steps on {counts['converged_samples']} samples "
+        f"(plain run: {_mean(results.estimate('', 'plain', 'converged_psnr'))}).",
+    ]
+    for budget in results.budgets:
+        rows = sorted(results.at(budget), key=lambda row: -row.psnr.mean)
+        base = against[budget]
+        lines += [
+            "",
+            f"### {budget} full steps",
+            "",
+            f"| method | steps | PSNR | 5th percentile | minus {results.row(budget, base).label} | its p5 minus | "
+            "to converged |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        floor = results.row(budget, base).psnr.p5
+        for row in rows:
+            gain = results.difference(budget, row.method, base)
+            lines.append(
+                f"| {row.label} | {row.computed_steps:g} | {row.psnr.mean:.2f} [{row.psnr.low:.2f}, "
+                f"{row.psnr.high:.2f}] | {row.psnr.p5:.2f} | {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] | "
+                f"{row.psnr.p5 - floor:+.2f} | {_mean(row.converged_psnr)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def better_taylor(results: Results) -> dict[str, str]:
+    """TaylorSeer at its better order and rule of full steps, searched ones left out, at each budget."""
+    chosen = {}
+    for budget in results.budgets:
+        rows = [r for r in results.at(budget) if r.method in ("taylor1", "taylor2", "taylor1_own", "taylor2_own")]
+        chosen[budget] = max(rows, key=lambda row: row.psnr.mean).method
+    return chosen
+
+
+def _mean(value: Any) -> str:
+    return "-" if value is None else f"{value.mean:.2f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train or measure; the exit status is 2 for anything the caller can mend."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
+    parser.add_argument("act", choices=("train", "measure"))
+    parser.add_argument("--workload")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="numbers of full steps")
+    parser.add_argument("--part", default="0/1", help="train only every n-th form: part/n")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--prompts", type=int, default=171, help="test prompts, from the first")
+    parser.add_argument("--seeds", type=int, default=3, help="noise seeds a prompt")
+    parser.add_argument("--seed-offset", type=int, default=60_000, help="the first of them")
+    parser.add_argument("--converged", type=float, default=0.1, help="share of samples with a converged run")
+    parser.add_argument("--peers", type=Path, help="searched grids (default: data/peers/<workload>.json if there)")
+    options = parser.parse_args(arguments)
+    try:
+        workload = load_params("params.yaml", options.workload)
+        folder = Path("data/benchmarks") / workload.name / f"seed{options.seed}"
+        part, parts = map(int, options.part.split("/"))
+        chosen = forms(options.counts)
+        if options.act == "train":
+            train(workload, chosen[part::parts], folder, options.seed)
+            return 0
+        ours = list(methods_of(workload, chosen, folder))
+        results = measure(
+            workload,
+            ours,
+            peers_of(workload, options.counts, options.peers),
+            num_prompts=options.prompts,
+            seeds=options.seeds,
+            seed_offset=options.seed_offset,
+            fraction=options.converged,
+        )
+        document = results.to_json()
+        document["training"] = {
+            f"{form.name}-{form.count}": load_figures(folder / f"{form.name}-{form.count}") for form in chosen
+        }
+        text = table(results, better_taylor(results))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        out = RESULTS / f"fidelity-{workload.name}.json"
+        write_json(out, document, sort_keys=False)
+        write_bytes(out.with_suffix(".md"), text.encode())
+        values = {f"{b}/{m}": v["psnr"].tolist() for (b, m), v in results.samples.items() if "psnr" in v}
+        np.savez_compressed(folder / "psnr.npz", **{key: np.asarray(value) for key, value in values.items()})
+        print(text)
+    except (ValueError, json.JSONDecodeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
