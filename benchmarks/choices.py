@@ -83,7 +83,10 @@ SETTINGS: dict[str, Changes] = {
     "closed loop: drifted states": {"closed_loop": {"gradient": "drifted_states"}},
     "closed loop: squared error, no logarithm": {"closed_loop": {"loss": "latents"}},
     "weights of each step": {"predictor": {"kind": "per_step"}},
-    "weights of each step, per channel": {**PER_CHANNEL, "predictor": {"kind": "per_step", "projection": "per_channel"}},
+    "weights of each step, per channel": {
+        **PER_CHANNEL,
+        "predictor": {"kind": "per_step", "projection": "per_channel"},
+    },
     "as the paper: steps, random, L1, drifted states, dense, uniform": {
         "predictor": {"history": "steps", "start": "random", "projection": "dense"},
         "ground_truth": {"loss": "feature", "learning_rate": 1e-3},

@@ -178,8 +178,8 @@ def table(results: Results, against: Mapping[str, str]) -> str:
     """Markdown: one table a number of full steps, best first, our forms against the better TaylorSeer."""
     counts = results.counts
     lines = [
-        f"{results.about['workload']}: {counts['samples']} samples, {counts['prompts']} held-out prompts; PSNR in dB to "
-        f"the plain run of {len(results.sigmas) - 1} steps with 95% intervals over prompts; to the converged run of "
+        f"{results.about['workload']}: {counts['samples']} samples, {counts['prompts']} held-out prompts; PSNR in dB "
+        f"to the plain run of {len(results.sigmas) - 1} steps with 95% intervals over prompts; to the converged run of "
         f"{counts['converged_steps']} steps on {counts['converged_samples']} samples "
         f"(plain run: {_mean(results.estimate('', 'plain', 'converged_psnr'))}).",
     ]

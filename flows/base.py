@@ -18,17 +18,18 @@ from lesa.prompts import read_splits
 
 @flow(name="base")
 def base(workload: str | None = None) -> dict[str, Any]:
-    """Train the workload's own model and its scorer."""
+    """Train the workload's own model and, where its data set has one, its scorer."""
     settings = read_workload(workload)
     if settings.base is None:
         raise ValueError(
             f"workloads.{settings.name}.base: absent, so there is no model to train; start with record"
         )
     prompts = read_splits(settings.paths.prompts)["train"]
-    from lesa.reference import train_flux_digits
+    from lesa.reference import DATA_SETS, train_base
 
     with stage_run("base", settings, ("base", "seed", "device")) as run:
-        metrics = train_flux_digits(
+        metrics = train_base(
+            DATA_SETS[settings.base.trainer],
             base_dir=settings.paths.base,
             scorer_dir=settings.paths.scorer,
             prompts=prompts,

@@ -62,7 +62,7 @@ class CallParams:
 class BaseParams:
     """Training of the workload's own model; absent where the model is given."""
 
-    trainer: Literal["flux-digits"]
+    trainer: Literal["flux-digits", "flux-photos"]  # row of lesa.reference.DATA_SETS
     steps: int = setting(low=1)  # optimiser steps of the transformer
     batch_size: int = setting(64, low=1)
     learning_rate: float = setting(1e-3, low=0.0)

@@ -1,6 +1,7 @@
-"""The default workload's base model: a FLUX pipeline in miniature, trained on real handwritten digits."""
+"""Base models trained here from nothing: FLUX pipelines in miniature, on pictures that ship with scikit-learn."""
 
+from lesa.reference.data_sets import DATA_SETS, DataSet
 from lesa.reference.scorer import Scorer, load_scorer
-from lesa.reference.train import train_flux_digits
+from lesa.reference.train import train_base
 
-__all__ = ["Scorer", "load_scorer", "train_flux_digits"]
+__all__ = ["DATA_SETS", "DataSet", "Scorer", "load_scorer", "train_base"]

@@ -1,5 +1,7 @@
 """Real handwritten digits (scikit-learn's, 8 x 8 pixels) drawn as a prompt asks: 16 x 16 RGB images.
 
+A full prompt reads "a thin slanted seven, top left, white on black"; "a thin seven" takes the defaults.
+
 Shape legend: N underlying digits, B images, H = W = IMAGE_SIZE pixels.
 """
 
@@ -11,7 +13,31 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lesa.reference.prompts import DIGITS, POLARITIES, POSITIONS, THICKNESSES, parse_prompt
+from lesa.reference.prompts import Language
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+THICKNESSES = ("thin", "plain", "bold")
+SLANTS = ("upright", "slanted", "backslanted")
+POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
+POLARITIES = ("white on black", "black on white")
+
+LANGUAGE = Language(
+    form="a {thickness} {slant} {digit}, {position}, {polarity}",
+    values={
+        "digit": DIGITS,
+        "thickness": THICKNESSES,
+        "slant": SLANTS,
+        "position": POSITIONS,
+        "polarity": POLARITIES,
+    },
+    defaults={
+        "thickness": "plain",
+        "slant": "upright",
+        "position": "centre",
+        "polarity": "white on black",
+    },
+    split_sizes={"train": 540, "validation": 160, "test": 200},
+)
 
 IMAGE_SIZE = 16  # pixels a side
 GLYPH_SIZE = 11.0  # pixels a side of the 8 x 8 original once drawn
@@ -93,7 +119,7 @@ def _most_typical(pixels: torch.Tensor, labels: torch.Tensor, share: float) -> t
 
 def choose_originals(bank: DigitBank, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
     """For each prompt, the index [B] of a random underlying digit of the right class."""
-    wanted = torch.tensor([DIGITS.index(parse_prompt(p).digit) for p in prompts])
+    wanted = torch.tensor([DIGITS.index(LANGUAGE.parse(p)["digit"]) for p in prompts])
     by_class = [(bank.labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
     sizes = torch.tensor([len(members) for members in by_class])
     draws = (torch.rand(len(prompts), generator=generator, dtype=torch.float64) * sizes[wanted]).long()
@@ -117,12 +143,12 @@ def render(
     """
     assert len(prompts) == len(originals), "one underlying digit a prompt"
     assert (jitter is None) == (generator is None), "jitter needs a generator, and only jitter does"
-    asked = [parse_prompt(prompt) for prompt in prompts]
+    asked = [LANGUAGE.parse(prompt) for prompt in prompts]
     num_images = len(asked)
-    thickness = torch.tensor([THICKNESSES.index(a.thickness) for a in asked])
-    shear = torch.tensor([SHEAR[a.slant] for a in asked])
-    centre = torch.tensor([_offset(a.position) for a in asked]).reshape(num_images, 2)
-    inverted = torch.tensor([a.polarity == POLARITIES[1] for a in asked])
+    thickness = torch.tensor([THICKNESSES.index(a["thickness"]) for a in asked])
+    shear = torch.tensor([SHEAR[a["slant"]] for a in asked])
+    centre = torch.tensor([_offset(a["position"]) for a in asked]).reshape(num_images, 2)
+    inverted = torch.tensor([a["polarity"] == POLARITIES[1] for a in asked])
     scale, angle = torch.ones(num_images), torch.zeros(num_images)
     # Departure of paper and ink from pure black and white: [B, 3, 1, 1], and over the paper [B, 1, H, W].
     paper = ink = torch.zeros(num_images, 3, 1, 1)

@@ -12,22 +12,28 @@ from diffusers import FluxPipeline
 from torch import nn
 
 from lesa.reference.optim import Optimiser, Report, pick
-from lesa.reference.prompts import VALUES, attribute_indices, parse_prompt, short_prompt
-from lesa.reference.tokenizers import CLIP_LENGTH, T5_LENGTH
+from lesa.reference.prompts import Language
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 64
 
 
 def fit_text(
-    pipeline: FluxPipeline, prompts: list[str], *, num_steps: int, seed: int, device: str, report: Report
+    pipeline: FluxPipeline,
+    language: Language,
+    prompts: list[str],
+    *,
+    num_steps: int,
+    seed: int,
+    device: str,
+    report: Report,
 ) -> None:
     """Train both encoders in place on `prompts` and their short forms, then freeze them."""
-    texts = sorted({*prompts, *(short_prompt(parse_prompt(p)) for p in prompts)})
-    targets = torch.tensor([attribute_indices(text) for text in texts]).to(device)
+    texts = sorted({*prompts, *(language.shorten(prompt) for prompt in prompts)})
+    targets = torch.tensor([language.indices(text) for text in texts]).to(device)
     clip_ids, t5_ids = tokenize(pipeline, texts)
     width = pipeline.text_encoder.config.hidden_size
-    sizes = [len(values) for values in VALUES.values()]
+    sizes = [len(values) for values in language.values.values()]
     heads = nn.ModuleList([nn.Linear(width, sum(sizes)) for _ in range(2)]).to(device)
     encoders = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
     optimiser = Optimiser(
@@ -49,17 +55,17 @@ def fit_text(
 
 
 def tokenize(pipeline: FluxPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, CLIP_LENGTH] and [B, T5_LENGTH], padded as FluxPipeline pads them."""
+    """Token ids of CLIP and of T5, both [B, T] padded to its tokenizer's length, as FluxPipeline pads them."""
     clip, t5 = (
-        tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for tokenizer, length in ((pipeline.tokenizer, CLIP_LENGTH), (pipeline.tokenizer_2, T5_LENGTH))
+        tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
     )
     return clip.input_ids, t5.input_ids
 
 
 @torch.no_grad()
 def embed(pipeline: FluxPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the transformer is given for each text: pooled [B, C] and tokens [B, T5_LENGTH, C]."""
+    """What the transformer is given for each text: pooled [B, C] and tokens [B, T, C]."""
     clip_ids, t5_ids = tokenize(pipeline, texts)
     device = pipeline.text_encoder.device
     return _encode(pipeline, clip_ids.to(device), t5_ids.to(device))

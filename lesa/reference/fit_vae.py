@@ -1,4 +1,4 @@
-"""Trains the autoencoder on rendered digits and measures the scale of its latents.
+"""Trains the autoencoder on drawn pictures and measures the scale of its latents.
 
 Shape legend: B images, H = W pixels, h = w = H / 2 latents, c latent channels.
 """
@@ -12,19 +12,25 @@ from diffusers import AutoencoderKL
 from lesa.reference.optim import Optimiser, Report, pick
 
 LEARNING_RATE = 6e-3
-BATCH_SIZE = 64
 KL_WEIGHT = 1e-5  # per latent value; keeps the latents bounded without blurring
 
 
 def fit_vae(
-    vae: AutoencoderKL, images: torch.Tensor, *, num_steps: int, seed: int, device: str, report: Report
+    vae: AutoencoderKL,
+    images: torch.Tensor,
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    report: Report,
 ) -> None:
     """Train `vae` in place on `images` [B, 3, H, W] in [-1, 1]; sets its scaling and shift factors."""
     vae.to(device).train()
     optimiser = Optimiser(vae.parameters(), learning_rate=LEARNING_RATE, num_steps=num_steps)
     generator = torch.Generator().manual_seed(seed)
     for step in range(num_steps):
-        batch = images[pick(len(images), BATCH_SIZE, generator)].to(device)
+        batch = images[pick(len(images), batch_size, generator)].to(device)
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample

@@ -10,17 +10,17 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from lesa.reference.tokenizers import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
+from lesa.reference.data_sets import DataSet
+from lesa.reference.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
-LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
 DEFAULT_GUIDANCE = 3.5
 NUM_STEPS = 50  # of the sampler, by default
 
 
-def build_pipeline() -> FluxPipeline:
+def build_pipeline(data_set: DataSet) -> FluxPipeline:
     """An untrained pipeline in fp32 on the CPU; initial weights follow torch's global generator."""
-    tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
+    tokenizer, tokenizer_2 = build_clip_tokenizer(data_set), build_t5_tokenizer(data_set)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -28,7 +28,7 @@ def build_pipeline() -> FluxPipeline:
             intermediate_size=2 * TEXT_WIDTH,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=CLIP_LENGTH,
+            max_position_embeddings=data_set.clip_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,  # where the pooled output is read
             pad_token_id=tokenizer.pad_token_id,
@@ -50,7 +50,7 @@ def build_pipeline() -> FluxPipeline:
     )
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,  # 2 x 2 latents packed into a token
+        in_channels=4 * data_set.autoencoder.latent_channels,  # 2 x 2 latents packed into a token
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=32,
@@ -67,9 +67,9 @@ def build_pipeline() -> FluxPipeline:
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(16, 16),
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=16,
+        latent_channels=data_set.autoencoder.latent_channels,
+        norm_num_groups=data_set.autoencoder.norm_groups,
+        sample_size=data_set.image_size,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,

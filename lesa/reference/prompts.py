@@ -1,133 +1,140 @@
-"""The prompt language of the default workload: five attributes of one handwritten digit.
+"""A prompt language: a closed set of attributes, each with its words, and the sentence that states them.
 
-A full prompt reads "a thin slanted seven, top left, white on black". Every attribute is stated by
-`format_prompt`; `parse_prompt` also understands shorter ones ("a thin seven"), and takes the defaults of
-`Attributes` for the rest.
+A language is given by its form, for example "a {thickness} {slant} {digit}, {position}, {polarity}". The form's
+first phrase is the head: fixed words and attributes of one word each, in any order when read. Every further
+phrase is one attribute. Attributes that have a default may be left unsaid.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-THICKNESSES = ("thin", "plain", "bold")
-SLANTS = ("upright", "slanted", "backslanted")
-POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
-POLARITIES = ("white on black", "black on white")
-
 Split = Literal["train", "validation", "test"]
-SPLIT_SIZES: dict[Split, int] = {"train": 540, "validation": 160, "test": 200}
+Attributes = dict[str, str]  # a value for every attribute of a language
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attributes:
-    """What a prompt asks for; each field is one of the tuples of words above."""
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """Every prompt that one data set understands.
 
-    digit: str
-    thickness: str = "plain"
-    slant: str = "upright"
-    position: str = "centre"
-    polarity: str = "white on black"
+    A value belongs to one attribute only, so a prompt can be read without knowing the order it was said in.
+    """
+
+    form: str  # the full prompt, attributes in braces
+    values: Mapping[str, tuple[str, ...]]  # what each attribute may be, in the order of `indices`
+    defaults: Mapping[str, str]  # of the attributes that may be left unsaid
+    split_sizes: Mapping[Split, int]  # together all prompts
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} {value!r} (known: {', '.join(VALUES[name])})"
-            for name, value in asdict(self).items()
-            if value not in VALUES[name]
+        named = re.findall(r"{(\w+)}", self.form)
+        words = [value for values in self.values.values() for value in values]
+        assert sorted(named) == sorted(self.values), "the form names every attribute once"
+        assert len(set(words)) == len(words), "a value belongs to one attribute"
+        assert all(value in self.values[name] for name, value in self.defaults.items())
+        assert all(" " not in value for name in self.head for value in self.values[name])
+
+    @cached_property
+    def phrases(self) -> tuple[str, ...]:
+        """The parts of the form between commas; the first is the head."""
+        return tuple(self.form.split(", "))
+
+    @cached_property
+    def head(self) -> tuple[str, ...]:
+        """Attributes said in the first phrase."""
+        return tuple(re.findall(r"{(\w+)}", self.phrases[0]))
+
+    def format(self, attributes: Mapping[str, str]) -> str:
+        """The full prompt for these attributes; `parse` is its inverse.
+
+        Raises ValueError naming every attribute that is missing, unknown or of an unknown value.
+        """
+        problems = [f"no {name}" for name in self.values if name not in attributes]
+        problems += [f"unknown attribute {name!r}" for name in attributes if name not in self.values]
+        problems += [
+            f"unknown {name} {attributes[name]!r} (known: {', '.join(known)})"
+            for name, known in self.values.items()
+            if name in attributes and attributes[name] not in known
         ]
         if problems:
-            raise ValueError("unknown prompt attributes: " + "; ".join(problems))
+            raise ValueError("prompt attributes: " + "; ".join(problems))
+        return self.form.format(**attributes)
 
+    def shorten(self, prompt: str) -> str:
+        """The shortest prompt that means the same as `prompt`: attributes at their defaults are left out."""
+        said = self.parse(prompt)
+        kept = {name: "" if self.defaults.get(name) == value else value for name, value in said.items()}
+        phrases = [" ".join(phrase.format(**kept).split()) for phrase in self.phrases]
+        return ", ".join(phrase for phrase in phrases if phrase)
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "digit": DIGITS,
-    "thickness": THICKNESSES,
-    "slant": SLANTS,
-    "position": POSITIONS,
-    "polarity": POLARITIES,
-}
+    def parse(self, prompt: str) -> Attributes:
+        """The value of every attribute, those that `prompt` leaves out at their defaults.
 
+        Raises ValueError naming every word or phrase that the language does not know, an attribute that is
+        given twice, and one that is missing.
+        """
+        problems: list[str] = []
+        found: Attributes = {}
+        fillers = set(re.sub(r"{\w+}", "", self.phrases[0]).split()) | {"an"}
+        tail = tuple(name for name in self.values if name not in self.head)
+        head, *phrases = [" ".join(part.split()) for part in prompt.lower().split(",")]
+        said = [(word, "word", self.head) for word in head.split() if word not in fillers]
+        said += [(phrase, "phrase", tail) for phrase in phrases]
+        for text, what, names in said:
+            name = next((n for n in names if text in self.values[n]), None)
+            if name is None:
+                known = ", ".join(value for n in names for value in self.values[n])
+                problems.append(f"unknown {what} {text!r} (known: {known})")
+            elif name in found:
+                problems.append(f"{name} given twice ({found[name]!r} and {text!r})")
+            else:
+                found[name] = text
+        for name, values in self.values.items():
+            if name not in found and name not in self.defaults:
+                problems.append(f"no {name} (say one of: {', '.join(values)})")
+        if problems:
+            raise ValueError(f"prompt {prompt!r}: " + "; ".join(problems))
+        return {name: found.get(name) or self.defaults[name] for name in self.values}
 
-def format_prompt(attributes: Attributes) -> str:
-    """The full prompt for these attributes; `parse_prompt` is its inverse."""
-    a = attributes
-    return f"a {a.thickness} {a.slant} {a.digit}, {a.position}, {a.polarity}"
+    def indices(self, prompt: str, attributes: Sequence[str] | None = None) -> list[int]:
+        """Positions in `values` of what the prompt says of `attributes`, by default all of them in order."""
+        said = self.parse(prompt)
+        return [self.values[name].index(said[name]) for name in attributes or self.values]
 
+    def all_prompts(self) -> list[str]:
+        """All full prompts, in the order of `values`."""
+        return [
+            self.format(dict(zip(self.values, chosen, strict=True))) for chosen in product(*self.values.values())
+        ]
 
-def short_prompt(attributes: Attributes) -> str:
-    """The shortest prompt that means the same: attributes at their defaults are left out."""
-    a, default = attributes, Attributes(digit=attributes.digit)
-    words = [w for w, d in ((a.thickness, default.thickness), (a.slant, default.slant)) if w != d]
-    phrases = [p for p, d in ((a.position, default.position), (a.polarity, default.polarity)) if p != d]
-    return ", ".join([" ".join(["a", *words, a.digit]), *phrases])
+    def vocabulary(self) -> list[str]:
+        """The words of the full prompts, and the comma, sorted."""
+        return sorted({token for prompt in self.all_prompts() for token in re.findall(r"\w+|,", prompt)})
 
+    @cached_property
+    def num_words(self) -> int:
+        """Words and commas of the longest prompt."""
+        return max(len(re.findall(r"\w+|,", prompt)) for prompt in self.all_prompts())
 
-def parse_prompt(prompt: str) -> Attributes:
-    """What `prompt` asks for, attributes it leaves out taking their defaults.
+    def split_prompts(self) -> dict[Split, list[str]]:
+        """The fixed partition of `all_prompts`: ordered by SHA-256, so independent of any generator's version."""
+        ordered = sorted(self.all_prompts(), key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
+        assert sum(self.split_sizes.values()) == len(ordered)
+        splits: dict[Split, list[str]] = {}
+        start = 0
+        for name, size in self.split_sizes.items():
+            splits[name] = ordered[start : start + size]
+            start += size
+        return splits
 
-    Raises ValueError naming every word or phrase that the language does not know, an attribute that is
-    given twice, and a digit that is missing.
-    """
-    problems: list[str] = []
-    found: dict[str, str] = {}
-
-    def give(name: str, value: str) -> None:
-        if name in found:
-            problems.append(f"{name} given twice ({found[name]!r} and {value!r})")
-        found[name] = value
-
-    head, *phrases = [" ".join(part.split()) for part in prompt.lower().split(",")]
-    words = head.split()
-    if words[:1] in (["a"], ["an"]):
-        words = words[1:]
-    for word in words:
-        name = next((n for n in ("digit", "thickness", "slant") if word in VALUES[n]), None)
-        if name is None:
-            known = ", ".join((*THICKNESSES, *SLANTS, *DIGITS))
-            problems.append(f"unknown word {word!r} (known: {known})")
-        else:
-            give(name, word)
-    for phrase in phrases:
-        name = next((n for n in ("position", "polarity") if phrase in VALUES[n]), None)
-        if name is None:
-            problems.append(f"unknown phrase {phrase!r} (known: {', '.join((*POSITIONS, *POLARITIES))})")
-        else:
-            give(name, phrase)
-    if "digit" not in found:
-        problems.append(f"no digit (say one of: {', '.join(DIGITS)})")
-    if problems:
-        raise ValueError(f"prompt {prompt!r}: " + "; ".join(problems))
-    return Attributes(**found)
-
-
-def attribute_indices(prompt: str) -> list[int]:
-    """Positions of the prompt's five values in VALUES, in its order."""
-    given = asdict(parse_prompt(prompt))
-    return [VALUES[name].index(given[name]) for name in VALUES]
-
-
-def all_prompts() -> list[str]:
-    """All 900 full prompts, in the order of VALUES."""
-    return [format_prompt(Attributes(**dict(zip(VALUES, v, strict=True)))) for v in product(*VALUES.values())]
-
-
-def split_prompts() -> dict[Split, list[str]]:
-    """The fixed partition of `all_prompts`: ordered by SHA-256, so independent of any generator's version."""
-    ordered = sorted(all_prompts(), key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
-    splits: dict[Split, list[str]] = {}
-    start = 0
-    for name, size in SPLIT_SIZES.items():
-        splits[name] = ordered[start : start + size]
-        start += size
-    return splits
-
-
-def write_splits(folder: Path) -> None:
-    """Write `<split>.txt`, one prompt a line, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, prompts in split_prompts().items():
-        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    def write_splits(self, folder: Path) -> None:
+        """Write `<split>.txt`, one prompt a line, into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, prompts in self.split_prompts().items():
+            (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")

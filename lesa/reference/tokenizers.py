@@ -1,46 +1,37 @@
-"""CLIP and T5 tokenizers whose vocabulary is the prompt language, one token a word.
+"""CLIP and T5 tokenizers whose vocabulary is a data set's prompt language, one token a word.
 
 They are transformers' own classes, so that a saved pipeline needs nothing of ours to read a prompt.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from itertools import pairwise
 from string import ascii_lowercase
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from lesa.reference.prompts import all_prompts
-
-CLIP_LENGTH = 16  # tokens CLIP reads: start, at most 11 words and commas, end, padding
-T5_LENGTH = 12  # tokens the transformer sees (max_sequence_length): at most 11 words and commas, end
+from lesa.reference.data_sets import DataSet
 
 
-def vocabulary() -> list[str]:
-    """The words and the comma of the prompt language, sorted."""
-    return sorted({token for prompt in all_prompts() for token in re.findall(r"\w+|,", prompt)})
-
-
-def build_clip_tokenizer() -> CLIPTokenizer:
+def build_clip_tokenizer(data_set: DataSet) -> CLIPTokenizer:
     """A byte-pair tokenizer whose merges spell out exactly the vocabulary's words.
 
     Letters stay in it, so a word outside the language is spelt, as a real CLIP tokenizer would.
     """
-    merges = _learn_merges(vocabulary())
+    merges = _learn_merges(data_set.language.vocabulary())
     tokens = [letter + end for end in ("", "</w>") for letter in (*ascii_lowercase, ",")]
     tokens += [first + second for first, second in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=data_set.clip_length)
 
 
-def build_t5_tokenizer() -> T5Tokenizer:
+def build_t5_tokenizer(data_set: DataSet) -> T5Tokenizer:
     """A unigram tokenizer with one piece a word; letters are not in it, so unknown words are `<unk>`."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [("," if word == "," else f"▁{word}", -1.0) for word in vocabulary()]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
+    pieces += [("," if word == "," else f"▁{word}", -1.0) for word in data_set.language.vocabulary()]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=data_set.t5_length)
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:

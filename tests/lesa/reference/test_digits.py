@@ -1,24 +1,30 @@
 """Each word of a prompt shapes the picture."""
 
-from dataclasses import replace
-
 import torch
 
-from lesa.reference.digits import DigitBank, Jitter, choose_originals, draw_images, load_bank, render
-from lesa.reference.prompts import DIGITS, Attributes, format_prompt, parse_prompt
+from lesa.reference.digits import (
+    DIGITS,
+    LANGUAGE,
+    DigitBank,
+    Jitter,
+    choose_originals,
+    draw_images,
+    load_bank,
+    render,
+)
 
 BANK = load_bank(held_out=False)
-BASE = Attributes(digit="three")
+BASE = LANGUAGE.parse("a three")
 
 
 def ink(bank: DigitBank = BANK, **changes: str) -> torch.Tensor:
     """Ink [N, 16, 16] in [0, 1] of 40 threes drawn without jitter; black on white is turned back."""
-    attributes = replace(BASE, **changes)
-    originals = (bank.labels == DIGITS.index(attributes.digit)).nonzero()[:40, 0]
-    images = render(bank, [format_prompt(attributes)] * len(originals), originals)
+    attributes = BASE | changes
+    originals = (bank.labels == DIGITS.index(attributes["digit"])).nonzero()[:40, 0]
+    images = render(bank, [LANGUAGE.format(attributes)] * len(originals), originals)
     assert images.shape == (len(originals), 3, 16, 16) and images.min() >= -1 and images.max() <= 1
     brightness = (images.mean(dim=1) + 1) / 2
-    return 1 - brightness if attributes.polarity == "black on white" else brightness
+    return 1 - brightness if attributes["polarity"] == "black on white" else brightness
 
 
 def centroid(strokes: torch.Tensor) -> tuple[float, float]:
@@ -67,7 +73,7 @@ def test_polarity_exchanges_black_and_white() -> None:
 def test_the_digit_is_of_the_class_prompted() -> None:
     prompts = [f"a {digit}" for digit in DIGITS for _ in range(20)]
     originals = choose_originals(BANK, prompts, torch.Generator().manual_seed(0))
-    asked = torch.tensor([DIGITS.index(parse_prompt(prompt).digit) for prompt in prompts])
+    asked = torch.tensor([DIGITS.index(LANGUAGE.parse(prompt)["digit"]) for prompt in prompts])
     assert torch.equal(BANK.labels[originals], asked)
     assert len(set(originals.tolist())) > 100
 
