@@ -81,12 +81,13 @@ class ExpertRule:
             branch = self.place[1]
             self.captured |= {(branch, s): f for s, f in zip(past, history.features[:size], strict=True)}
         newest = history.features[0]
-        if stage not in history.memo:
-            history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
-        offsets = gates.offsets(self.sigmas, step, past)[None]
-        alpha = expert.alpha(offsets.to(newest.device), [step])
         # Experts train in float32 whatever the pipeline's dtype.
-        change = alpha * history.memo[stage]
+        change = torch.zeros((), device=newest.device)
+        if len(past) == size or self.step_weights is None:
+            if stage not in history.memo:
+                history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
+            offsets = gates.offsets(self.sigmas, step, past)[None]
+            change = expert.alpha(offsets.to(newest.device), [step]) * history.memo[stage]
         if self.step_weights is not None:
             held = [feature.float() for feature in history.features]
             change = change + self.step_weights(held[0], differences(held, self.step_history), step)

@@ -404,7 +404,7 @@ def _search_problems(
                 f"search.max_gap: {search.max_gap} leaves steps out of reach of budget {name} ({count} full steps of "
                 f"{call.num_inference_steps})"
             )
-        if any(size > count for size in predictor.history_sizes):
+        if predictor.kind == "lesa" and any(size > count for size in predictor.history_sizes):
             problems.append(f"schedule.budgets.{name}.num_full: {count} is less history than predictor.history_sizes")
     if searched and search.samples >= record.train_prompts * record.seeds_per_prompt:
         problems.append(
@@ -435,6 +435,8 @@ def _predictor_problems(predictor: PredictorParams) -> list[str]:
 
 def _window_problems(rule: ScheduleParams, call: CallParams, predictor: PredictorParams) -> list[str]:
     """Windows that are impossible wherever the noise stages lie; the noise levels, known later, may forbid more."""
+    if predictor.kind == "per_step":
+        return []  # its early steps use what history there is
     if _budget_problems(rule) or _step_problems(rule, call) or _predictor_problems(predictor):
         return []
     problems, size = [], min(predictor.history_sizes)

@@ -8,6 +8,7 @@ with weights of the step's own (kind `per_step`, see `lesa.step_weights`).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,7 +210,7 @@ class Predictor:
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def alphas(self, schedule: Schedule, sigmas: torch.Tensor) -> torch.Tensor:
-        """[S] alpha of every step that has enough history (full steps too, for the error meter), else NaN.
+        """[S] alpha of every step that has its expert's history (full steps too, for the error meter), else NaN.
 
         Args:
             schedule: the steps.
@@ -224,7 +225,9 @@ class Predictor:
                 f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
             )
         stages = stage_of_steps(sigmas, spec.boundaries)
-        problems = history_problems(schedule, spec.history_sizes, stages, spec.history)
+        problems = []
+        if spec.kind == "lesa":  # weights of each step use what history there is, without the expert
+            problems = history_problems(schedule, spec.history_sizes, stages, spec.history)
         if spec.gate == "table" and schedule.num_steps != spec.num_steps:
             raise ValueError(
                 f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
@@ -295,7 +298,9 @@ class Predictor:
             keeps_predictions=self.spec.history == "steps",
             alphas=tuple(alphas.tolist()),
             stages=tuple(stages),
-            sizes=self.spec.history_sizes,
+            # Weights of each step can say something from one feature on.
+            sizes=(1,) * len(self.spec.history_sizes) if by_step else self.spec.history_sizes,
+            expert_sizes=self.spec.history_sizes,
             experts=experts,
             by_step={name: tensor.to(device=device, dtype=dtype) for name, tensor in by_step.items()},
         )
@@ -321,7 +326,7 @@ def fold_step_weights(
     weight[:, :size] = own["weight"]
     bias = own["bias"].float().clone()
     for step, (stage, alpha) in enumerate(zip(stages, alphas.tolist(), strict=True)):
-        if alpha == alpha:
+        if not math.isnan(alpha):
             scale = step_weights.in_differences(experts[stage]["scale"].float())
             weight[step, : len(scale)] += alpha * scale
             bias[step] += alpha * experts[stage]["bias"].float()
@@ -337,7 +342,8 @@ class BoundPredictor:
     keeps_predictions: bool
     alphas: tuple[float, ...]  # of each step; NaN where the history is too short
     stages: tuple[int, ...]  # noise stage of each step
-    sizes: tuple[int, ...]  # K of each stage
+    sizes: tuple[int, ...]  # features that a prediction needs, of each stage
+    expert_sizes: tuple[int, ...]  # K of each stage's expert
     experts: Mapping[int, Mapping[str, torch.Tensor]] = field(repr=False)
     by_step: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)  # step weights, folded
 
@@ -348,7 +354,7 @@ class BoundPredictor:
         weight = self.by_step["weight"][step]
         # Summed up before the feature is added: in low precision one rounding at its size, not one a term.
         change = step_weights.correction(newest, self._differences(history), weight, self.by_step["bias"][step])
-        if self.experts[self.stages[step]]:
+        if self.experts[self.stages[step]] and not math.isnan(self.alphas[step]):
             change.add_(self._z(history, step), alpha=self.alphas[step])
         return change.add_(newest)
 
@@ -356,7 +362,7 @@ class BoundPredictor:
         stage = self.stages[step]
         z = history.memo.get(stage)
         if z is None:
-            size = self.sizes[stage]
+            size = self.expert_sizes[stage]
             history.memo[stage] = z = projections.project_folded(history.features[:size], self.experts[stage])
         return z
 

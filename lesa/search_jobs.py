@@ -24,21 +24,19 @@ class SearchJob:
 
 
 def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[SearchJob]:
-    """A job for every budget that is to be searched, started from the cheapest path and the uniform rule."""
+    """A job for every budget that is to be searched, started from the cheapest path and from even steps."""
     wanted = searched_budgets(workload.schedule)
     if not wanted:
         return []
     train, _ = recorded_splits(workload)
     ends = load_ends(transformer_folder(workload))
-    paths = cheapest_schedules(train, ends, sorted({*wanted.values()}), max_gap=workload.search.max_gap)
+    leading = 1 if workload.predictor.kind == "per_step" else 2
+    counts = sorted({*wanted.values()})
+    paths = cheapest_schedules(train, ends, counts, max_gap=workload.search.max_gap, leading=leading)
     jobs, impossible = [], []
     for budget, count in wanted.items():
-        uniform = [
-            schedule
-            for interval in range(1, workload.call.num_inference_steps)
-            if (schedule := Schedule.uniform(len(train.sigmas) - 1, interval)).num_full == count
-        ]
-        starts = [schedule for schedule in (paths[count], *uniform[:1]) if serves(workload, schedule, train.sigmas)]
+        even = even_schedule(len(train.sigmas) - 1, count, leading)
+        starts = [schedule for schedule in (paths[count], even) if serves(workload, schedule, train.sigmas)]
         if not starts:
             impossible.append(f"{budget}: {list(paths[count].full_steps)}")
         jobs.append(SearchJob(budget, tuple(starts)))
@@ -48,6 +46,13 @@ def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[S
             f"predictor.history_sizes {list(workload.predictor.history_sizes)} need: lower the first of them to 2"
         )
     return jobs
+
+
+def even_schedule(num_steps: int, count: int, leading: int) -> Schedule:
+    """`leading` full steps in a row, the others spread evenly over the rest."""
+    rest = count - leading
+    spread = (leading - 1 + round(i * (num_steps - leading + 1) / (rest + 1)) for i in range(1, rest + 1))
+    return Schedule.explicit(num_steps, sorted({*range(leading), *spread}))
 
 
 def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[Schedule, Figures]:

@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lesa.trajectories import Trajectories, trajectories_digest
 Report = Callable[[int, dict[str, float]], None]
 DECIBELS = 10 / math.log(10)  # of a natural logarithm
 WORST = 1e3  # dB: of a run that left the finite numbers
-JUMPS = (1, -1, 2, -2, 3, -3)  # how far one full step is moved
+JUMPS = (1, -1, 2, -2)  # how far full steps are moved
 
 
 class StepFits:
@@ -66,6 +67,7 @@ class StepFits:
             alphas=(math.nan,) * schedule.num_steps,
             stages=(0,) * schedule.num_steps,
             sizes=(1,),
+            expert_sizes=(1,),
             experts={0: {}},
             by_step={"weight": table[:, :-1], "bias": table[:, -1]},
         )
@@ -95,7 +97,7 @@ def refine(
     journal: Path,
     report: Report,
 ) -> tuple[Schedule, dict[str, float]]:
-    """The best schedule found with so many true runs, from the best of `starts`.
+    """The best schedule found with so many true runs: a descent from each of `starts`, then on from the best.
 
     Args:
         pipe: the workload's pipeline.
@@ -114,36 +116,60 @@ def refine(
     predictor = workload.predictor
     fits = StepFits(data, range(count - samples), predictor.step_history, predictor.ridge, pipe.device)
     key = search_key(workload, data)
-    known = read_journal(journal, key)
+    done = read_journal(journal, key)
+    known: dict[tuple[int, ...], float] = {}  # what this search has asked for: the same whether it was killed or not
 
     @torch.no_grad()
     def error(schedule: Schedule) -> float:
+        if schedule.full_steps not in known and schedule.full_steps in done:
+            known[schedule.full_steps] = done[schedule.full_steps]
         if schedule.full_steps not in known:
             latents = accelerated_latents(pipe, workload, schedule, fits.rule(schedule), data, judged)
             loss = log_latents_loss(latents, data.latents[judged].to(latents.device))
             known[schedule.full_steps] = float(loss) * DECIBELS if torch.isfinite(loss) else WORST
-            write_journal(journal, key, known)
+            write_journal(journal, key, done | known)
             report(len(known), {"error_db": known[schedule.full_steps], "best_db": min(known.values())})
         return known[schedule.full_steps]
 
-    best = min(starts, key=error)
-    start_error = error(best)
     generator = torch.Generator().manual_seed(seed)
+    start_error = min(map(error, starts))
+    found = []
+    for number, start in enumerate(starts, start=1):
+        share = len(known) + (evaluations - len(known)) // (len(starts) - number + 1)
+        found.append(_descend(workload, data.sigmas, start, error, known, share, generator))
+    best = _descend(workload, data.sigmas, min(found, key=error), error, known, evaluations, generator)
+    return best, {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
+
+
+def _descend(
+    workload: Workload,
+    sigmas: torch.Tensor,
+    start: Schedule,
+    error: Callable[[Schedule], float],
+    known: Mapping[tuple[int, ...], float],
+    evaluations: int,
+    generator: torch.Generator,
+) -> Schedule:
+    """Takes the first better neighbour again and again, until none is better or so many runs were made.
+
+    What was an improvement is tried once more in the same direction before anything else.
+    """
+    best: Schedule = start
+    move: tuple[int, ...] | None = None
     while len(known) < evaluations:
         before = best
-        for candidate in neighbours(best, generator):
+        for candidate in neighbours(best, generator, move):
             if len(known) >= evaluations:
                 break
-            if candidate.full_steps in known or not serves(workload, candidate, data.sigmas):
+            if candidate.full_steps in known or not serves(workload, candidate, sigmas):
                 continue
             if error(candidate) < error(best):
+                move = tuple(b - a for a, b in zip(best.full_steps, candidate.full_steps, strict=True))
                 best = candidate
                 break
-        else:
-            break  # no neighbour is better
         if best is before:
             break
-    return best, {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
+    return best
 
 
 def search_key(workload: Workload, data: Trajectories) -> str:
@@ -174,20 +200,39 @@ def write_journal(path: Path, key: str, runs: dict[tuple[int, ...], float]) -> N
     atomic.write_json(path, {"key": key, "runs": [[list(steps), error] for steps, error in runs.items()]})
 
 
-def neighbours(schedule: Schedule, generator: torch.Generator) -> Iterator[Schedule]:
-    """Schedules that differ in one full step, near moves first, in a drawn order."""
-    for jump in JUMPS[:2], JUMPS[2:4], JUMPS[4:]:
-        moves = [(place, by) for place in range(1, schedule.num_full) for by in jump]
-        for number in torch.randperm(len(moves), generator=generator).tolist():
-            place, by = moves[number]
-            moved = schedule.full_steps[place] + by
-            others = {*schedule.full_steps} - {schedule.full_steps[place]}
-            if 0 < moved < schedule.num_steps and moved not in others:
-                yield Schedule.explicit(schedule.num_steps, sorted({*others, moved}))
+def neighbours(
+    schedule: Schedule, generator: torch.Generator, move: Sequence[int] | None = None
+) -> Iterator[Schedule]:
+    """Schedules with one full step moved, or all from one on, near moves first, in a drawn order.
+
+    Args:
+        schedule: where to start.
+        generator: of the order.
+        move: by how much each full step was moved last; the same again comes first.
+    """
+    count = schedule.num_full
+    moves: list[Sequence[int]] = [] if move is None else [move]
+    for jumps in (JUMPS[:2], JUMPS[2:]):
+        these = [
+            [by if first <= place < last else 0 for place in range(count)]
+            for first in range(1, count)
+            for last in (first + 1, count)
+            for by in jumps
+        ]
+        moves += [these[number] for number in torch.randperm(len(these), generator=generator).tolist()]
+    seen = {schedule.full_steps}
+    for shifts in moves:
+        steps = tuple(step + shift for step, shift in zip(schedule.full_steps, shifts, strict=True))
+        if steps in seen or steps[-1] >= schedule.num_steps or any(b <= a for a, b in pairwise(steps)):
+            continue
+        seen.add(steps)
+        yield Schedule.explicit(schedule.num_steps, steps)
 
 
 def serves(workload: Workload, schedule: Schedule, sigmas: torch.Tensor) -> bool:
-    """Whether the experts have the history they want at every predicted step."""
+    """Whether the predictor has the history it wants at every predicted step."""
     predictor = workload.predictor
+    if predictor.kind == "per_step":
+        return True  # its early steps use what there is
     stages = stage_of_steps(sigmas, predictor.boundaries)
     return not history_problems(schedule, predictor.history_sizes, stages, predictor.history)

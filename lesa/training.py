@@ -52,7 +52,9 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
     problems, jobs = [], []
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
     for budget, schedule in workload.budgets().items():
-        found = history_problems(schedule, workload.predictor.history_sizes, stages, workload.predictor.history)
+        found = []
+        if workload.predictor.kind == "lesa":  # weights of each step use what history there is
+            found = history_problems(schedule, workload.predictor.history_sizes, stages, workload.predictor.history)
         problems += [f"budget {budget}: {problem}" for problem in found]
         jobs += [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
     empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
@@ -96,7 +98,7 @@ def expert_seed(workload: Workload, job: Job) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """What an expert predicts: its steps, grouped by the history they share."""
+    """What an expert predicts: its steps that have its history, grouped by the history they share."""
 
     steps: tuple[int, ...]
     past: tuple[tuple[int, ...], ...]  # history steps of each, newest first
@@ -108,8 +110,13 @@ class Windows:
     def of(cls, workload: Workload, job: Job, sigmas: torch.Tensor) -> Windows:
         schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
         stages = stage_of_steps(sigmas, workload.predictor.boundaries)
-        steps = tuple(step for step in schedule.predicted_steps if stages[step] == job.stage)
-        past = tuple(gates.history_steps(schedule, step, size, workload.predictor.history) for step in steps)
+        of_stage = {
+            step: gates.history_steps(schedule, step, size, workload.predictor.history)
+            for step in schedule.predicted_steps
+            if stages[step] == job.stage
+        }
+        steps = tuple(step for step, entries in of_stage.items() if len(entries) == size)
+        past = tuple(of_stage[step] for step in steps)
         return cls(
             steps=steps,
             past=past,
@@ -154,8 +161,16 @@ def train_expert(
     settings = workload.ground_truth
     expert = new_expert(workload, job, train.sigmas, train.channels)
     windows = Windows.of(workload, job, train.sigmas)
+
+    def finished(figures: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        exported = expert.export()
+        if workload.predictor.kind == "per_step":
+            found = step_weights_of_stage(workload, job, expert, train).export()
+            exported |= {f"{STEPS}.{name}": tensor for name, tensor in found.items()}
+        return exported, figures
+
     if not windows.steps:
-        return expert.export() | _no_step_weights(workload, train.channels), {}
+        return finished({})
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
@@ -172,13 +187,6 @@ def train_expert(
         chunks = torch.arange(len(validation)).split(settings.batch_size)
         total = sum(float(loss_on(validation, chunk.tolist())) * len(chunk) for chunk in chunks)
         return total / len(validation)
-
-    def finished(figures: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        exported = expert.export()
-        if workload.predictor.kind == "per_step":
-            found = step_weights_of_stage(workload, job, expert, train).export()
-            exported |= {f"{STEPS}.{name}": tensor for name, tensor in found.items()}
-        return exported, figures
 
     start = validation_loss()
     best = optimise(
@@ -201,10 +209,12 @@ def step_weights_of_stage(workload: Workload, job: Job, expert: Expert, train: T
     schedule, params = workload.budgets()[job.budget], workload.predictor
     stages = stage_of_steps(train.sigmas, params.boundaries)
     size = params.history_sizes[job.stage]
-    steps = [s for s in range(schedule.num_steps) if stages[s] == job.stage and len(schedule.anchors(s, size)) == size]
+    steps = [step for step in range(1, schedule.num_steps) if stages[step] == job.stage]
     device = expert.low.device
 
     def predict(history: Sequence[torch.Tensor], step: int) -> torch.Tensor:
+        if len(history) < size:
+            return history[0]
         offsets = gates.offsets(train.sigmas, step, schedule.anchors(step, size))[None].to(device)
         return history[0] + expert.alpha(offsets, [step]) * expert.project(history[:size])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lesa.schedule import Schedule
-from lesa.search import cheapest_path, cheapest_schedules, segment_costs
+from lesa.search import NOTHING, cheapest_path, cheapest_schedules, segment_costs
 from lesa.store import Trajectory, TrajectoryStore
 from lesa.trajectories import Trajectories, load_trajectories
 from tests.training_set import CHANNELS, STEPS, TOKENS, ends, sigmas
@@ -43,7 +43,7 @@ def kinked(tmp_path: Path) -> Trajectories:
 
 
 def test_full_steps_stand_where_the_direction_changes(kinked: Trajectories) -> None:
-    found = cheapest_schedules(kinked, ends(), [4])[4]
+    found = cheapest_schedules(kinked, ends(), [4], leading=2)[4]
     # A straight line is told by two of its steps, which either side of the kink needs.
     assert found.full_steps in ((0, 1, KINK, KINK + 1), (0, 1, KINK + 1, KINK + 2))
 
@@ -52,14 +52,16 @@ def test_the_path_is_the_cheapest_of_all(kinked: Trajectories) -> None:
     costs = segment_costs(kinked, ends(), STEPS)
 
     def price(steps: tuple[int, ...]) -> float:
-        path = [*pairwise(steps)]
-        skipped = [later - step - 1 for step, later in zip(steps[1:], [*steps[2:], STEPS], strict=True)]
+        path = [(NOTHING, 0), *pairwise(steps)]
+        skipped = [later - step - 1 for step, later in zip(steps, [*steps[1:], STEPS], strict=True)]
         return sum(costs[pair][count] for pair, count in zip(path, skipped, strict=True))
 
-    found = cheapest_path(costs, STEPS, 5)
-    everything = [(0, 1, *rest) for rest in combinations(range(2, STEPS), 3)]
-    assert price(found.full_steps) == pytest.approx(min(map(price, everything)))
-    assert isinstance(found, Schedule) and found.num_full == 5
+    everything = [(0, *rest) for rest in combinations(range(1, STEPS), 4)]
+    for leading in (1, 2):
+        found = cheapest_path(costs, STEPS, 5, leading)
+        allowed = [steps for steps in everything if steps[:leading] == tuple(range(leading))]
+        assert price(found.full_steps) == pytest.approx(min(map(price, allowed)))
+        assert isinstance(found, Schedule) and found.num_full == 5
 
 
 def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:

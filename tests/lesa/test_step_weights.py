@@ -94,6 +94,17 @@ def test_early_steps_use_the_history_there_is() -> None:
     history.push(0, torch.ones(1, 2, C))
     history.push(1, 2 * torch.ones(1, 2, C))
     assert rule(history, 2).isfinite().all()
+    early = Schedule.explicit(S, (0, 4, 8))  # step 1 has one feature behind it, which no expert is asked about
+    spec = dataclasses.replace(OWN, variants=(Variant(name="3x", full_steps=early.full_steps),))
+    tensors = tensors_of(spec)
+    rule = Predictor(spec, tensors).bind(early, SIGMAS)
+    history = History(3)
+    history.push(0, torch.randn(1, 2, C))
+    wanted = history.features[0] * (1 + tensors["3x/steps/weight"][1, 0]) + tensors["3x/steps/bias"][1]
+    torch.testing.assert_close(rule(history, 1), wanted)
+    plain = dataclasses.replace(spec, kind="lesa")
+    with pytest.raises(ValueError, match="needs 2 full steps before step 1"):
+        Predictor(plain, {n: t for n, t in tensors.items() if f"/{STEPS}/" not in n}).bind(early, SIGMAS)
 
 
 def test_other_full_steps_are_refused_and_plain_sampling_is_not() -> None:
