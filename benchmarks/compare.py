@@ -1,6 +1,6 @@
-"""A bundle against every peer, external ones included; same table and JSON as `lesa compare`.
+"""A bundle against every peer, learned and external ones included; same table and JSON as `lesa compare`.
 
-python -m benchmarks.compare data/bundles/flux-digits --seeds 2 --json
+python -m benchmarks.compare data/bundles/flux-digits --seeds 2 --peers data/peers/flux-digits.json --json
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.learned_peers import learned_peers
 from benchmarks.peers import external_peers
 from lesa.bundle import load_bundle
 from lesa.evaluate import TUNING_SAMPLES, compare, load_scorer
-from lesa.params import load_params
+from lesa.fingerprint import fingerprint
+from lesa.fixed_peers import searched_peers
+from lesa.methods import Method
+from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline
-from lesa.prompts import read_prompts
+from lesa.prompts import read_splits
+from lesa.rule_tuning import tuned_rules
+from lesa.schedule import Schedule
+from lesa.searched import load_searched
 from lesa.table import format_table
 
 
@@ -30,41 +38,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=64, help="test prompts, from the first")
     parser.add_argument("--seeds", type=int, default=2, help="noise seeds a prompt")
     parser.add_argument("--seed", type=int, default=50_000, help="the first of them")
-    parser.add_argument("--no-tuning", action="store_true", help="leave the threshold caches out")
+    parser.add_argument("--peers", type=Path, help="steps found by benchmarks.search_peers; default: no such rows")
+    parser.add_argument("--no-tuning", action="store_true", help="leave out all that is tuned on training prompts")
+    parser.add_argument("--no-learned", action="store_true", help="leave L2P, LinCa and TeaCache out")
+    parser.add_argument("--no-linca", action="store_true", help="leave LinCa out, which takes longest to train")
+    parser.add_argument("--no-external", action="store_true", help="leave diffusers' own TaylorSeer out")
     parser.add_argument("--json", action="store_true", help="print every number as JSON")
     options = parser.parse_args(arguments)
     try:
         bundle = load_bundle(options.bundle)
         workload = load_params(options.params, options.workload or bundle.manifest.workload)
-        test = read_prompts(workload.paths.prompts, "test")
+        splits = read_splits(workload.paths.prompts)
+        test = splits["test"]
         if not 1 <= options.prompts <= len(test):
             raise ValueError(f"--prompts must be from 1 to {len(test)}, got {options.prompts}")
-        train = read_prompts(workload.paths.prompts, "train")
+        judged, tuning = test[: options.prompts], splits["train"][:TUNING_SAMPLES]
         settings = dataclasses.replace(
             workload.evaluate, prompts=max(2, options.prompts), seeds_per_prompt=options.seeds
         )
-        further = [
-            method
-            for name, budget in bundle.manifest.budgets.items()
-            for method in external_peers(name, budget.schedule)
-        ]
+        budgets = {name: budget.schedule for name, budget in bundle.manifest.budgets.items()}
+        pipe = load_pipeline(workload)
         results = compare(
             bundle,
-            load_pipeline(workload),
-            test[: options.prompts],
+            pipe,
+            judged,
             options.seeds,
             options.seed,
-            tuning_prompts=[] if options.no_tuning else train[:TUNING_SAMPLES],
-            further=further,
+            tuning_prompts=[] if options.no_tuning else tuning,
+            further=_further(options, workload, pipe, budgets, judged, tuning),
             settings=settings,
             scorer=load_scorer(workload),
-            report=lambda step, values: print(step, values, file=sys.stderr, flush=True),
+            report=_report,
         )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(json.dumps(results.to_json(), indent=2) if options.json else format_table(results))
     return 0
+
+
+def _further(
+    options: argparse.Namespace,
+    workload: Workload,
+    pipe: Any,
+    budgets: Mapping[str, Schedule],
+    judged: Sequence[str],
+    tuning: Sequence[str],
+) -> list[Method]:
+    """Every peer that `lesa compare` does not run, as far as the options want it."""
+    methods: list[Method] = []
+    if options.peers is not None:
+        searched = load_searched(options.peers)
+        searched.refuse(judged, fingerprint(pipe.transformer))
+        for name, schedule in budgets.items():
+            methods += searched_peers(name, schedule, searched.peers)
+    if not options.no_external:
+        methods += [method for name, schedule in budgets.items() for method in external_peers(name, schedule)]
+    seeds = [workload.record.seed_offset + i for i in range(len(tuning))]  # training noise, on purpose
+    if not options.no_tuning:
+        methods += tuned_rules(
+            pipe,
+            budgets,
+            call=workload.call,
+            prompts=tuning,
+            seeds=seeds,
+            batch_size=workload.evaluate.batch_size,
+            report=_report,
+        )
+    if not (options.no_learned or options.no_tuning):
+        methods += learned_peers(
+            workload,
+            pipe,
+            budgets,
+            prompts=tuning,
+            seeds=seeds,
+            judged=judged,
+            with_linca=not options.no_linca,
+            report=_report,
+        )
+    return methods
+
+
+def _report(step: int, values: Mapping[str, float]) -> None:
+    print(step, dict(values), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from lesa.fixed_peers import fixed_peers
+from lesa.rule_tuning import tuned_rules
+from lesa.searched import load_searched
 
 from benchmarks.choices import changed, trained
+from benchmarks.learned_peers import learned_peers
 from lesa.atomic import write_bytes, write_json
-from lesa.evaluate import load_scorer, refuse_trained
+from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
+from lesa.fingerprint import fingerprint
 from lesa.jobs import load_figures, load_predictor, recorded_splits, save_predictor
 from lesa.measuring import evaluate_methods, samples
-from lesa.methods import Method, lesa_method
+from lesa.methods import Method, lesa_method, rule_method
 from lesa.params import BudgetParams, Workload, load_params
 from lesa.pipelines import load_pipeline
 from lesa.prompts import prompt_digests, read_splits
 from lesa.results import Results
 from lesa.schedule import Schedule, history_problems
 from lesa.schedules import with_schedules
+from lesa.search_jobs import cheapest_starts, run_search_job
 from lesa.stages import stage_of_steps
 
 RESULTS = Path("benchmarks/results")
@@ -88,12 +94,32 @@ def schedule_of(workload: Workload, place: str, count: int) -> Schedule:
     raise ValueError(f"no interval gives {count} full steps of {steps}")
 
 
-def settings_of(workload: Workload, form: Form, sigmas: torch.Tensor, seed: int) -> Workload:
+def lesa_schedules(workload: Workload, counts: Sequence[int], folder: Path) -> dict[int, Schedule]:
+    """Searched schedules that serve the LESA form, whose experts want two full steps first; kept in a file."""
+    path = folder.parent / "lesa_schedules.json"
+    steps = workload.call.num_inference_steps
+    known = json.loads(path.read_text()) if path.exists() else {}
+    missing = [count for count in counts if str(count) not in known]
+    if missing:
+        budgets = {str(count): BudgetParams(num_full=count) for count in missing}
+        setting = dataclasses.replace(
+            changed(workload, {"predictor": {"kind": "lesa", "history_sizes": (2, 2, 2)}}),
+            schedule=dataclasses.replace(workload.schedule, budgets=budgets, default_budget=str(missing[0])),
+        )
+        for job in cheapest_starts(setting, None, lambda *_: None):
+            schedule, figures = run_search_job(setting, job, lambda *_: None)
+            known[job.budget] = list(schedule.full_steps)
+            print(f"LESA form, {job.budget}: {known[job.budget]} {figures}", file=sys.stderr, flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return {count: Schedule.explicit(steps, known[str(count)]) for count in counts}
+
+
+def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torch.Tensor, seed: int) -> Workload:
     """The workload with the form's one budget, and as much history as its schedule allows, 3 at most."""
-    schedule = schedule_of(workload, form.place, form.count)
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
     sizes = tuple(
-        max(k for k in (2, 3) if not _problems_of_stage(schedule, k, stages, stage)) for stage in range(max(stages) + 1)
+        3 if not _problems_of_stage(schedule, 3, stages, stage) else 2 for stage in range(max(stages) + 1)
     )
     rates = PROJECTIONS[form.projection]
     budgets = {str(form.count): BudgetParams(full_steps=schedule.full_steps)}
@@ -120,9 +146,12 @@ def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -
     """Train what is not there yet."""
     train_set, validation = recorded_splits(workload)
     pipe = load_pipeline(workload)
+    by_count = lesa_schedules(workload, sorted({f.count for f in chosen if f.kind == "lesa"}), folder)
     for form in chosen:
         place = folder / f"{form.name}-{form.count}"
-        settings = settings_of(workload, form, train_set.sigmas, seed)
+        own = form.kind == "lesa" and form.place == "searched"
+        schedule = by_count[form.count] if own else schedule_of(workload, form.place, form.count)
+        settings = settings_of(workload, form, schedule, train_set.sigmas, seed)
         if (place / "predictor.json").exists():
             known = load_predictor(place).spec.variants[0].full_steps
             if known == settings.budgets()[str(form.count)].full_steps:
@@ -143,8 +172,59 @@ def methods_of(workload: Workload, chosen: Sequence[Form], folder: Path) -> Iter
         yield lesa_method(str(form.count), predictor, schedule, name=form.name, label=form.label)
 
 
+def peers_of(
+    workload: Workload, pipe: Any, counts: Sequence[int], searched: Path, judged: Sequence[str], *, learned: bool
+) -> list[Method]:
+    """Every peer at every number of full steps: on the uniform rule, on steps of its own search, and on ours.
+
+    Args:
+        workload: whose trajectories and training prompts they are trained and tuned on.
+        pipe: its pipeline.
+        counts: numbers of full steps.
+        searched: file of `python -m benchmarks.search_peers`; without it those rows are absent.
+        judged: prompts that nothing may be tuned or trained on.
+        learned: also train the learned peers, on the uniform rule and on our searched full steps.
+    """
+    found = load_searched(searched) if searched.exists() else None
+    if found is not None:
+        found.refuse(judged, fingerprint(pipe.transformer))
+    tuning = read_splits(workload.paths.prompts)["train"][:TUNING_SAMPLES]
+    noise = [workload.record.seed_offset + i for i in range(len(tuning))]
+    uniform = {str(count): schedule_of(workload, "uniform", count) for count in counts}
+    ours = {str(count): schedule_of(workload, "searched", count) for count in counts}
+    methods = []
+    for budget, schedule in uniform.items():
+        methods += fixed_peers(budget, schedule, found.peers if found else (), everything=True)
+        for order in (1, 2):
+            label = f"TaylorSeer, order {order}, our searched full steps"
+            methods.append(
+                rule_method(f"taylor{order}", budget, ours[budget], name=f"taylor{order}_ours", label=label)
+            )
+    if learned:
+        with torch.enable_grad():
+            settings: dict[str, Any] = {"prompts": tuning, "seeds": noise, "judged": judged}
+            methods += learned_peers(workload, pipe, uniform, **settings)
+            methods += [
+                dataclasses.replace(
+                    method, name=f"{method.name}_ours", label=f"{method.label}, our searched full steps"
+                )
+                for method in learned_peers(workload, pipe, ours, **settings)
+                if method.schedule is not None  # thresholds choose their own steps: they are above already
+            ]
+        methods += tuned_rules(
+            pipe,
+            uniform,
+            call=workload.call,
+            prompts=tuning,
+            seeds=noise,
+            batch_size=workload.evaluate.batch_size,
+        )
+    return methods
+
+
 def measure(
     workload: Workload,
+    pipe: Any,
     ours: Sequence[Method],
     peers: Sequence[Method],
     *,
@@ -160,9 +240,10 @@ def measure(
     trained_on = prompt_digests([*train_set.prompts, *validation.prompts])
     refuse_trained(test, {"prompt_digests": trained_on})
     texts, noise = samples(test, seeds, seed_offset)
+    budgets = dict.fromkeys(method.budget for method in ours)
     return evaluate_methods(
-        load_pipeline(workload),
-        [*ours, *peers],
+        pipe,
+        [method for budget in budgets for method in (*ours, *peers) if method.budget == budget],
         texts,
         noise,
         call=workload.call,
@@ -174,7 +255,22 @@ def measure(
     )
 
 
-def table(results: Results, against: Mapping[str, str]) -> str:
+def on_training_images(workload: Workload, pipe: Any, ours: Sequence[Method], count: int) -> dict[str, float]:
+    """Mean PSNR of our forms on what they were trained on, by `budget/name`: how much is learned by heart."""
+    train_set, _ = recorded_splits(workload)
+    results = evaluate_methods(
+        pipe,
+        ours,
+        train_set.prompts[:count],
+        train_set.seeds[:count],
+        call=workload.call,
+        settings=dataclasses.replace(workload.evaluate, converged_fraction=0.0),
+        timing=False,
+    )
+    return {f"{row.budget}/{row.method}": row.psnr.mean for row in results.rows}
+
+
+def table(results: Results, against: Mapping[str, str], training: Mapping[str, float]) -> str:
     """Markdown: one table a number of full steps, best first, our forms against the better TaylorSeer."""
     counts = results.counts
     lines = [
@@ -191,16 +287,18 @@ def table(results: Results, against: Mapping[str, str]) -> str:
             f"### {budget} full steps",
             "",
             f"| method | steps | PSNR | 5th percentile | minus {results.row(budget, base).label} | its p5 minus | "
-            "to converged |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "to converged | on training images |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         floor = results.row(budget, base).psnr.p5
         for row in rows:
             gain = results.difference(budget, row.method, base)
+            known = training.get(f"{budget}/{row.method}")
             lines.append(
                 f"| {row.label} | {row.computed_steps:g} | {row.psnr.mean:.2f} [{row.psnr.low:.2f}, "
                 f"{row.psnr.high:.2f}] | {row.psnr.p5:.2f} | {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] | "
-                f"{row.psnr.p5 - floor:+.2f} | {_mean(row.converged_psnr)} |"
+                f"{row.psnr.p5 - floor:+.2f} | {_mean(row.converged_psnr)} | "
+                f"{'' if known is None else f'{known:.2f}'} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -231,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed-offset", type=int, default=60_000, help="the first of them")
     parser.add_argument("--converged", type=float, default=0.1, help="share of samples with a converged run")
     parser.add_argument("--peers", type=Path, help="searched grids (default: data/peers/<workload>.json if there)")
+    parser.add_argument("--no-learned", action="store_true", help="leave out the peers that are trained or tuned")
     options = parser.parse_args(arguments)
     try:
         workload = load_params("params.yaml", options.workload)
@@ -241,20 +340,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train(workload, chosen[part::parts], folder, options.seed)
             return 0
         ours = list(methods_of(workload, chosen, folder))
+        pipe = load_pipeline(workload)
+        judged = read_splits(workload.paths.prompts)["test"][: options.prompts]
+        searched = options.peers or Path("data/peers") / f"{workload.name}.json"
         results = measure(
             workload,
+            pipe,
             ours,
-            peers_of(workload, options.counts, options.peers),
+            peers_of(workload, pipe, options.counts, searched, judged, learned=not options.no_learned),
             num_prompts=options.prompts,
             seeds=options.seeds,
             seed_offset=options.seed_offset,
             fraction=options.converged,
         )
-        document = results.to_json()
+        by_heart = on_training_images(workload, pipe, ours, options.prompts)
+        document = results.to_json() | {"on_training_images": by_heart}
         document["training"] = {
             f"{form.name}-{form.count}": load_figures(folder / f"{form.name}-{form.count}") for form in chosen
         }
-        text = table(results, better_taylor(results))
+        text = table(results, better_taylor(results), by_heart)
         RESULTS.mkdir(parents=True, exist_ok=True)
         out = RESULTS / f"fidelity-{workload.name}.json"
         write_json(out, document, sort_keys=False)

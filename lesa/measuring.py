@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from lesa import metrics
+from lesa.fixed_peers import fixed_peers
 from lesa.flops import ModelFlops, count_transformer
-from lesa.methods import Method, fixed_peers, lesa_method
+from lesa.methods import Method, lesa_method
 from lesa.params import CallParams, EvaluateParams
 from lesa.pipelines import sample
 from lesa.predictor import Predictor

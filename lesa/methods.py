@@ -6,18 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
 from lesa.flops import ModelFlops, predictor_flops, taylor_flops
-from lesa.forecast import RULES, RuleFactory
+from lesa.forecast import LABELS, RULES, Rule, RuleFactory, Taylor, Weighted
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
 from lesa.params import CallParams
 from lesa.predictor import Predictor
 from lesa.schedule import Schedule
-from lesa.solvers import even_grid, solver
+from lesa.solvers import SOLVERS, even_grid, solver
 
 Using = Callable[[Any, torch.Tensor], AbstractContextManager[None]]  # (pipe, sigmas [S + 1] of the plain run)
 
@@ -64,28 +65,75 @@ def rule_method(
     *,
     name: str | None = None,
     label: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Method:
-    """A training-free rule of `lesa.forecast.RULES` through our hook."""
+    """A training-free rule of `lesa.forecast.RULES` through our hook.
+
+    Args:
+        rule: its name.
+        budget: which budget it is compared at.
+        schedule: its full steps.
+        name: key of the row; None is the rule's.
+        label: for people; None is the table's.
+        options: settings of the rule instead of the table's, e.g. another contraction.
+        notes: further settings to show, e.g. what a search saw.
+    """
     if rule not in RULES:
         raise ValueError(f"{rule!r} is not a rule; known: {', '.join(RULES)}")
-    factory = RULES[rule]
-    order = int(rule.removeprefix("taylor")) if rule.startswith("taylor") else 0
+    factory = partial(RULES[rule], **(options or {}))
+    return hooked_method(
+        name or rule,
+        label or LABELS[rule],
+        budget,
+        schedule,
+        factory,
+        settings={**(options or {}), **(notes or {})},
+    )
 
-    def own_flops(model: ModelFlops, sigmas: torch.Tensor) -> float:
-        return taylor_flops(order, schedule, tokens=model.tokens, channels=model.channels) if order else 0.0
 
-    default = f"TaylorSeer, order {order}" if order else "reuse"
+def hooked_method(
+    name: str,
+    label: str,
+    budget: str,
+    schedule: Schedule,
+    factory: RuleFactory,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    own_flops: Callable[[ModelFlops, torch.Tensor], float] | None = None,
+) -> Method:
+    """Anything that predicts features, through our hook, at equal full steps.
+
+    Args:
+        factory: binds the rule to a schedule and its noise levels.
+        own_flops: operations of the rule in one run; None reads them off the rules of `lesa.forecast`.
+    """
+
+    def operations(model: ModelFlops, sigmas: torch.Tensor) -> float:
+        return rule_flops(factory(schedule, sigmas), schedule, model)
+
     return Method(
-        name=name or rule,
-        label=label or default,
+        name=name,
+        label=label,
         budget=budget,
         kind="rule",
         using=lambda pipe, sigmas: _hooked(pipe, schedule, factory, sigmas),
         num_steps=schedule.num_steps,
         schedule=schedule,
-        own_flops=own_flops,
-        settings={"full_steps": list(schedule.full_steps)},
+        own_flops=own_flops or operations,
+        settings={"full_steps": list(schedule.full_steps), **(settings or {})},
     )
+
+
+def rule_flops(rule: Rule, schedule: Schedule, model: ModelFlops) -> float:
+    """Operations of a training-free rule in one run, for one sample and one branch."""
+    if isinstance(rule, Taylor):
+        return taylor_flops(rule.order, schedule, tokens=model.tokens, channels=model.channels)
+    if isinstance(rule, Weighted):
+        size, kept = rule.history_size, rule.keeps_predictions
+        terms = sum(min(step, size) if kept else len(schedule.anchors(step, size)) for step in schedule.predicted_steps)
+        return 2.0 * terms * model.tokens * model.channels
+    return 0.0
 
 
 def lesa_method(
@@ -130,28 +178,30 @@ def euler_method(budget: str, num_evaluations: int) -> Method:
     )
 
 
-def multistep_method(
+def solver_method(
+    solver_name: str,
     budget: str,
     num_steps: int,
-    num_evaluations: int | None = None,
+    num_evaluations: int,
     *,
     grid: Sequence[int] | None = None,
-    order: int = 2,
-    name: str = "adams_bashforth2",
-    label: str = "Adams-Bashforth, order 2",
+    name: str | None = None,
+    label: str | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Method:
-    """A multistep solver on even steps of the plain run's, or on a grid that is given."""
-    if (num_evaluations is None) == (grid is None):
-        raise ValueError("multistep_method: give exactly one of num_evaluations and grid")
-    steps = tuple(grid) if grid is not None else even_grid(num_steps, num_evaluations or 0)
+    """A solver of `lesa.solvers.SOLVERS` on even steps of the plain run's `num_steps`, or on a grid that is given."""
+    if solver_name not in SOLVERS:
+        raise ValueError(f"{solver_name!r} is not a solver; known: {', '.join(SOLVERS)}")
+    row = SOLVERS[solver_name]
+    steps = tuple(grid) if grid is not None else even_grid(num_steps, row.grid_size(num_evaluations))
     return Method(
-        name=name,
-        label=label,
+        name=name or solver_name,
+        label=label or row.label,
         budget=budget,
         kind="solver",
-        using=lambda pipe, sigmas: solver(pipe, steps, order),
-        num_steps=len(steps),
-        settings={"grid": list(steps), "order": order},
+        using=lambda pipe, sigmas: solver(pipe, steps, solver_name, num_evaluations),
+        num_steps=num_evaluations,
+        settings={"grid": list(steps), "solver": solver_name, **(notes or {})},
     )
 
 
@@ -223,34 +273,6 @@ def mag_cache_method(
             "max_skip_steps": max_skip_steps,
         },
     )
-
-
-def taylorseer_schedule(num_steps: int, num_full: int, warmup_steps: int = 3) -> Schedule | None:
-    """TaylorSeer's own rule `{0 .. E-1} U {E-1+kN}` (arXiv 2503.06923) with `num_full` full steps; None if
-    no N has.
-
-    Of several N with that number, the one whose longest run of predicted steps is shortest.
-    """
-    fitting = []
-    for interval in range(1, num_steps + 1):
-        steps = sorted({*range(warmup_steps), *range(warmup_steps - 1, num_steps, interval)})
-        if len(steps) == num_full:
-            longest = max(b - a for a, b in zip(steps, [*steps[1:], num_steps], strict=True))
-            fitting.append((longest, interval, steps))
-    return Schedule.explicit(num_steps, min(fitting)[2]) if fitting else None
-
-
-def fixed_peers(budget: str, schedule: Schedule) -> list[Method]:
-    """Every peer that has nothing to tune, with as many evaluations as the schedule has full steps."""
-    methods = [rule_method(rule, budget, schedule) for rule in RULES]
-    own = taylorseer_schedule(schedule.num_steps, schedule.num_full)
-    if own is not None and own != schedule:
-        for order in (1, 2):
-            label = f"TaylorSeer, order {order}, its own full steps"
-            methods.append(rule_method(f"taylor{order}", budget, own, name=f"taylor{order}_own", label=label))
-    methods.append(euler_method(budget, schedule.num_full))
-    methods.append(multistep_method(budget, schedule.num_steps, schedule.num_full))
-    return methods
 
 
 @contextmanager

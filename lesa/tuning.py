@@ -58,6 +58,22 @@ class Bench:
     sigmas: torch.Tensor  # [S + 1]
     reference: torch.Tensor  # pictures of the plain run
 
+    @classmethod
+    def of(
+        cls, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: CallParams, batch_size: int
+    ) -> Bench:
+        """With the plain run's pictures and noise levels."""
+        reference = sample(pipe, prompts, seeds, call, batch_size=batch_size)
+        return cls(
+            pipe=pipe,
+            prompts=prompts,
+            seeds=seeds,
+            call=call,
+            batch_size=batch_size,
+            sigmas=pipe.scheduler.sigmas.detach().cpu(),
+            reference=reference,
+        )
+
     def trial(self, method: Method) -> Trial:
         with method.using(self.pipe, self.sigmas), probe(self.pipe) as trace:
             images = self.sample(method.call(self.call))
@@ -231,7 +247,7 @@ def _search_first_block(bench: Bench, ratios: Sequence[float], target: float, tr
             low = middle
         else:
             high = middle
-    return _best(trials, target)
+    return best_trial(trials, target)
 
 
 def _search_mag_cache(bench: Bench, ratios: Sequence[float], target: float, trials: list[Trial]) -> Trial:
@@ -262,10 +278,10 @@ def _search_mag_cache(bench: Bench, ratios: Sequence[float], target: float, tria
             max_skip_steps=max_skip,
         )
         trials.append(bench.trial(method))
-    return _best(trials, target)
+    return best_trial(trials, target)
 
 
-def _best(trials: Sequence[Trial], target: float) -> Trial:
+def best_trial(trials: Sequence[Trial], target: float) -> Trial:
     """The best picture among all settings no slower than the first one that reaches the target.
 
     Settings that are faster still are not shut out: a peer must not lose by being given more time.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lesa.forecast import RULES, Taylor, taylor_difference
+from lesa.forecast import RULES, Taylor, chebyshev_weights, hermite, taylor_difference
 from lesa.history import History
 from lesa.schedule import Schedule
 
@@ -92,3 +92,71 @@ def test_differences_are_made_once_an_anchor() -> None:
     rule(history, 5)
     assert all(history.memo[order] is made[order] for order in made)
     assert float(taylor_difference(history.features, history.steps, 2)[0, 0, 0]) == 2.0
+
+
+def test_hermite_polynomials_are_the_physicists() -> None:
+    import numpy as np
+
+    for order in range(5):
+        coefficients = np.eye(5)[order]
+        for x in (-1.5, 0.0, 0.3, 2.0):
+            assert hermite(order, x) == pytest.approx(np.polynomial.hermite.hermval(x, coefficients))
+
+
+def test_hicache_by_hand() -> None:
+    # s^2 at 0, 2, 4: D1 = 6, D2 = 2; at 6, with c = 1/2: c H1(c 2) = 1, c^2 H2(c 2) / 2 = (4 - 2) / 8.
+    assert predict("hicache", {0: 0.0, 2: 4.0, 4: 16.0}, 6) == pytest.approx(16 + 6 * 1 + 2 * 0.25)
+    first = RULES["hicache"](SCHEDULE, SIGMAS, order=1, contraction=0.5**0.5)  # 2 c^2 = 1: Taylor's first order
+    history = history_of({0: 1.0, 3: 7.0}, 2)
+    assert float(first(history, 5)[0, 0, 0]) == pytest.approx(11.0)
+
+
+def test_taylor_in_sigma_is_exact_for_lines_in_sigma() -> None:
+    sigmas = torch.tensor([1.0, 0.99, 0.97, 0.9, 0.7, 0.65, 0.4, 0.3, 0.2, 0.1, 0.0])
+    rule = RULES["taylor1_sigma"](SCHEDULE, sigmas)
+    history = history_of({step: 3.0 * float(sigmas[step]) - 1.0 for step in (0, 1, 3)}, 2)
+    for step in (4, 7):
+        assert float(rule(history, step)[0, 0, 0]) == pytest.approx(3.0 * float(sigmas[step]) - 1.0, abs=1e-5)
+    in_steps = RULES["taylor1"](SCHEDULE, sigmas)
+    assert float(in_steps(history, 7)[0, 0, 0]) != pytest.approx(3.0 * float(sigmas[7]) - 1.0, abs=1e-2)
+
+
+def test_spectrum_reproduces_what_its_series_can_say() -> None:
+    steps, num_steps = (13, 9, 8, 3, 1, 0), 20
+    parabola = [0.3 * s * s - 2.0 * s + 1.0 for s in steps]
+    weights = chebyshev_weights(steps, 17, num_steps=num_steps, degree=3, ridge=1e-10, blend=1.0)
+    assert sum(w * value for w, value in zip(weights, parabola, strict=True)) == pytest.approx(
+        0.3 * 17 * 17 - 2.0 * 17 + 1.0, abs=1e-3
+    )
+    line = chebyshev_weights(steps, 17, num_steps=num_steps, degree=3, ridge=0.1, blend=0.0)
+    assert line == pytest.approx([2.0, -1.0, 0.0, 0.0, 0.0, 0.0])
+    half = chebyshev_weights(steps, 17, num_steps=num_steps, degree=3, ridge=1e-10, blend=0.5)
+    assert half == pytest.approx([(a + b) / 2 for a, b in zip(weights, line, strict=True)])
+
+
+def test_spectrum_solves_the_ridge_regression() -> None:
+    """Against the normal equations of the stacked system, channel by channel."""
+    import numpy as np
+
+    steps, values = (7, 3, 2, 1, 0), np.array([2.0, -1.0, 0.5, 4.0, 3.0])
+    points = np.array([*steps, 9]) / 5 - 1
+    design = np.polynomial.chebyshev.chebvander(points, 4)
+    stacked = np.vstack([design[:-1], np.sqrt(0.1) * np.eye(5)])
+    coefficients = np.linalg.lstsq(stacked, np.concatenate([values, np.zeros(5)]), rcond=None)[0]
+    rule = RULES["spectrum"](SCHEDULE, SIGMAS)
+    history = history_of(dict(zip(reversed(steps), reversed(values.tolist()), strict=True)), rule.history_size)
+    assert float(rule(history, 9)[0, 0, 0]) == pytest.approx(float(design[-1] @ coefficients), abs=1e-4)
+
+
+def test_weighted_sums_do_not_round_between() -> None:
+    """Weights that cancel: in bfloat16 the sum would be off by far more than its own rounding."""
+    rule = RULES["spectrum"](SCHEDULE, SIGMAS)
+    fine, coarse = History(rule.history_size), History(rule.history_size)
+    generator = torch.Generator().manual_seed(0)
+    for step in (0, 1, 2, 3, 7):
+        feature = (100.0 + torch.randn(1, 4, 8, generator=generator)).bfloat16()
+        coarse.push(step, feature)
+        fine.push(step, feature.float())
+    said = rule(coarse, 9)
+    assert said.dtype == torch.bfloat16
+    assert torch.equal(said, rule(fine, 9).bfloat16())

@@ -6,17 +6,16 @@ import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
 
+from lesa.fixed_peers import fixed_peers
 from lesa.methods import (
     Method,
     diffusers_cache_method,
     euler_method,
     first_block_method,
-    fixed_peers,
     lesa_method,
     mag_cache_method,
-    multistep_method,
     rule_method,
-    taylorseer_schedule,
+    solver_method,
 )
 from lesa.pipelines import sample
 from lesa.probe import probe
@@ -32,10 +31,19 @@ NAMES = (
     "reuse",
     "taylor1",
     "taylor2",
+    "taylor1_sigma",
+    "taylor2_sigma",
+    "hicache",
+    "hicache_07",
+    "spectrum",
+    "spectrum_blend",
     "taylor1_own",
     "taylor2_own",
     "euler",
     "adams_bashforth2",
+    "dpm_solver_2m",
+    "unipc2",
+    "heun",
     "first_block_cache",
     "mag_cache",
 )
@@ -47,7 +55,7 @@ def everything() -> dict[str, Method]:
     predictor = extrapolating(pipe.transformer.inner_dim, sigmas(), SCHEDULE)
     methods = [
         lesa_method("b", predictor, SCHEDULE),
-        *fixed_peers("b", SCHEDULE),
+        *fixed_peers("b", SCHEDULE, everything=True),
         first_block_method("b", NUM_STEPS, 10.0),
         mag_cache_method(
             "b", NUM_STEPS, [1.0] * NUM_STEPS, threshold=0.5, retention_steps=2, max_skip_steps=2
@@ -87,7 +95,7 @@ def test_each_method_goes_on_and_comes_off_without_a_trace(name: str) -> None:
     assert method.num_steps == (NUM_STEPS if method.same_steps else SCHEDULE.num_full)
 
 
-@pytest.mark.parametrize("name", ["lesa", "adams_bashforth2", "mag_cache"])
+@pytest.mark.parametrize("name", ["lesa", "spectrum", "heun", "mag_cache"])
 def test_each_method_comes_off_after_an_error(name: str) -> None:
     pipe, method = pipeline(), everything()[name]
     with pytest.raises(KeyError), method.using(pipe, sigmas()):
@@ -102,20 +110,6 @@ def test_with_every_step_full_a_rule_is_the_plain_run(rule: str) -> None:
     assert torch.equal(found, untouched())
 
 
-def test_taylorseers_own_rule() -> None:
-    ten = taylorseer_schedule(50, 10)
-    eight = taylorseer_schedule(50, 8)
-    assert ten is not None and ten.full_steps == (0, 1, 2, 8, 14, 20, 26, 32, 38, 44)
-    assert eight is not None and eight.full_steps == (0, 1, 2, 10, 18, 26, 34, 42)
-    assert taylorseer_schedule(50, 24) is None  # N = 2 has 26, N = 3 has 18
-    own = [
-        method.schedule
-        for method in fixed_peers("b", Schedule.uniform(50, 7))
-        if method.name.endswith("_own")
-    ]
-    assert own == [ten, ten]
-
-
 def test_methods_say_what_they_cost() -> None:
     from lesa.flops import ModelFlops
 
@@ -128,17 +122,30 @@ def test_methods_say_what_they_cost() -> None:
     assert by_name["first_block_cache"].flops(model, 5.5, levels) == 550 + 4.5 * 11
     assert by_name["mag_cache"].flops(model, 5.5, levels) == 550 + 4.5
     assert by_name["taylor1"].flops(model, 6, levels) == 604 + 2 * 32 * (2 + 4)
+    assert by_name["hicache"].flops(model, 6, levels) == by_name["taylor2"].flops(model, 6, levels)
+    # Spectrum weighs every full step there is: 4 before steps 4 and 5, 5 before 7 and 8.
+    assert by_name["spectrum"].flops(model, 6, levels) == 604 + 2 * 32 * (4 + 4 + 5 + 5)
+    assert by_name["heun"].flops(model, 6, levels) == 600
     assert by_name["lesa"].flops(model, 6, levels) > by_name["reuse"].flops(model, 6, levels)
 
 
 def test_solvers_call_the_pipeline_their_own_way() -> None:
     assert euler_method("b", 6).call(CALL).num_inference_steps == 6
-    assert multistep_method("b", NUM_STEPS, 6).call(CALL) is CALL
-    assert multistep_method("b", NUM_STEPS, grid=(0, 4)).settings["grid"] == [0, 4]
-    with pytest.raises(ValueError, match="exactly one"):
-        multistep_method("b", NUM_STEPS)
+    assert solver_method("adams_bashforth2", "b", NUM_STEPS, 6).call(CALL) is CALL
+    assert solver_method("unipc2", "b", NUM_STEPS, 2, grid=(0, 4)).settings["grid"] == [0, 4]
+    assert solver_method("heun", "b", NUM_STEPS, 7).settings["grid"] == [0, 2, 5, 8]
+    assert solver_method("heun", "b", NUM_STEPS, 7).num_steps == 7
+    with pytest.raises(ValueError, match="euler, adams_bashforth2"):
+        solver_method("rk4", "b", NUM_STEPS, 6)
     with pytest.raises(ValueError, match="reuse, taylor1"):
         rule_method("taylor9", "b", SCHEDULE)
+
+
+def test_a_rules_options_are_used_and_shown() -> None:
+    damped = rule_method("hicache", "b", SCHEDULE, options={"order": 1, "contraction": 0.5**0.5})
+    assert damped.settings["contraction"] == 0.5**0.5
+    assert torch.allclose(drawn(damped)[0], drawn(everything()["taylor1"])[0], atol=1e-5)
+    assert not torch.allclose(drawn(damped)[0], drawn(everything()["hicache"])[0], atol=1e-4)
 
 
 def test_any_cache_of_diffusers_can_be_a_method() -> None:

@@ -1,0 +1,146 @@
+"""The searches and the comparison, end to end on a tiny workload with recorded trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import compare, search_peers
+from benchmarks.learned_peers import learned_peers
+from lesa import rule_tuning
+from lesa.jobs import recorded_splits
+from lesa.make_bundle import make_bundle
+from lesa.params import Workload, load_params
+from lesa.pipelines import load_pipeline
+from lesa.prompts import PromptError
+from lesa.record import record_all
+from lesa.rule_tuning import RULE_OPTIONS
+from lesa.searched import load_searched, save_searched
+from lesa.store import TrajectoryStore
+from lesa.training import untrained_predictor
+from tests.tiny import SPLITS, tiny_repository
+
+EVALUATE = {
+    "batch_size": 2,
+    "bootstrap": 100,
+    "converged_fraction": 0.5,
+    "converged_steps": 20,
+    "wall_clock_repeats": 1,
+}
+PEERS = Path("data/peers/tiny.json")
+SMALL = ["--samples", "2", "--quick-samples", "1", "--quick-runs", "14", "--runs", "3"]
+
+
+@dataclasses.dataclass
+class Place:
+    """A tiny workload with trajectories and a bundle; the working folder is its repository."""
+
+    workload: Workload
+    pipe: Any
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    before = Path.cwd()
+    root = tiny_repository(tmp_path_factory.mktemp("repository"), prompts={**SPLITS, "test": ["a cat", "a photo"]})
+    settings = yaml.safe_load((root / "params.yaml").read_text())
+    settings["workloads"]["tiny"]["evaluate"] = EVALUATE
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    os.chdir(root)
+    try:
+        workload = load_params()
+        workload = dataclasses.replace(
+            workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
+        )
+        pipe = load_pipeline(workload)
+        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        train, validation = recorded_splits(workload)
+        make_bundle(
+            workload.paths.bundle,
+            workload,
+            pipe,
+            untrained_predictor(workload, train.sigmas, train.channels),
+            train,
+            validation,
+            quality={"2x": {"psnr_mean": 31.5, "psnr_p5": 27.0}},
+            evaluation={"samples": 4},
+            created_from={"git": "0" * 40},
+        )
+        yield Place(workload, pipe, workload.paths.bundle)
+    finally:
+        os.chdir(before)
+
+
+def test_searches_are_kept_and_gone_on_with(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["--methods", "adams_bashforth2", "taylor1", "heun"]
+    assert search_peers.main(["--evaluations", "4", *methods, *SMALL]) == 0
+    first = load_searched(PEERS)
+    assert [peer.method for peer in first.peers] == ["adams_bashforth2", "heun", "taylor1"]
+    assert first.tuning_samples == 2 and first.workload == "tiny"
+    capsys.readouterr()
+    assert search_peers.main(["--evaluations", "4", "5", *methods, *SMALL]) == 0
+    assert "at 4:" not in capsys.readouterr().out  # what is known is not searched again
+    both = load_searched(PEERS)
+    assert all(peer in both.peers for peer in first.peers)
+    for peer in both.peers:
+        assert peer.steps[0] == 0 and list(peer.steps) == sorted(set(peer.steps)) and peer.steps[-1] < 8
+        assert 1 <= peer.runs and peer.psnr > 0
+    by_key = {(peer.method, peer.evaluations): peer for peer in both.peers}
+    for method in ("adams_bashforth2", "taylor1"):
+        assert by_key[method, 5].psnr >= by_key[method, 4].psnr - 1.0  # the search that fails is repeated
+
+
+def test_the_comparison_has_every_peer_and_their_steps(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule_tuning, "RULE_OPTIONS", {name: each[:2] for name, each in RULE_OPTIONS.items()})
+    if not PEERS.exists():
+        assert search_peers.main(["--evaluations", "5", "--methods", "taylor1", "heun", *SMALL]) == 0
+    found = load_searched(PEERS)
+    capsys.readouterr()
+    arguments = [str(place.bundle), "--prompts", "2", "--seeds", "1", "--peers", str(PEERS), "--no-linca", "--json"]
+    assert compare.main(arguments) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    expected = {"lesa", "taylor1", "unipc2", "spectrum", "hicache_tuned", "spectrum_tuned", "l2p", "l2p_full_steps"}
+    expected |= {"teacache", "first_block_cache", "mag_cache", "taylor1_searched", "heun_searched"}
+    assert expected <= rows.keys()
+    steps = {peer.method: list(peer.steps) for peer in found.peers if peer.evaluations == 5}
+    assert rows["taylor1_searched"]["full_steps"] == steps["taylor1"]
+    assert rows["heun_searched"]["settings"]["grid"] == steps["heun"]
+    for name in expected - {"teacache", "first_block_cache", "mag_cache"}:
+        assert rows[name]["computed_steps"] == 5, name
+
+
+def test_peers_that_saw_the_prompts_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    from lesa.prompts import prompt_digests
+
+    if not PEERS.exists():
+        assert search_peers.main(["--evaluations", "5", "--methods", "heun", *SMALL]) == 0
+    cheat = Path("data/peers/cheat.json")
+    save_searched(cheat, dataclasses.replace(load_searched(PEERS), prompt_digests=tuple(prompt_digests(["a cat"]))))
+    assert compare.main([str(place.bundle), "--prompts", "2", "--peers", str(cheat)]) == 2
+    assert "the peers' search saw 1 of 2 prompts" in capsys.readouterr().err
+    other = Path("data/peers/other.json")
+    save_searched(other, dataclasses.replace(load_searched(PEERS), fingerprint="sha256:other"))
+    assert compare.main([str(place.bundle), "--prompts", "2", "--peers", str(other)]) == 2
+    assert "search_peers again" in capsys.readouterr().err
+
+
+def test_learned_peers_are_not_trained_on_what_is_judged(place: Place) -> None:
+    with pytest.raises(PromptError, match="judged and trained on"):
+        learned_peers(
+            place.workload,
+            place.pipe,
+            place.workload.budgets(),
+            prompts=SPLITS["train"][:1],
+            seeds=[1],
+            judged=["A thin  seven"],
+        )
