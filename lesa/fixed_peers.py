@@ -84,7 +84,9 @@ def searched_method(budget: str, found: Searched) -> Method:
             notes=notes,
         )
     schedule = Schedule.explicit(found.num_steps, found.steps)
-    label = f"{LABELS.get(found.method, found.method)}, searched full steps"
+    family = LABELS[found.method]
+    # The table's label names the table's settings; those that were found stand in the row's settings.
+    label = f"{family.split(',')[0] if found.options else family}, searched full steps"
     return rule_method(
         found.method, budget, schedule, name=name, label=label, options=found.options, notes=notes
     )

@@ -20,7 +20,9 @@ PROMPTS = {
     "test": ["a black cat", "a bold nine", "the red dog", "a thin house"],
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "predictor": {"boundaries": [0.5], "history_sizes": [2, 2], "grid": 3, "hidden": 3},
+    "schedule": {"budgets": {"2x": {"num_full": 4}}, "default_budget": "2x"},
+    "search": {"evaluations": 4, "samples": 1, "max_gap": 6, "workers": 1},
+    "predictor": {"kind": "per_step", "boundaries": [0.5], "history_sizes": [2, 2], "grid": 3, "hidden": 3},
     "ground_truth": {"iterations": 3, "batch_size": 2, "checkpoint_every": 2, "workers": 1},
     "closed_loop": {"iterations": 2, "batch_size": 2, "checkpoint_every": 1, "workers": 1},
     "evaluate": {

@@ -29,13 +29,16 @@ FIRST_RUN = """
 import logging
 from flows.publish import publish_bundle
 from flows.stage import read_workload, stage_run
-from flows import evaluate, train_stage1, train_stage2
+from flows import evaluate, search, train_stage1, train_stage2
 from lesa.pipelines import load_pipeline
 from lesa.record import record_all
 from lesa.store import TrajectoryStore
 
 workload = read_workload(None)
 record_all(workload, TrajectoryStore.create(workload.paths.trajectories), load_pipeline(workload))
+with stage_run("search", workload, ("seed",)) as tracked:
+    search.find.fn(workload, tracked)
+workload = read_workload(None, searched=True)
 for stage, work in (
     ("train_stage1", train_stage1.train), ("train_stage2", train_stage2.train), ("evaluate", evaluate.judge)
 ):

@@ -59,5 +59,6 @@ def test_a_searched_peer_runs_on_its_steps_and_says_so(found: Searched) -> None:
     shown = method.settings.get("grid", method.settings.get("full_steps"))
     assert shown == list(found.steps)
     assert method.settings["tuning_psnr"] == found.psnr and method.settings["search_runs"] == 9
+    assert "order 2" not in method.label or found.method == "unipc2"  # settings that were found, not the table's
     for name, value in found.options.items():
         assert method.settings[name] == value
