@@ -1,7 +1,7 @@
 """The predictor's forms against every peer at the same number of full steps, on uniform and searched schedules.
 
 python -m benchmarks.fidelity train --part 0/2        # both parts may run side by side
-python -m benchmarks.fidelity measure                 # writes benchmarks/results/fidelity-<workload>.{json,md}
+python -m benchmarks.fidelity measure --counts 10     # writes benchmarks/results/fidelity-<workload>-10.{json,md}
 
 `train` trains every form on recorded trajectories (kept under data/benchmarks/); `measure` samples held-out prompts
 with fresh noise, every method on the same ones. Searched schedules are those of the search stage; the peers' searched
@@ -22,15 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lesa.fixed_peers import fixed_peers
-from lesa.rule_tuning import tuned_rules
-from lesa.searched import load_searched
 
 from benchmarks.choices import changed, trained
 from benchmarks.learned_peers import learned_peers
 from lesa.atomic import write_bytes, write_json
 from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
 from lesa.fingerprint import fingerprint
+from lesa.fixed_peers import fixed_peers
 from lesa.jobs import load_figures, load_predictor, recorded_splits, save_predictor
 from lesa.measuring import evaluate_methods, samples
 from lesa.methods import Method, lesa_method, rule_method
@@ -41,10 +39,12 @@ from lesa.results import Results
 from lesa.schedule import Schedule, history_problems
 from lesa.schedules import with_schedules
 from lesa.search_jobs import cheapest_starts, run_search_job
+from lesa.searched import load_searched
 from lesa.stages import stage_of_steps
 
 RESULTS = Path("benchmarks/results")
 COUNTS = (10, 8, 6)  # full steps
+LINCA_ITERATIONS = 150  # of each of its stages: some minutes a schedule
 PROJECTIONS = {
     # Rates go with the form: what one number of each moves differs by orders of magnitude.
     "low_rank": {"ground_truth": 3e-4, "closed_loop": 3e-4},
@@ -183,7 +183,7 @@ def peers_of(
         counts: numbers of full steps.
         searched: file of `python -m benchmarks.search_peers`; without it those rows are absent.
         judged: prompts that nothing may be tuned or trained on.
-        learned: also train the learned peers, on the uniform rule and on our searched full steps.
+        learned: also train the learned peers on the uniform rule, and L2P on our searched full steps.
     """
     found = load_searched(searched) if searched.exists() else None
     if found is not None:
@@ -194,7 +194,7 @@ def peers_of(
     ours = {str(count): schedule_of(workload, "searched", count) for count in counts}
     methods = []
     for budget, schedule in uniform.items():
-        methods += fixed_peers(budget, schedule, found.peers if found else (), everything=True)
+        methods += fixed_peers(budget, schedule, found.peers if found else ())
         for order in (1, 2):
             label = f"TaylorSeer, order {order}, our searched full steps"
             methods.append(
@@ -203,22 +203,14 @@ def peers_of(
     if learned:
         with torch.enable_grad():
             settings: dict[str, Any] = {"prompts": tuning, "seeds": noise, "judged": judged}
-            methods += learned_peers(workload, pipe, uniform, **settings)
+            methods += learned_peers(workload, pipe, uniform, **settings, linca_iterations=LINCA_ITERATIONS)
             methods += [
                 dataclasses.replace(
                     method, name=f"{method.name}_ours", label=f"{method.label}, our searched full steps"
                 )
-                for method in learned_peers(workload, pipe, ours, **settings)
+                for method in learned_peers(workload, pipe, ours, **settings, linca_iterations=0)
                 if method.schedule is not None  # thresholds choose their own steps: they are above already
             ]
-        methods += tuned_rules(
-            pipe,
-            uniform,
-            call=workload.call,
-            prompts=tuning,
-            seeds=noise,
-            batch_size=workload.evaluate.batch_size,
-        )
     return methods
 
 
@@ -360,11 +352,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         text = table(results, better_taylor(results), by_heart)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        out = RESULTS / f"fidelity-{workload.name}.json"
+        out = RESULTS / f"fidelity-{workload.name}-{'-'.join(map(str, options.counts))}.json"
         write_json(out, document, sort_keys=False)
         write_bytes(out.with_suffix(".md"), text.encode())
         values = {f"{b}/{m}": v["psnr"].tolist() for (b, m), v in results.samples.items() if "psnr" in v}
-        np.savez_compressed(folder / "psnr.npz", **{key: np.asarray(value) for key, value in values.items()})
+        np.savez_compressed(folder / f"{out.stem}.npz", **{key: np.asarray(value) for key, value in values.items()})
         print(text)
     except (ValueError, json.JSONDecodeError) as error:
         print(error, file=sys.stderr)

@@ -26,7 +26,7 @@ from lesa.pipelines import load_pipeline, sample
 from lesa.predictor import Predictor
 from lesa.record import record_all
 from lesa.store import TrajectoryStore
-from lesa.training import Job, new_expert, untrained_predictor
+from lesa.training import Job, assemble, new_expert, train_expert, untrained_predictor
 from lesa.trajectories import Trajectories
 from tests.tiny import SPLITS, tiny_repository
 
@@ -205,6 +205,39 @@ def test_training_through_the_sampler_improves_it(place: Place, tmp_path: Path) 
         if not torch.equal(value, place.start.tensors[f"2x/1/{name}"])
     ]
     assert "projection.scale" in changed and "gate.table" in changed
+
+
+def test_weights_of_each_step_are_trained_and_sample_as_they_were_trained(place: Place, tmp_path: Path) -> None:
+    """From the closed form, on a schedule whose first predicted steps have one feature behind them."""
+    workload = small(
+        place.workload,
+        predictor={"kind": "per_step", "history_sizes": (2, 2), "projection": "low_rank", "rank": 4},
+        closed_loop={"iterations": 8, "step_learning_rate": 0.05, "batch_size": 4},
+        ground_truth={"iterations": 2, "batch_size": 2},
+        schedule={"budgets": {"2x": BudgetParams(full_steps=(0, 2, 4, 6))}, "default_budget": "2x"},
+    )
+    ends, arguments = ends_of(place.pipe.transformer), (place.train, place.validation)
+    experts = {}
+    for stage in range(2):
+        experts[Job("2x", stage)], _ = train_expert(
+            workload, Job("2x", stage), *arguments, ends, work_dir=tmp_path, report=lambda *_: None
+        )
+    start = assemble(workload, place.train.channels, experts)
+    assert start.tensors["2x/steps/weight"][[1, 3, 5, 7]].abs().amax(dim=(1, 2)).min() > 0
+    assert start.tensors["2x/steps/weight"][0].eq(0).all()
+    tensors, figures = train(
+        workload, "2x", start, place.pipe, *arguments, work_dir=tmp_path / "loop", report=lambda *_: None
+    )
+    assert figures["validation_loss"] < figures["validation_loss_start"] - 0.02
+    trained = assemble(workload, place.train.channels, tensors)
+    assert not torch.equal(trained.tensors["2x/steps/weight"], start.tensors["2x/steps/weight"])
+    schedule = workload.budgets()["2x"]
+    with torch.no_grad():
+        sampled = accelerated_latents(
+            place.pipe, workload, schedule, trained.bind(schedule, place.train.sigmas), place.validation, [0, 1]
+        )
+    loss = losses.log_latents_loss(sampled, place.validation.latents[[0, 1]])
+    assert float(loss) == pytest.approx(figures["validation_loss"], abs=1e-3)
 
 
 def test_drifted_states_lower_their_own_loss(place: Place) -> None:
