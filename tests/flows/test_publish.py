@@ -39,7 +39,8 @@ def made(tmp_path_factory) -> Path:
     """A repository in which everything up to `evaluate` has run."""
     root = tiny_repository(tmp_path_factory.mktemp("publish"), prompts=PROMPTS)
     params = yaml.safe_load((root / "params.yaml").read_text())
-    params["workloads"]["tiny"] |= SETTINGS
+    # A schedule that is written down: the search is another stage's.
+    params["workloads"]["tiny"] |= SETTINGS | {"schedule": {"budgets": {"2x": {"interval": 3}}, "default_budget": "2x"}}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

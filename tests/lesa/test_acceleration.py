@@ -304,7 +304,7 @@ def test_an_enabled_pipeline_can_be_forgotten(bundle):
 def test_peers_run_through_the_same_hook(pipe):
     schedule = Schedule.uniform(10, 3)
     for name, factory in RULES.items():
-        rule = factory(schedule, torch.zeros(11))
+        rule = factory(schedule, torch.linspace(1, 0, 11))
         lesa.apply_lesa_cache(
             pipe.transformer, LesaCacheConfig(schedule=schedule, rule=rule, scheduler=pipe.scheduler)
         )
