@@ -109,8 +109,8 @@ def test_the_comparison_has_every_peer_and_their_steps(
     arguments = [str(place.bundle), "--prompts", "2", "--seeds", "1", "--peers", str(PEERS), "--no-linca", "--json"]
     assert compare.main(arguments) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    expected = {"lesa", "taylor1", "unipc2", "spectrum_blend", "hicache_tuned", "spectrum_tuned", "l2p", "l2p_full_steps"}
-    expected |= {"teacache", "first_block_cache", "mag_cache", "taylor1_searched", "heun_searched"}
+    expected = {"lesa", "taylor1", "unipc2", "spectrum_blend", "hicache_tuned", "spectrum_tuned", "l2p"}
+    expected |= {"l2p_full_steps", "teacache", "first_block_cache", "mag_cache", "taylor1_searched", "heun_searched"}
     assert expected <= rows.keys()
     steps = {peer.method: list(peer.steps) for peer in found.peers if peer.evaluations == 5}
     assert rows["taylor1_searched"]["full_steps"] == steps["taylor1"]
