@@ -18,14 +18,13 @@ from benchmarks.peers import external_peers
 from lesa.bundle import load_bundle
 from lesa.evaluate import TUNING_SAMPLES, compare, load_scorer
 from lesa.fingerprint import fingerprint
-from lesa.fixed_peers import searched_peers
+from lesa.fixed_peers import peers_from_file
 from lesa.methods import Method
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline
 from lesa.prompts import read_splits
 from lesa.rule_tuning import tuned_rules
 from lesa.schedule import Schedule
-from lesa.searched import load_searched
 from lesa.table import format_table
 
 
@@ -88,10 +87,7 @@ def _further(
     """Every peer that `lesa compare` does not run, as far as the options want it."""
     methods: list[Method] = []
     if options.peers is not None:
-        searched = load_searched(options.peers)
-        searched.refuse(judged, fingerprint(pipe.transformer))
-        for name, schedule in budgets.items():
-            methods += searched_peers(name, schedule, searched.peers)
+        methods += peers_from_file(options.peers, budgets, judged, fingerprint(pipe.transformer))
     if not options.no_external:
         methods += [method for name, schedule in budgets.items() for method in external_peers(name, schedule)]
     seeds = [workload.record.seed_offset + i for i in range(len(tuning))]  # training noise, on purpose

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "a bundle against training-free rules and solvers at equal full steps, on held-out prompts",
-        "lesa compare --bundle data/bundles/flux-digits --seeds 4\n"
+        "lesa compare --bundle data/bundles/flux-digits --seeds 4 --peers data/peers/flux-digits.json\n"
         "  lesa compare --bundle models:/lesa-flux-digits@champion --prompts test.txt --json",
     )
     _bundle_arguments(compare)
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--batch-size", type=int, default=32, help="pictures a pipeline call")
     compare.add_argument(
         "--fast", action="store_true", help="leave the threshold caches out: they need tuning"
+    )
+    compare.add_argument(
+        "--peers", type=Path, help="also peers on steps of their own: a file of benchmarks.search_peers"
     )
     compare.add_argument("--json", action="store_true", help="print every number as JSON")
 

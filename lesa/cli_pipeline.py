@@ -60,6 +60,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
 def run_compare(arguments: argparse.Namespace) -> int:
     """Judge a bundle against its peers and print the table, or every number as JSON."""
     from lesa.evaluate import compare, load_scorer
+    from lesa.fingerprint import fingerprint
+    from lesa.fixed_peers import peers_from_file
     from lesa.table import format_table
 
     if arguments.seeds < 1 or arguments.num_prompts < 1:
@@ -75,13 +77,18 @@ def run_compare(arguments: argparse.Namespace) -> int:
         held_out = _lines(arguments.prompts)
     elif not Path("params.yaml").is_file():
         raise ValueError("--prompts: give a file of held-out prompts (there is no params.yaml here)")
+    judged, pipe, peers = held_out[: arguments.num_prompts], _pipeline(bundle, arguments), []
+    if arguments.peers is not None:
+        budgets = {name: budget.schedule for name, budget in bundle.manifest.budgets.items()}
+        peers = peers_from_file(arguments.peers, budgets, judged, fingerprint(pipe.transformer))
     results = compare(
         bundle,
-        _pipeline(bundle, arguments),
-        held_out[: arguments.num_prompts],
+        pipe,
+        judged,
         arguments.seeds,
         arguments.seed,
         tuning_prompts=[] if arguments.fast else tuning,
+        further=peers,
         settings=dataclasses.replace(settings, batch_size=arguments.batch_size),
         scorer=scorer,
         report=None if arguments.json else _progress,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lesa.forecast import LABELS, RULES
 from lesa.methods import Method, euler_method, rule_method, solver_method
 from lesa.schedule import Schedule
-from lesa.searched import Searched
+from lesa.searched import Searched, load_searched
 from lesa.solvers import SOLVERS
 
 
@@ -65,6 +66,19 @@ def searched_peers(budget: str, schedule: Schedule, searched: Sequence[Searched]
         if found.evaluations == schedule.num_full and found.num_steps == schedule.num_steps
     ]
     return [searched_method(budget, found) for found in fitting]
+
+
+def peers_from_file(
+    path: Path, budgets: Mapping[str, Schedule], judged: Sequence[str], fingerprint: str
+) -> list[Method]:
+    """The searched peers of a file, for every budget.
+
+    Raises:
+        ValueError: a file of another transformer, or of a search that saw a prompt of `judged`.
+    """
+    found = load_searched(path)
+    found.refuse(judged, fingerprint)
+    return [method for name, schedule in budgets.items() for method in searched_peers(name, schedule, found.peers)]
 
 
 def searched_method(budget: str, found: Searched) -> Method:

@@ -13,6 +13,8 @@ import pytest
 _HOME = Path(tempfile.mkdtemp(prefix="lesa-tests-"))
 os.environ["PREFECT_HOME"] = str(_HOME / "prefect")
 os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"  # the server may be gone before the last lines are
+# Test models are tiny: a second thread only waits for the first, and on a machine that is busy it waits for long.
+os.environ["OMP_NUM_THREADS"] = "1"
 for _name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
     os.environ.pop(_name, None)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lesa.bundle import load_bundle
 from lesa.cli import main
+from lesa.prompts import prompt_digests
+from lesa.searched import Searched, SearchedPeers, save_searched
 from tests.bundles import make_bundle
 from tests.tiny import tiny_flux
 
@@ -147,6 +151,36 @@ def test_compare_prints_a_table_and_json(place, tmp_path, capsys, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert "lesa" in json.dumps(results) and "taylor1" in json.dumps(results)
     assert main([*arguments[:-3], "--prompts", str(tmp_path / "none.txt")]) == 2
+
+
+def test_compare_takes_searched_peers_that_are_this_models(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "held-out.txt"
+    prompts.write_text("a thin seven\n")
+    bundle = load_bundle(place / "bundle")
+    budget = next(iter(bundle.manifest.budgets.values()))
+    steps = (0, 1, 2, 4, 6, 8)
+    line = Searched(
+        method="taylor1", num_steps=10, evaluations=budget.schedule.num_full, steps=steps, psnr=30.0, runs=3
+    )
+    mine = SearchedPeers(
+        workload="tiny",
+        fingerprint=bundle.manifest.fingerprint,
+        prompt_digests=tuple(prompt_digests(["another prompt"])),
+        tuning_samples=1,
+        peers=(line,),
+    )
+    path = tmp_path / "peers.json"
+    save_searched(path, mine)
+    common = ["--bundle", str(place / "bundle"), "--base", str(place / "pipeline"), "--device", "cpu", "--json"]
+    arguments = ["compare", *common, "--seeds", "1", "--prompts", str(prompts), "--peers", str(path)]
+    assert main(arguments) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["taylor1_searched"]["full_steps"] == list(steps)
+    save_searched(path, dataclasses.replace(mine, prompt_digests=tuple(prompt_digests(["A thin seven"]))))
+    assert main(arguments) == 2 and "saw 1 of 1 prompts" in capsys.readouterr().err
+    save_searched(path, dataclasses.replace(mine, fingerprint="sha256:other"))
+    assert main(arguments) == 2 and "search_peers again" in capsys.readouterr().err
 
 
 def test_doctor_tells_versions_and_no_secrets(capsys, monkeypatch):
