@@ -74,7 +74,7 @@ def refuse_overlap(sets: Mapping[str, Iterable[str]], *, where: str) -> None:
     Case and spacing make no other prompt: text encoders read past them.
     """
     names = list(sets)
-    spelt = {name: {" ".join(prompt.split()).casefold(): prompt for prompt in sets[name]} for name in names}
+    spelt = {name: {normalised(prompt): prompt for prompt in sets[name]} for name in names}
     problems = []
     for index, first in enumerate(names):
         for second in names[index + 1 :]:
@@ -91,6 +91,14 @@ def prompts_digest(prompts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(prompts))).encode()).hexdigest()
 
 
+def normalised(prompt: str) -> str:
+    """What makes two prompts the same one: spacing and case do not tell them apart."""
+    return " ".join(prompt.split()).casefold()
+
+
 def prompt_digests(prompts: Iterable[str]) -> list[str]:
-    """First 16 hex digits of every distinct prompt's SHA-256, sorted: overlap can be told without the prompts."""
-    return sorted({hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts})
+    """First 16 hex digits of the SHA-256 of every distinct prompt, normalised, sorted.
+
+    Overlap can be told without the prompts, and a change of spacing or case hides none.
+    """
+    return sorted({hashlib.sha256(normalised(prompt).encode()).hexdigest()[:16] for prompt in prompts})
