@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,12 @@ from lesa.families import BlockList, blocks, family_of
 from lesa.hook_registry import add_hook, forget_children, remove_hook
 from lesa.methods import Method
 from lesa.schedule import Schedule
-from lesa.tuning import Bench, Trial, best_trial
+from lesa.tuning import Bench, Trial, best_trial, bisect_threshold
 
 DEGREE = 4
 UNSCALED = (1.0, 0.0)
 TRIALS = 10  # bisection steps of the threshold
+THRESHOLDS = (1e-4, 1e2)  # sums of relative changes
 _HOOK = "lesa_benchmark_teacache"
 
 
@@ -168,28 +169,16 @@ def tuned_teacache(bench: Bench, budgets: Mapping[str, Schedule]) -> list[Method
     for budget, schedule in budgets.items():
         target = float(schedule.num_full)
         for number, polynomial in enumerate(polynomials):
-            _bisect(bench, polynomial, target, trials.setdefault(number, []))
+            known = trials.setdefault(number, [])
+            make = partial(teacache_method, "", num_steps, polynomial)
+            with torch.no_grad():
+                known += bisect_threshold(bench, make, target, known, between=THRESHOLDS, tries=TRIALS)
         best = best_trial([trial for every in trials.values() for trial in every], target)
         knobs = best.method.settings
         method = teacache_method(budget, num_steps, knobs["polynomial"], knobs["threshold"])
         notes = {"tuning_computed_steps": round(best.computed, 2), "tuning_psnr": round(best.psnr, 3)}
         chosen.append(dataclasses.replace(method, settings={**method.settings, **notes}))
     return chosen
-
-
-def _bisect(bench: Bench, polynomial: Sequence[float], target: float, trials: list[Trial]) -> None:
-    """Try thresholds until the full steps are the target's; `trials` grows."""
-    low, high = math.log(1e-4), math.log(1e2)
-    for known in trials:
-        at = math.log(known.method.settings["threshold"])
-        low, high = (max(low, at), high) if known.computed >= target else (low, min(high, at))
-    for _ in range(TRIALS):
-        if low >= high - 1e-3 or any(abs(known.computed - target) < 0.5 for known in trials):
-            break
-        middle = (low + high) / 2
-        with torch.no_grad():
-            trials.append(bench.trial(teacache_method("", len(bench.sigmas) - 1, polynomial, math.exp(middle))))
-        low, high = (middle, high) if trials[-1].computed >= target else (low, middle)
 
 
 def _relative_change(now: torch.Tensor, before: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ class ModelFlops:
 
     total: float  # full step
     ends: float  # what is left at a predicted step: embedders, norm_out, proj_out
-    head_block: float  # the first block, which FirstBlockCache runs at every step
+    blocks: tuple[float, ...]  # each block, in execution order: some caches run the first or last ones at every step
     tokens: int  # image tokens L of the tapped feature
     channels: int  # width C of the tapped feature
 
@@ -73,7 +73,7 @@ def count_transformer(
     return ModelFlops(
         total=total / batch,
         ends=(total - inside) / batch,
-        head_block=by_module.get(rows[0][0], 0.0) / batch,
+        blocks=tuple(by_module.get(name, 0.0) / batch for name, _, _ in rows),
         tokens=int(tokens),
         channels=int(channels),
     )

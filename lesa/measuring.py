@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lesa import metrics
+from lesa.cache_search import tuned_caches
 from lesa.fixed_peers import fixed_peers
 from lesa.flops import ModelFlops, count_transformer
 from lesa.methods import Method, lesa_method
@@ -26,7 +27,6 @@ from lesa.probe import RunTrace, probe
 from lesa.results import Estimate, Results, Row, Samples, estimate
 from lesa.schedule import Schedule
 from lesa.timing import timed_sample
-from lesa.tuning import tuned_caches
 
 Report = Callable[[int, dict[str, float]], None]
 PLAIN = ("", "plain")
@@ -228,7 +228,7 @@ def _run(
 ) -> torch.Tensor:
     """Pictures of one batch; the method is on the pipeline already."""
     own = call if method is None else method.call(call)
-    with probe(pipe, deep=is_first) as trace:
+    with probe(pipe, deep=is_first, held=method.held if method else None) as trace:
         images, seconds = timed_sample(pipe, prompts, seeds, own, len(prompts))
     found.calls += trace.calls
     found.computed += trace.computed

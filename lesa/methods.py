@@ -34,7 +34,9 @@ class Method:
     using: Using = field(repr=False)
     num_steps: int  # sampler steps of its run
     schedule: Schedule | None = None  # full steps, where they are fixed and on the plain run's steps
-    skipped_part: Literal["ends", "head_block"] = "ends"  # what runs at a step that is not computed
+    leading_blocks: int = 0  # first blocks that run at every step, computed or not
+    trailing_blocks: int = 0  # last ones, likewise
+    held: Callable[[Any], Any] | None = field(default=None, repr=False)  # of the pipeline: see `lesa.probe.probe`
     own_flops: Callable[[ModelFlops, torch.Tensor], float] = field(
         default=lambda model, sigmas: 0.0, repr=False
     )
@@ -54,7 +56,8 @@ class Method:
 
     def flops(self, model: ModelFlops, computed: float, sigmas: torch.Tensor) -> float:
         """Operations a sample and branch of a run with `computed` full steps (a mean for adaptive caches)."""
-        skipped = model.ends + (model.head_block if self.skipped_part == "head_block" else 0.0)
+        always = model.blocks[: self.leading_blocks] + model.blocks[len(model.blocks) - self.trailing_blocks :]
+        skipped = model.ends + sum(always)
         return computed * model.total + (self.num_steps - computed) * skipped + self.own_flops(model, sigmas)
 
 
@@ -212,7 +215,7 @@ def diffusers_cache_method(
     *,
     name: str,
     label: str,
-    skipped_part: Literal["ends", "head_block"] = "ends",
+    leading_blocks: int = 0,
     settings: Mapping[str, Any],
 ) -> Method:
     """One of diffusers' own caches; `config` makes a fresh configuration each time it is put on."""
@@ -223,7 +226,7 @@ def diffusers_cache_method(
         kind="cache",
         using=lambda pipe, sigmas: _diffusers_cache(pipe, config),
         num_steps=num_steps,
-        skipped_part=skipped_part,
+        leading_blocks=leading_blocks,
         settings=settings,
     )
 
@@ -236,7 +239,7 @@ def first_block_method(budget: str, num_steps: int, threshold: float) -> Method:
         lambda: FirstBlockCacheConfig(threshold=threshold),
         name="first_block_cache",
         label="FirstBlockCache",
-        skipped_part="head_block",
+        leading_blocks=1,
         settings={"threshold": threshold},
     )
 

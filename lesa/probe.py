@@ -6,7 +6,7 @@ means.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class RunTrace:
     """Filled while sampling inside `probe`; several pipeline calls add up."""
 
     calls: int = 0  # of the transformer
-    computed: int = 0  # calls in which the last block ran
+    computed: int = 0  # calls in which every block ran
     features: list[torch.Tensor] = field(default_factory=list)  # [B, L, C] of every call, on the CPU
     peak_bytes: int = 0  # the most that caches held between blocks and ends, all samples of the batch
     shapes: CallShapes = field(default_factory=CallShapes)
@@ -37,30 +37,36 @@ class RunTrace:
 
 
 @contextmanager
-def probe(pipe: Any, *, deep: bool = False) -> Iterator[RunTrace]:
+def probe(pipe: Any, *, deep: bool = False, held: Callable[[Any], Any] | None = None) -> Iterator[RunTrace]:
     """Watch the pipeline's transformer.
 
     Args:
         pipe: the pipeline; what accelerates it must be put on before or inside.
         deep: also read features, bytes and shapes. It costs time and memory: not while timing.
+        held: what a cache outside diffusers' hooks keeps on the pipeline, as nested lists and dictionaries of tensors.
     """
     transformer = unwrap_module(pipe.transformer)
-    tail = blocks(transformer, family_of(transformer))[-1][1]
+    every = blocks(transformer, family_of(transformer))
     trace = RunTrace()
+    ran: set[int] = set()  # blocks of the call that is under way
 
     def count_call(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         trace.calls += 1
+        # Not the last block alone: DBCache runs the last ones at every step, FirstBlockCache the first one.
+        trace.computed += len(ran) == len(every)
+        ran.clear()
         if deep:
             trace.features.append(args[0].detach().float().cpu())
-            trace.peak_bytes = max(trace.peak_bytes, held_bytes(transformer))
+            trace.peak_bytes = max(trace.peak_bytes, held_bytes(transformer, held(pipe) if held else ()))
 
-    def count_computed(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        trace.computed += 1
+    def count_block(index: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: ran.add(index)
 
     # A block that is skipped never calls its first child; the ends always run.
-    handles = [
-        transformer.norm_out.register_forward_pre_hook(count_call),
-        next(unwrap_module(tail).children()).register_forward_pre_hook(count_computed),
+    handles = [transformer.norm_out.register_forward_pre_hook(count_call)]
+    handles += [
+        next(unwrap_module(block).children()).register_forward_pre_hook(count_block(index))
+        for index, (_, block, _) in enumerate(every)
     ]
     if deep:
         handles.append(transformer.register_forward_pre_hook(trace.shapes, with_kwargs=True))
@@ -71,9 +77,9 @@ def probe(pipe: Any, *, deep: bool = False) -> Iterator[RunTrace]:
             handle.remove()
 
 
-def held_bytes(transformer: torch.nn.Module) -> int:
-    """Bytes of all tensors that caches on diffusers' hooks keep from step to step, each storage once."""
-    held: dict[int, int] = {}
+def held_bytes(transformer: torch.nn.Module, further: Any = ()) -> int:
+    """Bytes of all tensors that diffusers' hooks, and `further`, keep from step to step, each storage once."""
+    tensors = list(_tensors(further))
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is None:
@@ -81,10 +87,9 @@ def held_bytes(transformer: torch.nn.Module) -> int:
         for hook in registry.hooks.values():
             for manager in (value for value in vars(hook).values() if isinstance(value, StateManager)):
                 for state in manager._state_cache.values():
-                    for tensor in _tensors(list(vars(state).values())):
-                        storage = tensor.untyped_storage()
-                        held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
+                    tensors += _tensors(list(vars(state).values()))
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

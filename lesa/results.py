@@ -44,7 +44,7 @@ class Row:
     label: str
     kind: str
     num_steps: int  # sampler steps of its run
-    computed_steps: float  # steps at which the last block ran; a mean for adaptive caches
+    computed_steps: float  # steps at which every block ran; a mean for adaptive caches
     step_ratio: float  # plain run's steps over computed steps
     psnr: Estimate  # to the plain run
     ssim: Estimate

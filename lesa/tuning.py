@@ -12,17 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from lesa import metrics
-from lesa.families import blocks, family_of
-from lesa.methods import Method, first_block_method, mag_cache_method
+from lesa.methods import Method
 from lesa.params import CallParams
 from lesa.pipelines import sample
 from lesa.probe import probe
@@ -30,11 +27,7 @@ from lesa.timing import timed_sample
 
 Report = Callable[[int, dict[str, float]], None]
 
-FIRST_BLOCK_TRIALS = 8  # bisection steps for one target
-_LOWEST, _HIGHEST = 1e-4, 4.0  # thresholds of FirstBlockCache: relative changes of a residual
-_EVERYTHING = 1e9  # a threshold that skips all a cache can skip
-_MAG_THRESHOLDS = np.geomspace(1e-4, 1e3, 400)
-_MAG_CANDIDATES = 6  # schedules of MagCache that are run for one target
+EVERYTHING = 1e9  # a threshold that skips all a cache can skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,197 +81,119 @@ class Bench:
         return sample(self.pipe, self.prompts, self.seeds, call, batch_size=self.batch_size)
 
 
-def tuned_caches(
-    pipe: Any,
+@dataclass(frozen=True, kw_only=True)
+class CacheSearch:
+    """How the settings of a cache are found that share one cost of a skipped step.
+
+    A cache with several such costs (more or fewer blocks that run at every step) is several searches of one name.
+    """
+
+    name: str  # key of the row
+    eager: Method  # skips all it can, which tells what a skipped step costs
+    # The best setting at a number of computed steps; the trials grow and serve the next number too.
+    search: Callable[[Bench, float, list[Trial]], Trial]
+
+
+def tune_caches(
+    bench: Bench,
     ours: Mapping[str, Method],
+    searches: Sequence[CacheSearch],
     *,
-    call: CallParams,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    batch_size: int,
     repeats: int = 3,
     report: Report | None = None,
 ) -> list[Method]:
-    """FirstBlockCache and MagCache, tuned for every budget.
+    """Every cache at its best setting for every budget; where equal time alone would mean another one, that too.
 
     Args:
-        pipe: the pipeline.
+        bench: training prompts; never those that are judged.
         ours: the predictor's method at each budget, whose time is the measure.
-        call: the plain run.
-        prompts: training prompts, one a sample; never those that are judged.
-        seeds: noise of each.
-        batch_size: samples a pipeline call.
+        searches: what is tuned; of several with one name the best picture counts.
         repeats: timed runs of each kind; their median counts.
-        report: called after each trial.
+        report: called after each search.
 
     Returns:
         the same names at every budget; `settings` says what the tuning saw.
     """
-    with torch.no_grad():
-        ratios, reference = magnitude_ratios(pipe, prompts, seeds, call, batch_size)
-        sigmas = pipe.scheduler.sigmas.detach().cpu()
-        bench = Bench(
-            pipe=pipe,
-            prompts=prompts,
-            seeds=seeds,
-            call=call,
-            batch_size=batch_size,
-            sigmas=sigmas,
-            reference=reference,
-        )
-        num_steps = call.num_inference_steps
-        eager = {
-            "first_block_cache": first_block_method("", num_steps, _EVERYTHING),
-            "mag_cache": mag_cache_method(
-                "", num_steps, ratios, threshold=_EVERYTHING, retention_steps=0, max_skip_steps=num_steps
-            ),
-        }
-        seconds = _seconds(bench, {**ours, **eager}, repeats)
-        trials: dict[str, list[Trial]] = {name: [bench.trial(method)] for name, method in eager.items()}
-        chosen: list[Method] = []
-        full = {budget: float(method.schedule.num_full) for budget, method in ours.items() if method.schedule}
-        for cache, search in (("first_block_cache", _search_first_block), ("mag_cache", _search_mag_cache)):
-            equal_time = {
-                budget: _affordable(seconds[budget], seconds[cache], seconds[""], num_steps, trials[cache][0])
-                for budget in ours
-            }
-            found: dict[str, dict[str, Method]] = {}
-            for name, suffix, targets in (
-                (cache, "", {budget: max(equal_time[budget], full[budget]) for budget in ours}),
-                (f"{cache}_equal_time", ", equal time", equal_time),
-            ):
-                found[name] = {}
+    seconds = _seconds(bench, [*ours.values(), *(each.eager for each in searches)], repeats)
+    plain, of_ours, of_eager = seconds[0], seconds[1 : 1 + len(ours)], seconds[1 + len(ours) :]
+    trials = [[bench.trial(each.eager)] for each in searches]
+    chosen: list[Method] = []
+    done = 0
+    for cache in dict.fromkeys(each.name for each in searches):
+        found: dict[str, dict[str, _Found]] = {"": {}, "_equal_time": {}}
+        for index, each in enumerate(searches):
+            if each.name != cache:
+                continue
+            for suffix, best in found.items():
+                targets = {}
+                for (budget, method), time in zip(ours.items(), of_ours, strict=True):
+                    steps = _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0])
+                    full = method.schedule.num_full if method.schedule else 0
+                    targets[budget] = max(steps, float(full)) if suffix == "" else steps
                 for budget, target in sorted(targets.items(), key=lambda item: item[1]):
-                    best = search(bench, ratios, target, trials[cache])
-                    found[name][budget] = _named(best, name, suffix, budget, target)
+                    trial = each.search(bench, target, trials[index])
+                    if budget not in best or trial.psnr > best[budget].trial.psnr:
+                        best[budget] = _Found(trial=trial, target=target)
+                    done += 1
                     if report is not None:
-                        done = len(chosen) + sum(map(len, found.values()))
-                        report(done, {f"{name}_computed": best.computed, f"{name}_psnr": best.psnr})
-            first, second = found.values()
-            chosen += first.values()
-            if any(_knobs(second[budget]) != _knobs(first[budget]) for budget in ours):
-                chosen += second.values()
+                        report(done, {f"{cache}_computed": trial.computed, f"{cache}_psnr": trial.psnr})
+        usual, equal_time = found.values()
+        chosen += [usual[budget].method(cache, "", budget) for budget in ours]
+        if any(equal_time[budget].trial.method.settings != usual[budget].trial.method.settings for budget in ours):
+            chosen += [
+                equal_time[budget].method(f"{cache}_equal_time", ", equal time", budget) for budget in ours
+            ]
     return chosen
 
 
-def magnitude_ratios(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    call: CallParams,
-    batch_size: int,
-) -> tuple[list[float], torch.Tensor]:
-    """MagCache's calibration on several samples, with the pictures of the plain run that it is.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    trial: Trial
+    target: float  # computed steps
 
-    The ratio of a step is the mean over samples, branches and tokens of the residual's norm (last block's
-    image tokens minus the first block's input) over that of the step before; 1 at the first step.
+    def method(self, name: str, suffix: str, budget: str) -> Method:
+        """The setting as a row, with what the tuning saw."""
+        settings = {
+            **self.trial.method.settings,
+            "target_computed_steps": round(self.target, 2),
+            "tuning_computed_steps": round(self.trial.computed, 2),
+            "tuning_psnr": round(self.trial.psnr, 3),
+        }
+        label = self.trial.method.label + suffix
+        return dataclasses.replace(self.trial.method, name=name, label=label, budget=budget, settings=settings)
+
+
+def bisect_threshold(
+    bench: Bench,
+    make: Callable[[float], Method],
+    target: float,
+    known: Sequence[Trial],
+    *,
+    between: tuple[float, float],
+    tries: int,
+) -> list[Trial]:
+    """New trials of thresholds, bisected on a logarithmic scale until one computes as many steps as the target.
+
+    Args:
+        bench: what they are run on.
+        make: the method at a threshold, which its settings name `threshold`.
+        target: computed steps; half a step off will do.
+        known: earlier trials that differ in the threshold alone.
+        between: lowest and highest threshold.
+        tries: at most.
     """
-    transformer = pipe.transformer
-    rows = blocks(transformer, family_of(transformer))
-    head, (_, tail, row) = rows[0][1], rows[-1]
-    entered: list[torch.Tensor] = []
-    norms: list[torch.Tensor] = []  # [B, L] of every call
-
-    def on_head(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
-
-    def on_tail(module: torch.nn.Module, args: Any, output: Any) -> None:
-        hidden = output if row.encoder_index is None else output[row.hidden_index]
-        norms.append(torch.linalg.vector_norm(hidden.float() - entered[0].float(), dim=-1).cpu())
-
-    handles = [
-        head.register_forward_pre_hook(on_head, with_kwargs=True),
-        tail.register_forward_hook(on_tail),
-    ]
-    try:
-        images, steps = [], call.num_inference_steps
-        totals, count = torch.zeros(steps, dtype=torch.float64), 0
-        for start in range(0, len(prompts), batch_size):
-            norms.clear()
-            chunk = slice(start, start + batch_size)
-            images.append(sample(pipe, prompts[chunk], seeds[chunk], call, batch_size=batch_size))
-            by_step = torch.stack(norms).reshape(steps, -1, *norms[0].shape)  # [S, branches, B, L]
-            ratio = by_step[1:] / by_step[:-1].clamp_min(1e-8)
-            totals[0] += len(images[-1])
-            totals[1:] += ratio.double().mean(dim=(1, 3)).sum(dim=1)
-            count += len(images[-1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return (totals / count).tolist(), torch.cat(images)
-
-
-def mag_cache_steps(
-    ratios: Sequence[float], threshold: float, retention_steps: int, max_skip_steps: int
-) -> tuple[int, ...]:
-    """The steps that MagCache computes with these settings: its decision needs no model."""
-    computed: list[int] = []
-    ratio, error, skipped = np.float32(1.0), np.float32(0.0), 0
-    for step, scale in enumerate(ratios):
-        skip = False
-        if step >= retention_steps:
-            ratio = np.float32(ratio * np.float32(scale))
-            skipped += 1
-            error = np.float32(error + abs(np.float32(1.0) - ratio))
-            skip = bool(computed and error <= threshold and skipped <= max_skip_steps)
-            if not skip:
-                ratio, error, skipped = np.float32(1.0), np.float32(0.0), 0
-        if not skip:
-            computed.append(step)
-    return tuple(computed)
-
-
-def _search_first_block(bench: Bench, ratios: Sequence[float], target: float, trials: list[Trial]) -> Trial:
-    """Bisection of the threshold; `trials` grows and serves the next target too."""
-    low, high = math.log(_LOWEST), math.log(_HIGHEST)
-    for known in trials:
-        threshold = float(known.method.settings["threshold"])
-        if known.computed >= target:
-            low = max(low, math.log(threshold))
-        else:
-            high = min(high, math.log(threshold))
-    for _ in range(FIRST_BLOCK_TRIALS):
-        if low >= high - 1e-3 or any(abs(known.computed - target) < 0.5 for known in trials):
+    low, high = (math.log(end) for end in between)
+    for trial in known:
+        at = math.log(float(trial.method.settings["threshold"]))
+        low, high = (max(low, at), high) if trial.computed >= target else (low, min(high, at))
+    new: list[Trial] = []
+    for _ in range(tries):
+        if low >= high - 1e-3 or any(abs(trial.computed - target) < 0.5 for trial in [*known, *new]):
             break
         middle = (low + high) / 2
-        known = bench.trial(first_block_method("", len(bench.sigmas) - 1, math.exp(middle)))
-        trials.append(known)
-        if known.computed >= target:
-            low = middle
-        else:
-            high = middle
-    return best_trial(trials, target)
-
-
-def _search_mag_cache(bench: Bench, ratios: Sequence[float], target: float, trials: list[Trial]) -> Trial:
-    """Thresholds, retained first steps and longest skips with the fewest computed steps at or above the
-    target."""
-    num_steps = len(ratios)
-    by_steps: dict[tuple[int, ...], tuple[float, int, int]] = {}
-    even_skip = max(1, math.ceil(num_steps / max(target, 1.0)))
-    for retention in sorted({1, 2, 3, round(0.1 * num_steps), round(0.2 * num_steps)}):
-        for max_skip in sorted({even_skip - 1, even_skip, even_skip + 2, num_steps} - {0}):
-            options = [
-                (len(steps), float(threshold), steps)
-                for threshold in _MAG_THRESHOLDS
-                if len(steps := mag_cache_steps(ratios, threshold, retention, max_skip)) >= target
-            ]
-            if options:
-                _, threshold, steps = min(options)
-                by_steps.setdefault(steps, (threshold, retention, max_skip))
-    nearest = sorted(by_steps, key=lambda steps: (len(steps), _longest_gap(steps, num_steps)))
-    for steps in nearest[:_MAG_CANDIDATES]:
-        threshold, retention, max_skip = by_steps[steps]
-        method = mag_cache_method(
-            "",
-            num_steps,
-            ratios,
-            threshold=threshold,
-            retention_steps=retention,
-            max_skip_steps=max_skip,
-        )
-        trials.append(bench.trial(method))
-    return best_trial(trials, target)
+        new.append(bench.trial(make(math.exp(middle))))
+        low, high = (middle, high) if new[-1].computed >= target else (low, middle)
+    return new
 
 
 def best_trial(trials: Sequence[Trial], target: float) -> Trial:
@@ -291,22 +206,6 @@ def best_trial(trials: Sequence[Trial], target: float) -> Trial:
     return max((t for t in trials if t.computed <= limit + 1e-9), key=lambda trial: trial.psnr)
 
 
-def _named(best: Trial, name: str, suffix: str, budget: str, target: float) -> Method:
-    settings = {
-        **best.method.settings,
-        "target_computed_steps": round(target, 2),
-        "tuning_computed_steps": round(best.computed, 2),
-        "tuning_psnr": round(best.psnr, 3),
-    }
-    label = best.method.label + suffix
-    return dataclasses.replace(best.method, name=name, label=label, budget=budget, settings=settings)
-
-
-def _knobs(method: Method) -> list[Any]:
-    """The settings of the cache itself, without what the tuning noted."""
-    return [method.settings.get(name) for name in ("threshold", "retention_steps", "max_skip_steps")]
-
-
 def _affordable(ours: float, eager: float, plain: float, num_steps: int, eager_trial: Trial) -> float:
     """Computed steps that take as long as our run, by linear interpolation between the two extremes."""
     fewest = eager_trial.computed
@@ -316,18 +215,14 @@ def _affordable(ours: float, eager: float, plain: float, num_steps: int, eager_t
     return min(max(steps, fewest), float(num_steps))
 
 
-def _seconds(bench: Bench, methods: Mapping[str, Method], repeats: int) -> dict[str, float]:
-    """Median seconds of each method's run; "" is the plain run. All take turns."""
-    taken: dict[str, list[float]] = {name: [] for name in ("", *methods)}
+def _seconds(bench: Bench, methods: Sequence[Method], repeats: int) -> list[float]:
+    """Median seconds of the plain run and of each method's; all take turns."""
+    taken: list[list[float]] = [[] for _ in range(1 + len(methods))]
     arguments = (bench.prompts, bench.seeds)
     for _ in range(repeats):
-        taken[""].append(timed_sample(bench.pipe, *arguments, bench.call, bench.batch_size)[1])
-        for name, method in methods.items():
+        taken[0].append(timed_sample(bench.pipe, *arguments, bench.call, bench.batch_size)[1])
+        for method, values in zip(methods, taken[1:], strict=True):
             with method.using(bench.pipe, bench.sigmas):
                 call = method.call(bench.call)
-                taken[name].append(timed_sample(bench.pipe, *arguments, call, bench.batch_size)[1])
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def _longest_gap(steps: Iterable[int], num_steps: int) -> int:
-    return max(later - step for step, later in pairwise([*steps, num_steps]))
+                values.append(timed_sample(bench.pipe, *arguments, call, bench.batch_size)[1])
+    return [statistics.median(values) for values in taken]

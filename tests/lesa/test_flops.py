@@ -34,13 +34,13 @@ def test_a_double_block_counts_what_a_person_counts() -> None:
     attention = 2 * 2 * tokens * tokens * (width // heads) * heads
     feed_forward = 2 * tokens * width * 4 * width * 2
     modulation = 2 * 2 * width * 6 * width
-    assert model.head_block == projections + attention + feed_forward + modulation
+    assert model.blocks[0] == projections + attention + feed_forward + modulation
 
 
 def test_ends_do_not_grow_with_blocks_and_samples_are_counted_one_by_one() -> None:
     small, large = counted(pipeline()), counted(tiny_flux(num_layers=3))
     assert large.ends == small.ends
-    assert large.total == pytest.approx(small.total + small.head_block)
+    assert large.total == pytest.approx(small.total + small.blocks[0])
     batched = counted(pipeline(), batch=3)
     assert batched.total == pytest.approx(small.total)
     assert batched.ends == pytest.approx(small.ends)

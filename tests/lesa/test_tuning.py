@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import MagCacheConfig
 
+from lesa.cache_search import mag_cache_steps, magnitude_ratios, tuned_caches
 from lesa.methods import lesa_method, mag_cache_method
 from lesa.pipelines import sample
 from lesa.probe import probe
-from lesa.tuning import mag_cache_steps, magnitude_ratios, tuned_caches
 from tests.bundles import CALL, NUM_STEPS, extrapolating
 from tests.evaluation import BUDGETS, pipeline, sigmas
 
