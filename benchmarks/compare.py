@@ -13,19 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cache_dit_peer import masked_methods, reported_missing
+from benchmarks.cache_dit_search import tuned_cache_dit
 from benchmarks.learned_peers import learned_peers
 from benchmarks.peers import external_peers
 from lesa.bundle import load_bundle
 from lesa.evaluate import TUNING_SAMPLES, compare, load_scorer
 from lesa.fingerprint import fingerprint
 from lesa.fixed_peers import peers_from_file
-from lesa.methods import Method
+from lesa.methods import Method, lesa_method
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline
 from lesa.prompts import read_splits
 from lesa.rule_tuning import tuned_rules
-from lesa.schedule import Schedule
 from lesa.table import format_table
+from lesa.tuning import Bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-tuning", action="store_true", help="leave out all that is tuned on training prompts")
     parser.add_argument("--no-learned", action="store_true", help="leave L2P, LinCa and TeaCache out")
     parser.add_argument("--no-linca", action="store_true", help="leave LinCa out, which takes longest to train")
-    parser.add_argument("--no-external", action="store_true", help="leave diffusers' own TaylorSeer out")
+    parser.add_argument("--no-external", action="store_true", help="leave diffusers' own TaylorSeer and cache-dit out")
     parser.add_argument("--json", action="store_true", help="print every number as JSON")
     options = parser.parse_args(arguments)
     try:
@@ -55,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = dataclasses.replace(
             workload.evaluate, prompts=max(2, options.prompts), seeds_per_prompt=options.seeds
         )
-        budgets = {name: budget.schedule for name, budget in bundle.manifest.budgets.items()}
+        budgets = bundle.manifest.budgets
+        ours = {name: lesa_method(name, bundle.predictor, budget.schedule) for name, budget in budgets.items()}
         pipe = load_pipeline(workload)
         results = compare(
             bundle,
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.seeds,
             options.seed,
             tuning_prompts=[] if options.no_tuning else tuning,
-            further=_further(options, workload, pipe, budgets, judged, tuning),
+            further=_further(options, workload, pipe, ours, judged, tuning),
             settings=settings,
             scorer=load_scorer(workload),
             report=_report,
@@ -80,16 +83,20 @@ def _further(
     options: argparse.Namespace,
     workload: Workload,
     pipe: Any,
-    budgets: Mapping[str, Schedule],
+    ours: Mapping[str, Method],
     judged: Sequence[str],
     tuning: Sequence[str],
 ) -> list[Method]:
     """Every peer that `lesa compare` does not run, as far as the options want it."""
     methods: list[Method] = []
+    budgets = {name: method.schedule for name, method in ours.items() if method.schedule}
     if options.peers is not None:
         methods += peers_from_file(options.peers, budgets, judged, fingerprint(pipe.transformer))
+    cache_dit = not options.no_external and not reported_missing(pipe, workload.call)
     if not options.no_external:
         methods += [method for name, schedule in budgets.items() for method in external_peers(name, schedule)]
+    if cache_dit:
+        methods += [method for name, schedule in budgets.items() for method in masked_methods(name, schedule)]
     seeds = [workload.record.seed_offset + i for i in range(len(tuning))]  # training noise, on purpose
     if not options.no_tuning:
         methods += tuned_rules(
@@ -101,6 +108,10 @@ def _further(
             batch_size=workload.evaluate.batch_size,
             report=_report,
         )
+    if cache_dit and not options.no_tuning:
+        bench = Bench.of(pipe, tuning, seeds, workload.call, workload.evaluate.batch_size)
+        repeats = workload.evaluate.wall_clock_repeats
+        methods += tuned_cache_dit(bench, ours, repeats=repeats, report=_report)
     if not (options.no_learned or options.no_tuning):
         methods += learned_peers(
             workload,

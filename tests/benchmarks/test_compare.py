@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import compare, search_peers
+from benchmarks import cache_dit_search, compare, search_peers
+from benchmarks.cache_dit_peer import INSTALL
 from benchmarks.learned_peers import learned_peers
 from lesa import rule_tuning
 from lesa.jobs import recorded_splits
@@ -102,16 +104,22 @@ def test_the_comparison_has_every_peer_and_their_steps(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rule_tuning, "RULE_OPTIONS", {name: each[:2] for name, each in RULE_OPTIONS.items()})
+    monkeypatch.setattr(cache_dit_search, "CALIBRATORS", {"": "DBCache"})
+    monkeypatch.setattr(cache_dit_search, "FIXED_BLOCKS", ((1, 0),))
+    monkeypatch.setattr(cache_dit_search, "THRESHOLD_TRIALS", 1)
     if not PEERS.exists():
         assert search_peers.main(["--evaluations", "5", "--methods", "taylor1", "heun", *SMALL]) == 0
     found = load_searched(PEERS)
     capsys.readouterr()
     arguments = [str(place.bundle), "--prompts", "2", "--seeds", "1", "--peers", str(PEERS), "--no-linca", "--json"]
     assert compare.main(arguments) == 0
-    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    printed = capsys.readouterr()
+    rows = {row["method"]: row for row in json.loads(printed.out)["rows"]}
     expected = {"lesa", "taylor1", "unipc2", "spectrum_blend", "hicache_tuned", "spectrum_tuned", "l2p"}
     expected |= {"l2p_full_steps", "teacache", "first_block_cache", "mag_cache", "taylor1_searched", "heun_searched"}
     assert expected <= rows.keys()
+    is_installed = importlib.util.find_spec("cache_dit") is not None
+    assert is_installed == ({"cache_dit", "cache_dit_dmd_fixed"} <= rows.keys()) == (INSTALL not in printed.err)
     steps = {peer.method: list(peer.steps) for peer in found.peers if peer.evaluations == 5}
     assert rows["taylor1_searched"]["full_steps"] == steps["taylor1"]
     assert rows["heun_searched"]["settings"]["grid"] == steps["heun"]
