@@ -129,8 +129,8 @@ def enabled(pipe: Any, num_steps: int, setting: DBCache) -> Iterator[None]:
     _quiet()
     transformer = pipe.transformer
     _check(transformer, setting)
-    # It leaves two things behind: the forward that its FLUX adapter puts on the transformer, and the block lists, swapped
-    # in every call, in another order among the children, in which diffusers' caches do not find the first block.
+    # It leaves two things behind: its FLUX adapter's forward on the transformer, and the block lists, which every call
+    # swaps, in another order among the children, in which diffusers' caches do not find the first block.
     before, children = dict(vars(transformer)), dict(transformer._modules)
     try:
         cache_dit.enable_cache(pipe, cache_config=_config(num_steps, setting), calibrator_config=_calibrator(setting))

@@ -41,6 +41,7 @@ METHODS = (
     "taylor2",
     "spectrum",
     "hicache",
+    "dmd",
     "euler",
     "unipc2",
     "dpm_solver_2m",

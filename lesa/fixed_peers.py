@@ -28,7 +28,7 @@ def taylorseer_schedule(num_steps: int, num_full: int, warmup_steps: int = 3) ->
 
 
 # What every comparison runs, the pipeline's own included: of each kind the plain form and what measured best.
-USUAL_RULES = ("reuse", "taylor1", "taylor2", "hicache", "spectrum_blend")
+USUAL_RULES = ("reuse", "taylor1", "taylor2", "hicache", "spectrum_blend", "dmd")
 USUAL_SOLVERS = ("adams_bashforth2", "unipc2")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lesa.dmd import DMD
 from lesa.history import History
 from lesa.schedule import Schedule
 
@@ -202,6 +203,11 @@ def spectrum(
     return Weighted(cache(partial(chebyshev_weights, **settings)), name, history_size=window)
 
 
+def dmd(schedule: Schedule, sigmas: torch.Tensor, *, rank: int = 5, history: int = 6) -> Rule:
+    """Dynamic mode decomposition of the newest `history` features, of `rank` modes at most."""
+    return DMD(rank=rank, history_size=history)
+
+
 RULES: dict[str, RuleFactory] = {
     "reuse": reuse,
     "taylor1": partial(taylor, order=1),
@@ -212,6 +218,7 @@ RULES: dict[str, RuleFactory] = {
     "hicache_07": partial(hicache, order=2, contraction=0.7, name="hicache_07"),
     "spectrum": partial(spectrum, blend=1.0, name="spectrum"),
     "spectrum_blend": partial(spectrum, blend=0.5, name="spectrum_blend"),
+    "dmd": dmd,
 }
 
 LABELS = {
@@ -224,4 +231,5 @@ LABELS = {
     "hicache_07": "HiCache, order 2, contraction 0.7",
     "spectrum": "Spectrum (Chebyshev)",
     "spectrum_blend": "Spectrum, half Chebyshev, half line",
+    "dmd": "dynamic mode decomposition",
 }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
+from lesa.dmd import DMD, FEWEST, equally_spaced
 from lesa.flops import ModelFlops, predictor_flops, taylor_flops
 from lesa.forecast import LABELS, RULES, Rule, RuleFactory, Taylor, Weighted
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
@@ -136,6 +137,12 @@ def rule_flops(rule: Rule, schedule: Schedule, model: ModelFlops) -> float:
         size, kept = rule.history_size, rule.keeps_predictions
         terms = sum(min(step, size) if kept else len(schedule.anchors(step, size)) for step in schedule.predicted_steps)
         return 2.0 * terms * model.tokens * model.channels
+    if isinstance(rule, DMD):
+        spaced = {step: equally_spaced(schedule.anchors(step, rule.history_size)) for step in schedule.predicted_steps}
+        by_anchor = {schedule.anchors(step, 1)[0]: count for step, count in spaced.items()}
+        products = sum(count * (count + 1) / 2 for count in by_anchor.values() if count >= FEWEST)
+        terms = sum(count - 1 for count in spaced.values())  # two equally spaced steps, as any two are: a line
+        return 2.0 * (products + terms) * model.tokens * model.channels
     return 0.0
 
 

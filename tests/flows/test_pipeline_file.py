@@ -42,12 +42,12 @@ NOT_RUN = {
     "record": set(),
     # Training, whose loop it runs in without training.
     "search": READING
-    | {"checkpoint", "clock", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
+    | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
     | {"projection", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
-    | {"closed_loop", "clock", "families", "forecast", "history", "hook", "hook_registry", "pipelines"},
-    "train_stage2": READING | {"forecast"},  # training-free rules
+    | {"closed_loop", "clock", "dmd", "families", "forecast", "history", "hook", "hook_registry", "pipelines"},
+    "train_stage2": READING | {"dmd", "forecast"},  # training-free rules
     "evaluate": READING  # training, and the bundles that `lesa compare` reads
     | {
         "bundle",

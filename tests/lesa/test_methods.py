@@ -37,6 +37,7 @@ NAMES = (
     "hicache_07",
     "spectrum",
     "spectrum_blend",
+    "dmd",
     "taylor1_own",
     "taylor2_own",
     "euler",
