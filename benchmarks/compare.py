@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.cache_dit_peer import masked_methods, reported_missing
 from benchmarks.cache_dit_search import tuned_cache_dit
 from benchmarks.learned_peers import learned_peers
+from benchmarks.monotone import warned
 from benchmarks.peers import external_peers
 from lesa.bundle import load_bundle
 from lesa.evaluate import TUNING_SAMPLES, compare, load_scorer
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(results.to_json(), indent=2) if options.json else format_table(results))
+    document = results.to_json() | {"warnings": warned(results)}
+    print(json.dumps(document, indent=2) if options.json else format_table(results))
     return 0
 
 

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cache_dit_peer import masked_methods, reported_missing
 from benchmarks.choices import changed, trained
 from benchmarks.learned_peers import learned_peers
+from benchmarks.monotone import warned
 from lesa.atomic import write_bytes, write_json
 from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
 from lesa.fingerprint import fingerprint
@@ -193,8 +195,12 @@ def peers_of(
     uniform = {str(count): schedule_of(workload, "uniform", count) for count in counts}
     ours = {str(count): schedule_of(workload, "searched", count) for count in counts}
     methods = []
+    with_cache_dit = not reported_missing(pipe, workload.call)
     for budget, schedule in uniform.items():
         methods += fixed_peers(budget, schedule, found.peers if found else ())
+        if with_cache_dit:
+            methods += masked_methods(budget, schedule)
+            methods += map(_on_ours, masked_methods(budget, ours[budget]))
         for order in (1, 2):
             label = f"TaylorSeer, order {order}, our searched full steps"
             methods.append(
@@ -205,13 +211,15 @@ def peers_of(
             settings: dict[str, Any] = {"prompts": tuning, "seeds": noise, "judged": judged}
             methods += learned_peers(workload, pipe, uniform, **settings, linca_iterations=LINCA_ITERATIONS)
             methods += [
-                dataclasses.replace(
-                    method, name=f"{method.name}_ours", label=f"{method.label}, our searched full steps"
-                )
+                _on_ours(method)
                 for method in learned_peers(workload, pipe, ours, **settings, linca_iterations=0)
                 if method.schedule is not None  # thresholds choose their own steps: they are above already
             ]
     return methods
+
+
+def _on_ours(method: Method) -> Method:
+    return dataclasses.replace(method, name=f"{method.name}_ours", label=f"{method.label}, our searched full steps")
 
 
 def measure(
@@ -346,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fraction=options.converged,
         )
         by_heart = on_training_images(workload, pipe, ours, options.prompts)
-        document = results.to_json() | {"on_training_images": by_heart}
+        document = results.to_json() | {"on_training_images": by_heart, "warnings": warned(results)}
         document["training"] = {
             f"{form.name}-{form.count}": load_figures(folder / f"{form.name}-{form.count}") for form in chosen
         }
