@@ -47,7 +47,7 @@ def tiny_flux(
     """A FluxPipeline loaded from `folder` (written first; None: a temporary one), progress bar off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, clip_tokenizer = _clip()
+        clip, clip_tokenizer = tiny_clip()
         t5, t5_tokenizer = _t5()
         pipe = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
@@ -68,7 +68,7 @@ def tiny_flux(
                 axes_dims_rope=(4, 6, 6),
             ),
         )
-    loaded = _save_and_load(pipe, folder, dtype)
+    loaded = save_and_load(pipe, folder, dtype)
     assert isinstance(loaded, FluxPipeline)
     return loaded
 
@@ -111,7 +111,7 @@ def write_prompts(root: Path, splits: dict[str, list[str]]) -> None:
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> Any:
+def save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> Any:
     """The round trip every real model takes: no test sees a pipeline that could not have been saved."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(folder) if folder is not None else Path(scratch) / "pipeline"
@@ -121,13 +121,14 @@ def _save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> 
     return loaded
 
 
-def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
-    merges = _merges(WORDS)
+def tiny_clip(length: int = TEXT_LENGTH) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A text encoder that reads `length` tokens, and its tokenizer; called under a seed."""
+    merges = byte_pair_merges([[*word[:-1], word[-1] + "</w>"] for word in WORDS])
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [","]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -135,7 +136,7 @@ def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -143,12 +144,13 @@ def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make every word one token: the commonest pair first, ties in order of spelling.
+def byte_pair_merges(words: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word, given as its symbols, one token: the commonest pair first, ties in order
+    of spelling.
 
     Not by the library's trainer, which breaks ties by hash and so differs from one process to the next.
     """
-    spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    spellings = [list(word) for word in words]
     merges = []
     while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
         first, second = max(sorted(pairs), key=lambda pair: pairs[pair])
