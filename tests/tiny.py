@@ -40,6 +40,7 @@ def tiny_flux(
     width: int = 32,
     num_layers: int = 2,
     num_single_layers: int = 2,
+    in_channels: int = 16,  # 2 x 2 latents of 4 channels packed into a token, and what is given beside them
     guidance_embeds: bool = True,
     dynamic_shifting: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -57,7 +58,8 @@ def tiny_flux(
             text_encoder_2=t5,
             tokenizer_2=t5_tokenizer,
             transformer=FluxTransformer2DModel(
-                in_channels=16,  # 2 x 2 latents of 4 channels packed into a token
+                in_channels=in_channels,
+                out_channels=None if in_channels == 16 else 16,
                 num_layers=num_layers,
                 num_single_layers=num_single_layers,
                 attention_head_dim=16,

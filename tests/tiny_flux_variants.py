@@ -1,0 +1,124 @@
+"""FLUX pipelines that are given pictures, and the calls that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FluxControlNetModel
+from PIL import Image
+
+from lesa.params import CallParams
+from tests.tiny import CALL, SIZE, save_and_load, tiny_flux
+
+NUM_STEPS = 8
+
+
+@dataclass(kw_only=True)
+class PictureCall:
+    """A pipeline with what it is called with beside the prompt."""
+
+    pipe: Any
+    pictures: dict[str, Any]  # arguments that CallParams has no place for
+    call: CallParams
+    first_step: int = 0
+    branches: tuple[str, ...] = ("denoise",)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, seed: int = 0, **changes: Any) -> torch.Tensor:
+        """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]."""
+        call = {name: getattr(self.call, name) for name in self.call.__slots__}
+        given = {name: value for name, value in call.items() if value is not None}
+        settings = {
+            "prompt": "a thin seven",
+            "output_type": "pt",
+            "return_dict": False,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        return self.pipe(**(settings | given | self.pictures | self.extra | changes))[0]
+
+
+def picture(size: int = SIZE) -> Image.Image:
+    """Noise, the same every time."""
+    values = torch.rand(size, size, 3, generator=torch.Generator().manual_seed(7))
+    return Image.fromarray((values * 255).byte().numpy())
+
+
+def mask(size: int = SIZE) -> Image.Image:
+    """The left half is kept, the right half made anew."""
+    half = torch.zeros(size, size)
+    half[:, size // 2 :] = 255
+    return Image.fromarray(half.byte().numpy())
+
+
+def _with_class(name: str, pipe: Any, **components: Any) -> Any:
+    made = getattr(diffusers, name).from_pipe(pipe, **components)
+    return save_and_load(made, None, torch.float32)
+
+
+def _call(**changes: Any) -> CallParams:
+    return CallParams(**(CALL | {"num_inference_steps": NUM_STEPS} | changes))
+
+
+def image_to_image() -> PictureCall:
+    pipe = _with_class("FluxImg2ImgPipeline", tiny_flux())
+    return PictureCall(
+        pipe=pipe, pictures={"image": picture(), "strength": 0.75}, call=_call(), first_step=NUM_STEPS // 4
+    )
+
+
+def inpaint() -> PictureCall:
+    pipe = _with_class("FluxInpaintPipeline", tiny_flux())
+    pictures = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return PictureCall(pipe=pipe, pictures=pictures, call=_call())
+
+
+def controlnet(true_cfg: bool = False) -> PictureCall:
+    base = tiny_flux()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = FluxControlNetModel.from_transformer(
+            base.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+        )
+        for name, parameter in net.named_parameters():
+            if "controlnet" in name:  # made as zeros: they would add nothing
+                torch.nn.init.normal_(parameter, std=0.2)
+    pipe = _with_class("FluxControlNetPipeline", base, controlnet=net)
+    guided = {"negative_prompt": "a dog"} if true_cfg else {}
+    return PictureCall(
+        pipe=pipe,
+        pictures={"control_image": picture(), "controlnet_conditioning_scale": 1.0},
+        call=_call(true_cfg_scale=3.0) if true_cfg else _call(),
+        branches=("cond", "uncond") if true_cfg else ("denoise",),
+        extra=guided,
+    )
+
+
+def kontext() -> PictureCall:
+    pipe = _with_class("FluxKontextPipeline", tiny_flux())
+    pictures = {"image": picture(32), "_auto_resize": False, "max_area": SIZE * SIZE}
+    return PictureCall(pipe=pipe, pictures=pictures, call=_call())
+
+
+def fill() -> PictureCall:
+    pipe = _with_class("FluxFillPipeline", tiny_flux(in_channels=48))  # latents, masked picture, mask
+    return PictureCall(pipe=pipe, pictures={"image": picture(), "mask_image": mask()}, call=_call())
+
+
+def control() -> PictureCall:
+    pipe = _with_class("FluxControlPipeline", tiny_flux(in_channels=32))  # latents beside the control picture's
+    return PictureCall(pipe=pipe, pictures={"control_image": picture()}, call=_call())
+
+
+VARIANTS: dict[str, Callable[[], PictureCall]] = {
+    "FluxImg2ImgPipeline": image_to_image,
+    "FluxInpaintPipeline": inpaint,
+    "FluxControlNetPipeline": controlnet,
+    "FluxControlNetPipeline, guided": lambda: controlnet(true_cfg=True),
+    "FluxKontextPipeline": kontext,
+    "FluxFillPipeline": fill,
+    "FluxControlPipeline": control,
+}
