@@ -113,12 +113,12 @@ def write_prompts(root: Path, splits: dict[str, list[str]]) -> None:
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> Any:
+def save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype, **parts: Any) -> Any:
     """The round trip every real model takes: no test sees a pipeline that could not have been saved."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(folder) if folder is not None else Path(scratch) / "pipeline"
         pipe.save_pretrained(target, safe_serialization=True)
-        loaded = type(pipe).from_pretrained(target, dtype=dtype, local_files_only=True)
+        loaded = type(pipe).from_pretrained(target, dtype=dtype, local_files_only=True, **parts)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

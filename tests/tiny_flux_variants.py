@@ -3,55 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import FluxControlNetModel
-from PIL import Image
 
 from lesa.params import CallParams
+from tests.pictures import NUM_STEPS, PictureCall, mask, picture
 from tests.tiny import CALL, SIZE, save_and_load, tiny_flux
-
-NUM_STEPS = 8
-
-
-@dataclass(kw_only=True)
-class PictureCall:
-    """A pipeline with what it is called with beside the prompt."""
-
-    pipe: Any
-    pictures: dict[str, Any]  # arguments that CallParams has no place for
-    call: CallParams
-    first_step: int = 0
-    branches: tuple[str, ...] = ("denoise",)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, seed: int = 0, **changes: Any) -> torch.Tensor:
-        """Pictures [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]."""
-        call = {name: getattr(self.call, name) for name in self.call.__slots__}
-        given = {name: value for name, value in call.items() if value is not None}
-        settings = {
-            "prompt": "a thin seven",
-            "output_type": "pt",
-            "return_dict": False,
-            "generator": torch.Generator().manual_seed(seed),
-        }
-        return self.pipe(**(settings | given | self.pictures | self.extra | changes))[0]
-
-
-def picture(size: int = SIZE) -> Image.Image:
-    """Noise, the same every time."""
-    values = torch.rand(size, size, 3, generator=torch.Generator().manual_seed(7))
-    return Image.fromarray((values * 255).byte().numpy())
-
-
-def mask(size: int = SIZE) -> Image.Image:
-    """The left half is kept, the right half made anew."""
-    half = torch.zeros(size, size)
-    half[:, size // 2 :] = 255
-    return Image.fromarray(half.byte().numpy())
 
 
 def _with_class(name: str, pipe: Any, **components: Any) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import LlamaConfig, LlamaModel, LlamaTokenizerFast
 
+from lesa.params import CallParams
+from tests.pictures import NUM_STEPS, PictureCall, picture
 from tests.tiny import SIZE, TEXT_LENGTH, TEXT_WIDTH, WORDS, byte_pair_merges, save_and_load, tiny_clip
 
 _SPECIAL = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -96,3 +100,34 @@ def _vae() -> AutoencoderKLHunyuanVideo:
         norm_num_groups=2,
         mid_block_add_attention=False,
     )
+
+
+def text_to_video(true_cfg: bool = False) -> PictureCall:
+    guided = {"true_cfg_scale": 3.0} if true_cfg else {}
+    return PictureCall(
+        pipe=tiny_hunyuan(),
+        pictures={},
+        call=CallParams(**(CALL | guided), num_inference_steps=NUM_STEPS),
+        branches=("cond", "uncond") if true_cfg else ("denoise",),
+        extra={"negative_prompt": "a dog"} if true_cfg else {},
+    )
+
+
+def image_to_video() -> PictureCall:
+    """SkyReels: the first frame's latents beside the noise, true guidance, no cache context."""
+    base = tiny_hunyuan(in_channels=2 * _LATENT_CHANNELS)
+    pipe = save_and_load(HunyuanSkyreelsImageToVideoPipeline(**base.components), None, torch.float32)
+    return PictureCall(
+        pipe=pipe,
+        pictures={"image": picture()},
+        call=CallParams(**CALL, num_inference_steps=NUM_STEPS, true_cfg_scale=3.0),
+        branches=("cond", "uncond"),
+        extra={"negative_prompt": "a dog"},
+    )
+
+
+VARIANTS: dict[str, Callable[[], PictureCall]] = {
+    "HunyuanVideoPipeline": text_to_video,
+    "HunyuanVideoPipeline, guided": lambda: text_to_video(true_cfg=True),
+    "HunyuanSkyreelsImageToVideoPipeline": image_to_video,
+}

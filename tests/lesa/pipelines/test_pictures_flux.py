@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,54 +18,8 @@ from lesa.schedule import Schedule
 from lesa.tap import FeatureTap
 from tests.bundles import make_bundle
 from tests.model_kinds import tiny_workload
-from tests.tiny_flux_variants import NUM_STEPS, VARIANTS, PictureCall, controlnet, image_to_image, kontext
-
-
-@pytest.fixture(scope="module", params=list(VARIANTS))
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PictureCall, Bundle]:
-    return own_bundle(VARIANTS[request.param](), tmp_path_factory)
-
-
-def own_bundle(call: PictureCall, tmp_path_factory: pytest.TempPathFactory) -> tuple[PictureCall, Bundle]:
-    """A bundle made for the very class of pipeline."""
-    call.run(output_type="latent")
-    folder = tmp_path_factory.mktemp("bundle") / "tiny"
-    sigmas = call.pipe.scheduler.sigmas.clone()
-    return call, make_bundle(call.pipe, folder, call.call, sigmas=sigmas, branches=call.branches)
-
-
-@pytest.fixture
-def computed(made: tuple[PictureCall, Bundle]) -> Iterator[list[int]]:
-    """One entry every time that the first block computes."""
-    calls: list[int] = []
-    transformer = made[0].pipe.transformer
-    handle = transformer.transformer_blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
-    yield calls
-    handle.remove()
-    lesa.disable(made[0].pipe)
-
-
-def test_every_class_is_accelerated_and_left_as_it_was(
-    made: tuple[PictureCall, Bundle], computed: list[int]
-) -> None:
-    call, bundle = made
-    num_branches = len(call.branches)
-    plain = call.run()
-    assert len(computed) == (NUM_STEPS - call.first_step) * num_branches
-    lesa.enable(call.pipe, bundle, interval=1)
-    assert torch.equal(call.run(), plain)
-    lesa.disable(call.pipe)
-    lesa.enable(call.pipe, bundle)
-    computed.clear()
-    pictures = call.run()
-    statistics = lesa.summary(call.pipe)
-    assert statistics.finished and statistics.num_branches == num_branches and statistics.num_fallbacks == 0
-    assert len(computed) == statistics.num_full * num_branches < (NUM_STEPS - call.first_step) * num_branches
-    assert torch.isfinite(pictures).all() and not torch.equal(pictures, plain)
-    assert torch.equal(call.run(), pictures)  # a second run starts afresh
-    lesa.disable(call.pipe)
-    assert torch.equal(call.run(), plain)
-
+from tests.pictures import NUM_STEPS, PictureCall
+from tests.tiny_flux_variants import controlnet, image_to_image, kontext
 
 # --- image to image: runs that begin in the middle -------------------------------------------------------
 
@@ -145,7 +99,7 @@ def test_classes_with_other_tokens_or_weights_are_refused_whatever_is_allowed(
     assert caught.value.problems == ["pipeline class: got FluxKontextPipeline, expected FluxPipeline"]
 
 
-def test_a_workload_is_called_with_prompts_alone(tmp_path, monkeypatch) -> None:
+def test_a_workload_is_called_with_prompts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     workload = tiny_workload("flux-dev")
     image_to_image().pipe.save_pretrained(workload.model.source)
@@ -200,9 +154,9 @@ def test_kontext_predicts_the_picture_s_tokens_and_not_the_reference_s() -> None
     assert pictures.shape == plain.shape and (pictures - plain).abs().mean() < 0.05
 
 
-def test_kontext_s_size_is_the_picture_s(tmp_path_factory: pytest.TempPathFactory) -> None:
-    call, bundle = own_bundle(kontext(), tmp_path_factory)
-    lesa.enable(call.pipe, bundle)
+def test_kontext_s_size_is_the_picture_s(tmp_path: Path) -> None:
+    call = kontext()
+    lesa.enable(call.pipe, call.own_bundle(tmp_path / "bundle"))
     call.run()
     with pytest.raises(MismatchError, match="height: got 32, expected 16"):
         call.run(height=32, max_area=2 * 16 * 16)
