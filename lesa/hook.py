@@ -439,13 +439,16 @@ def is_lesa_cache_enabled(transformer: torch.nn.Module) -> bool:
 
 
 def _hook_problems(transformer: torch.nn.Module) -> list[str]:
-    """Blocks whose hook was silenced by somebody's removal of an inner one, or offloaded above it."""
+    """Modules whose hook was silenced by somebody's removal of an inner one, or offloaded above it."""
+    family = family_of(transformer)
+    hooked = [(name, block, _BLOCK_HOOK) for name, block, _ in blocks(transformer, family)]
+    hooked += [(name, getattr(transformer, name), _EMBEDDER_HOOK) for name in family.embedders]
     silenced, late = [], []
-    for name, block, _ in blocks(transformer, family_of(transformer)):
-        module = unwrap_module(block)
-        if not is_alive(find_hook(module, _BLOCK_HOOK)):
+    for name, wrapped, hook_name in hooked:
+        module = unwrap_module(wrapped)
+        if not is_alive(find_hook(module, hook_name)):
             silenced.append(name)
-        elif not is_above_offload(module, _BLOCK_HOOK):
+        elif not is_above_offload(module, hook_name):
             late.append(name)
     problems = []
     if silenced:

@@ -23,6 +23,12 @@ def _call(**changes: Any) -> CallParams:
     return CallParams(**(CALL | {"num_inference_steps": NUM_STEPS} | changes))
 
 
+def text_to_image(schnell: bool = False, **settings: Any) -> PictureCall:
+    """FLUX.1-dev, or schnell with no distilled guidance and no shift by size."""
+    pipe = tiny_flux(guidance_embeds=not schnell, dynamic_shifting=not schnell, **settings)
+    return PictureCall(pipe=pipe, pictures={}, call=_call(guidance_scale=None) if schnell else _call())
+
+
 def image_to_image() -> PictureCall:
     pipe = _with_class("FluxImg2ImgPipeline", tiny_flux())
     return PictureCall(
@@ -74,6 +80,7 @@ def control() -> PictureCall:
 
 
 VARIANTS: dict[str, Callable[[], PictureCall]] = {
+    "FluxPipeline": text_to_image,
     "FluxImg2ImgPipeline": image_to_image,
     "FluxInpaintPipeline": inpaint,
     "FluxControlNetPipeline": controlnet,

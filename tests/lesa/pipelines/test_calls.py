@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,14 @@ import torch
 
 import lesa
 from lesa.bundle import Bundle
-from lesa.params import CallParams
 from lesa.run_check import MismatchError
 from tests import tiny, tiny_hunyuan, tiny_qwen, tiny_qwen_variants
 from tests.pictures import NUM_STEPS, PictureCall
-
-
-def flux(schnell: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> PictureCall:
-    pipe = tiny.tiny_flux(guidance_embeds=not schnell, dynamic_shifting=not schnell, dtype=dtype, seed=seed)
-    call = CallParams(**tiny.CALL, num_inference_steps=NUM_STEPS)
-    return PictureCall(pipe=pipe, pictures={}, call=dataclasses.replace(call, guidance_scale=None) if schnell else call)
-
+from tests.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
-    "flux-dev": flux,
-    "flux-schnell": lambda: flux(schnell=True),
+    "flux-dev": text_to_image,
+    "flux-schnell": lambda: text_to_image(schnell=True),
     "qwen-image": tiny_qwen_variants.text_to_image,
     "hunyuan-video": tiny_hunyuan.text_to_video,
 }
@@ -124,7 +116,7 @@ def test_bfloat16_takes_the_bundle_of_float32(name: str, tmp_path: Path) -> None
 
 
 def test_two_pipelines_with_bundles_of_their_own_in_one_process(tmp_path: Path) -> None:
-    first, second = flux(), tiny_qwen_variants.text_to_image()
+    first, second = text_to_image(), tiny_qwen_variants.text_to_image()
     alone = []
     for index, call in enumerate((first, second)):
         bundle = call.own_bundle(tmp_path / str(index))
@@ -146,6 +138,6 @@ def test_two_pipelines_with_bundles_of_their_own_in_one_process(tmp_path: Path) 
 
 
 def test_a_bundle_of_other_weights_is_refused(tmp_path: Path) -> None:
-    bundle = flux().own_bundle(tmp_path / "bundle")
+    bundle = text_to_image().own_bundle(tmp_path / "bundle")
     with pytest.raises(MismatchError, match="fingerprint of the transformer"):
-        lesa.enable(flux(seed=1).pipe, bundle)
+        lesa.enable(text_to_image(seed=1).pipe, bundle)
