@@ -121,6 +121,7 @@ class LesaRootHook(ModelHook):
         self._first_step = 0  # of the run
         self._num_tokens: int | None = None  # leading image tokens that are predicted; None: all
         self._stages: Sequence[int] | None = getattr(config.rule, "stages", None)
+        self._compiled: list[tuple[dict[str, Any], Any]] = []  # blocks' attributes and what was taken from them
         self._started = 0.0  # host clock at the run's first call
         self._event: torch.cuda.Event | None = None  # device clock at this call's start
         call.root = self
@@ -141,6 +142,7 @@ class LesaRootHook(ModelHook):
             raise
         finally:
             self._call.clear()
+            self._end_skipping()
         return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -168,9 +170,28 @@ class LesaRootHook(ModelHook):
         if planned == "predicted":
             self._predict(tick, state)
         kind = "predicted" if self._call.skip else "full"
+        if self._call.skip:
+            self._take_compiled(module)
         stage = None if self._stages is None else int(self._stages[tick.step])
         self.statistics.record(tick.step, planned, kind, stage)
         return tick, state, entered
+
+    def _take_compiled(self, module: torch.nn.Module) -> None:
+        """Keep skipped calls out of compiled modules: each kind would be compiled once more to do nothing.
+
+        `torch.compile` counts such variants of all hooked modules together and gives up at eight.
+        """
+        for _, hooked, _ in _hooked_modules(module):
+            held = hooked.__dict__
+            if held.get("_compiled_call_impl") is not None:
+                self._compiled.append((held, held["_compiled_call_impl"]))
+                held["_compiled_call_impl"] = None
+
+    @torch.compiler.disable
+    def _end_skipping(self) -> None:
+        for held, compiled in self._compiled:
+            held["_compiled_call_impl"] = compiled
+        self._compiled = []
 
     def _branch(self, name: str) -> LesaBranchState:
         context = self.state_manager._context
@@ -440,12 +461,8 @@ def is_lesa_cache_enabled(transformer: torch.nn.Module) -> bool:
 
 def _hook_problems(transformer: torch.nn.Module) -> list[str]:
     """Modules whose hook was silenced by somebody's removal of an inner one, or offloaded above it."""
-    family = family_of(transformer)
-    hooked = [(name, block, _BLOCK_HOOK) for name, block, _ in blocks(transformer, family)]
-    hooked += [(name, getattr(transformer, name), _EMBEDDER_HOOK) for name in family.embedders]
     silenced, late = [], []
-    for name, wrapped, hook_name in hooked:
-        module = unwrap_module(wrapped)
+    for name, module, hook_name in _hooked_modules(transformer):
         if not is_alive(find_hook(module, hook_name)):
             silenced.append(name)
         elif not is_above_offload(module, hook_name):
@@ -458,6 +475,14 @@ def _hook_problems(transformer: torch.nn.Module) -> list[str]:
             f"offloading was set up after LESA on {', '.join(late)}, so predicted steps would move weights: {_AGAIN}"
         )
     return problems
+
+
+def _hooked_modules(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    """Name, module and hook of everything that predicted steps skip and that has weights."""
+    family = family_of(transformer)
+    hooked = [(name, block, _BLOCK_HOOK) for name, block, _ in blocks(transformer, family)]
+    hooked += [(name, getattr(transformer, name), _EMBEDDER_HOOK) for name in family.embedders]
+    return [(name, unwrap_module(module), hook_name) for name, module, hook_name in hooked]
 
 
 def _arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,12 @@ _LIGHTNING = {"use_dynamic_shifting": True, "base_shift": 1.0986, "max_shift": 1
 
 
 def tiny_qwen(
-    folder: str | Path | None = None, *, seed: int = 0, lightning: bool = False, dtype: torch.dtype = torch.float32
+    folder: str | Path | None = None,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    lightning: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> QwenImagePipeline:
     """A QwenImagePipeline loaded from `folder` (written first; None: a temporary one), progress bar off."""
     with torch.random.fork_rng(devices=[]):
@@ -47,7 +52,7 @@ def tiny_qwen(
             transformer=QwenImageTransformer2DModel(
                 in_channels=4 * _LATENT_CHANNELS,  # 2 x 2 latents packed into a token
                 out_channels=_LATENT_CHANNELS,
-                num_layers=2,
+                num_layers=num_layers,
                 attention_head_dim=16,
                 num_attention_heads=2,
                 joint_attention_dim=_WIDTH,

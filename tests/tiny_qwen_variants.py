@@ -34,6 +34,12 @@ def text_to_image() -> PictureCall:
     return PictureCall(pipe=tiny_qwen(), pictures={}, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
 
 
+def lightning(**settings: Any) -> PictureCall:
+    """Few steps and no guidance: one branch."""
+    call = CallParams(**CALL, num_inference_steps=NUM_STEPS, true_cfg_scale=1.0)
+    return PictureCall(pipe=tiny_qwen(lightning=True, **settings), pictures={}, call=call)
+
+
 def image_to_image() -> PictureCall:
     pipe = _with_class("QwenImageImg2ImgPipeline", tiny_qwen())
     pictures = {"image": picture(), "strength": 0.75}
@@ -96,6 +102,7 @@ def small_references(patch: pytest.MonkeyPatch) -> None:
 
 VARIANTS: dict[str, Callable[[], PictureCall]] = {
     "QwenImagePipeline": text_to_image,
+    "QwenImagePipeline, unguided": lightning,
     "QwenImageImg2ImgPipeline": image_to_image,
     "QwenImageInpaintPipeline": inpaint,
     "QwenImageControlNetPipeline": controlnet,
