@@ -62,6 +62,7 @@ KINDS: dict[str, ModelKind] = {
         call=_FLUX | {"num_inference_steps": 4},
         full_steps=(0, 1),
         predictor=FEW,
+        gradient="drifted_states",
     ),
     "qwen-image": ModelKind(
         build=tiny_qwen.tiny_qwen,
@@ -70,7 +71,6 @@ KINDS: dict[str, ModelKind] = {
         full_steps=(0, 1, 2, 5),
         predictor=dataclasses.replace(MANY, kind="per_step", step_history=2),
         branches=("cond", "uncond"),
-        gradient="drifted_states",
     ),
     "qwen-image-lightning": ModelKind(
         build=lambda folder: tiny_qwen.tiny_qwen(folder, lightning=True),
