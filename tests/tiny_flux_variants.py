@@ -42,25 +42,35 @@ def inpaint() -> PictureCall:
     return PictureCall(pipe=pipe, pictures=pictures, call=_call())
 
 
-def controlnet(true_cfg: bool = False) -> PictureCall:
+def controlnet(true_cfg: bool = False, name: str = "FluxControlNetPipeline", **pictures: Any) -> PictureCall:
     base = tiny_flux()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         net = FluxControlNetModel.from_transformer(
             base.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
         )
-        for name, parameter in net.named_parameters():
-            if "controlnet" in name:  # made as zeros: they would add nothing
+        for part, parameter in net.named_parameters():
+            if "controlnet" in part:  # made as zeros: they would add nothing
                 torch.nn.init.normal_(parameter, std=0.2)
-    pipe = _with_class("FluxControlNetPipeline", base, controlnet=net)
+    pipe = _with_class(name, base, controlnet=net)
     guided = {"negative_prompt": "a dog"} if true_cfg else {}
     return PictureCall(
         pipe=pipe,
-        pictures={"control_image": picture(), "controlnet_conditioning_scale": 1.0},
+        pictures={"control_image": picture(), "controlnet_conditioning_scale": 1.0, **pictures},
         call=_call(true_cfg_scale=3.0) if true_cfg else _call(),
         branches=("cond", "uncond") if true_cfg else ("denoise",),
         extra=guided,
     )
+
+
+def controlnet_image_to_image() -> PictureCall:
+    made = controlnet(name="FluxControlNetImg2ImgPipeline", image=picture(), strength=0.75)
+    made.first_step = NUM_STEPS // 4
+    return made
+
+
+def controlnet_inpaint() -> PictureCall:
+    return controlnet(name="FluxControlNetInpaintPipeline", image=picture(), mask_image=mask(), strength=1.0)
 
 
 def kontext() -> PictureCall:
@@ -85,6 +95,8 @@ VARIANTS: dict[str, Callable[[], PictureCall]] = {
     "FluxInpaintPipeline": inpaint,
     "FluxControlNetPipeline": controlnet,
     "FluxControlNetPipeline, guided": lambda: controlnet(true_cfg=True),
+    "FluxControlNetImg2ImgPipeline": controlnet_image_to_image,
+    "FluxControlNetInpaintPipeline": controlnet_inpaint,
     "FluxKontextPipeline": kontext,
     "FluxFillPipeline": fill,
     "FluxControlPipeline": control,
