@@ -231,6 +231,8 @@ class LesaRootHook(ModelHook):
                 "begins at": f"step {tick.step}; full until the predictor has the history it was made for",
             }
         grid = family_of(module).grid
+        if getattr(module, "_parallel_config", None) is not None:
+            grid = None  # tokens are spread over devices: which of them are the picture's is not known here
         place = None if grid is None else grid(_arguments(module, args, kwargs))
         self._num_tokens = None if place is None else place.num_tokens
 

@@ -6,7 +6,6 @@ off and put it on again after every run, so a hook above it would be gone after 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,9 +24,11 @@ def add_hook(module: torch.nn.Module, hook: ModelHook, name: str, *, beneath_off
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if beneath_offload and "_old_forward" in module.__dict__:
+        hook.above = None
         with _without_offload_wrapper(module):
             registry.register_hook(hook, name)
     else:
+        hook.above = module.__dict__.get("_old_forward")  # names the wrapper that this hook is above
         registry.register_hook(hook, name)
 
 
@@ -45,12 +46,13 @@ def is_above_offload(module: torch.nn.Module, name: str) -> bool:
     """Whether the hook of that name comes before every offloading hook: what it skips then moves no weights."""
     order = module._diffusers_hook._hook_order
     outside = order[order.index(name) + 1 :]
-    return not any(other in outside for other in _OFFLOADING) and not _is_hooked(module.__dict__.get("_old_forward"))
+    return not any(other in outside for other in _OFFLOADING) and not _is_wrapped(module, name)
 
 
-def _is_hooked(forward: object) -> bool:
-    """Whether a forward that accelerate keeps is one of diffusers' hook chains rather than the module's own."""
-    return isinstance(forward, functools.partial)
+def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
+    """Whether accelerate's wrapper is above the hook of that name."""
+    kept = module.__dict__.get("_old_forward")
+    return kept is not None and kept is not module._diffusers_hook.get_hook(name).above
 
 
 def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
@@ -78,7 +80,7 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
     index = registry._hook_order.index(name)
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     kept = None if outer is None or outer.original_forward is None else outer.forward
-    if _is_hooked(module.__dict__.get("_old_forward")):
+    if _is_wrapped(module, name):
         with _without_offload_wrapper(module):
             registry.remove_hook(name, recurse=False)
     else:

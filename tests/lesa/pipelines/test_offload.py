@@ -128,6 +128,22 @@ def test_offloading_that_comes_after_lesa_is_refused_before_anything_is_computed
     assert torch.equal(call.run(), expected)
 
 
+def test_lesa_leaves_hooks_of_others_around_offloading_as_they_were(tmp_path: Path) -> None:
+    """float8 storage beneath, accelerate's wrapper above it, LESA on top: each goes when it is told to."""
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    call.pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    sequential(call.pipe.transformer)
+    plain = call.run()
+    lesa.enable(call.pipe, bundle, allow=("quantized",))
+    call.run()
+    assert lesa.summary(call.pipe).num_full == 5
+    lesa.disable(call.pipe)
+    assert torch.equal(call.run(), plain)
+    lesa.enable(call.pipe, bundle, allow=("quantized",), interval=1)
+    assert torch.equal(call.run(), plain)
+
+
 @pytest.mark.parametrize("first", ["offload", "lesa"])
 def test_lesa_outlives_whole_model_offloading_which_is_renewed_after_every_run(
     first: str, tmp_path: Path, patch: pytest.MonkeyPatch
