@@ -25,7 +25,7 @@ from lesa.run_check import FirstCall, MismatchError
 from lesa.run_statistics import RunStatistics
 from lesa.schedule import Schedule
 
-ALLOWANCES = ("lora", "quantized")
+ALLOWANCES = ("lora", "quantized", "pipeline")
 REGISTRY_PREFIX = "models:/"
 _CHOICES = ("interval", "full_steps", "budget", "min_psnr", "max_loss_db")
 
@@ -48,10 +48,14 @@ def enable(
     budget: str | None = None,  # a schedule of the bundle by name; nothing asked for: its default budget
     min_psnr: float | None = None,  # dB to the plain run: the fastest budget that measured at least so much
     max_loss_db: float | None = None,  # the fastest budget that measured at most so much below the bundle's best
-    allow: Collection[str] = (),  # "lora", "quantized": accept what the bundle was not measured with
+    allow: Collection[str] = (),  # "lora", "quantized", "pipeline": accept what the bundle was not measured with
     measure: bool = True,  # at full steps, measure what the predictor would have been off by
 ) -> None:
     """Accelerate a diffusers pipeline with a bundle made for its model.
+
+    A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
+    pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
+    schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
 
     The scheduler and the call are checked again at the first transformer call of every run, before anything
     is computed.
@@ -71,7 +75,7 @@ def enable(
         raise ValueError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("another cache is enabled: call pipe.transformer.disable_cache() first")
-    family_of(transformer)
+    family = family_of(transformer)
     loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
     manifest = loaded.manifest
     problems = _pipeline_problems(pipe, transformer, manifest, allow)
@@ -104,8 +108,9 @@ def enable(
             sigmas=manifest.sigmas,
             check=check,
             num_branches=len(manifest.branches),
+            late_start=type(pipe).__name__ not in family.pipeline_classes,
             measure=measure,
-            notes=_notes(loaded, chosen, transformer),
+            notes=_notes(loaded, chosen, pipe, transformer),
         ),
     )
     _ENABLED[transformer] = _Enabled(loaded, schedule)
@@ -246,13 +251,10 @@ def _transformer(pipe: Any) -> torch.nn.Module:
 def _pipeline_problems(
     pipe: Any, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]
 ) -> list[str]:
-    problems = []
-    for what, got, expected in (
-        ("pipeline class", type(pipe).__name__, manifest.pipeline_class),
-        ("transformer class", type(transformer).__name__, manifest.transformer_class),
-    ):
-        if got != expected:
-            problems.append(f"{what}: got {got}, expected {expected}")
+    problems = _class_problems(type(pipe).__name__, transformer, manifest, allow)
+    if type(transformer).__name__ != manifest.transformer_class:
+        got = type(transformer).__name__
+        problems.append(f"transformer class: got {got}, expected {manifest.transformer_class}")
     problems += _scheduler_problems(getattr(pipe, "scheduler", None), manifest)
     problems += _weights_problems(transformer, allow)
     if not is_quantized(transformer):  # rounded weights have another fingerprint whatever they were
@@ -260,6 +262,20 @@ def _pipeline_problems(
         if got != manifest.fingerprint:
             problems.append(f"fingerprint of the transformer: got {got}, expected {manifest.fingerprint}")
     return problems
+
+
+def _class_problems(
+    got: str, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]
+) -> list[str]:
+    expected = manifest.pipeline_class
+    if got == expected:
+        return []
+    problem = f"pipeline class: got {got}, expected {expected}"
+    if not family_of(transformer).are_related(got, expected):
+        return [problem]
+    if "pipeline" in allow:
+        return []
+    return [f"{problem}; pass allow=('pipeline',) to accept a predictor that was not measured with it"]
 
 
 def _weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> list[str]:
@@ -299,11 +315,15 @@ def _settings(scheduler: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in (defaults | public).items()}
 
 
-def _notes(bundle: Bundle, chosen: str, transformer: torch.nn.Module) -> dict[str, str]:
+def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module) -> dict[str, str]:
     notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
-    names = adapters(transformer)
-    if names:
-        notes["not measured with"] = f"adapters {', '.join(names)}"
+    strange = []
+    if type(pipe).__name__ != bundle.manifest.pipeline_class:
+        strange.append(type(pipe).__name__)
+    if names := adapters(transformer):
+        strange.append(f"adapters {', '.join(names)}")
+    if strange:
+        notes["not measured with"] = ", ".join(strange)
     if is_quantized(transformer):
         notes["weights"] = "quantised; the fingerprint was not compared"
     return notes

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from lesa.families import Family, family_of
 from lesa.params import CallParams
 from lesa.run_check import FirstCall
+from lesa.tokens import Grid
 
-_GUIDANCE_TOLERANCE = 2.0**-7  # relative: guidance may come in bfloat16
+_TOLERANCE = 2.0**-7  # relative: guidance and timesteps may come in bfloat16
 
 
 def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]:
@@ -18,17 +20,18 @@ def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]
     The strength of classifier-free guidance does not reach the transformer and is not seen here; whether
     there is an unconditional branch is.
     """
-    given = call.kwargs
-    problems = []
-    for name, got in _size(pipe, given).items():
-        want = getattr(expected, name)
-        if want is not None and _rounded(pipe, given, name, want) != got:
-            problems.append(f"{name}: got {got}, expected {want}")
+    given, family = call.kwargs, family_of(call.transformer)
+    problems = _timestep_problems(family, call)
+    grid = None if family.grid is None else family.grid(given)
+    if grid is not None:
+        for name, got in _size(pipe, grid).items():
+            want = getattr(expected, name)
+            if want is not None and _rounded(pipe, grid, name, want) != got:
+                problems.append(f"{name}: got {got}, expected {want}")
     guidance = given.get("guidance")
     if isinstance(guidance, torch.Tensor) and expected.guidance_scale is not None:
-        value = float(guidance.reshape(-1)[0])
-        scales = (expected.guidance_scale, 1000 * expected.guidance_scale)  # HunyuanVideo passes the latter
-        if all(abs(value - scale) > _GUIDANCE_TOLERANCE * abs(scale) for scale in scales):
+        value = float(guidance.reshape(-1)[0]) / family.guidance_factor
+        if not _close(value, expected.guidance_scale):
             problems.append(f"guidance_scale: got {value:g}, expected {expected.guidance_scale:g}")
     text = given.get("txt_ids")  # pipelines that have it pad the text to a fixed length
     if isinstance(text, torch.Tensor) and expected.max_sequence_length is not None:
@@ -38,34 +41,41 @@ def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]
     return problems
 
 
-def _size(pipe: Any, given: Any) -> dict[str, int]:
-    """Height, width and frames in pixels, as far as the transformer's arguments tell."""
-    pixels = _pixels_per_token(pipe, given)
-    ids, shapes, hidden = given.get("img_ids"), given.get("img_shapes"), given.get("hidden_states")
-    if isinstance(ids, torch.Tensor):
-        rows, columns = (ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(dim=0) + 1).int().tolist()
-    elif shapes:
-        first = shapes[0][0] if isinstance(shapes[0], list) else shapes[0]
-        _, rows, columns = first
-    elif isinstance(hidden, torch.Tensor) and hidden.ndim == 5:
-        frames, rows, columns = hidden.shape[2:]
-        step = getattr(pipe, "vae_scale_factor_temporal", 1)
-        return {"height": rows * pixels, "width": columns * pixels, "num_frames": (frames - 1) * step + 1}
-    else:
-        return {}
-    return {"height": rows * pixels, "width": columns * pixels}
+def _timestep_problems(family: Family, call: FirstCall) -> list[str]:
+    """A pipeline may step with another scheduler than the one that was given."""
+    scheduler, timestep = call.scheduler, call.kwargs.get("timestep")
+    if scheduler is None or not isinstance(timestep, torch.Tensor):
+        return []
+    step = scheduler.step_index
+    step = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
+    want = float(scheduler.timesteps[step]) * family.timestep_factor
+    got = float(timestep.reshape(-1)[0])
+    return [] if _close(got, want) else [f"timestep: got {got:g}, the scheduler says {want:g} at step {step}"]
 
 
-def _pixels_per_token(pipe: Any, given: Any) -> int:
-    if "img_ids" in given or "img_shapes" in given:
-        return 2 * int(getattr(pipe, "vae_scale_factor", 8))  # 2 x 2 latents are packed into a token
-    return int(getattr(pipe, "vae_scale_factor_spatial", 8))
+def _close(value: float, expected: float) -> bool:
+    return abs(value - expected) <= _TOLERANCE * abs(expected)
 
 
-def _rounded(pipe: Any, given: Any, name: str, want: int) -> int:
+def _size(pipe: Any, grid: Grid) -> dict[str, int]:
+    """Height, width and frames in pixels."""
+    pixels = _pixels(pipe, grid)
+    size = {"height": grid.rows * pixels, "width": grid.columns * pixels}
+    if grid.latents_per_side == 1:
+        size["num_frames"] = (grid.frames - 1) * getattr(pipe, "vae_scale_factor_temporal", 1) + 1
+    return size
+
+
+def _pixels(pipe: Any, grid: Grid) -> int:
+    """Of one cell of the grid, each way."""
+    factor: int = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 8)
+    return grid.latents_per_side * factor
+
+
+def _rounded(pipe: Any, grid: Grid, name: str, want: int) -> int:
     """Pipelines round a size down to whole tokens."""
     if name == "num_frames":
         step = int(getattr(pipe, "vae_scale_factor_temporal", 1))
         return (want - 1) // step * step + 1
-    pixels = _pixels_per_token(pipe, given)
+    pixels = _pixels(pipe, grid)
     return want // pixels * pixels

@@ -147,7 +147,8 @@ def train_budget(
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:
-        indices = draw(batch, len(train), settings.batch_size)
+        runs = _runs(train)
+        indices = [runs[i] for i in draw(batch, len(runs), settings.batch_size)]
         latents = accelerated_latents(
             pipe, workload, rule.schedule, rule, train, indices, settings.gradient_checkpointing
         )
@@ -163,11 +164,11 @@ def train_budget(
 
     @torch.no_grad()
     def validation_loss() -> float:
-        total = 0.0
-        for chunk in torch.arange(len(validation)).split(settings.batch_size):
+        total, runs = 0.0, torch.tensor(_runs(validation))
+        for chunk in runs.split(settings.batch_size):
             latents = accelerated_latents(pipe, workload, rule.schedule, rule, validation, chunk.tolist())
             total += float(compare(latents, validation.latents[chunk].to(latents.device))) * len(chunk)
-        return total / len(validation)
+        return total / len(runs)
 
     before = validation_loss()
     modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()})
@@ -189,6 +190,11 @@ def train_budget(
         found = {f"{STEPS}.{name}": tensor for name, tensor in step_weights.export().items()}
         tensors[jobs[0]] |= found  # a budget's step weights are one table, whichever stage hands it on
     return tensors, {"validation_loss_start": before, "validation_loss": best}
+
+
+def _runs(data: Trajectories) -> list[int]:
+    """One row of each recorded run: all guidance branches of a run lead to the same latents."""
+    return [row for row, branch in enumerate(data.branch) if branch == 0]
 
 
 def start_step_weights(

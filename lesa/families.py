@@ -1,11 +1,20 @@
-"""The table of model families: everything that differs between transformers is a row here, and nowhere else."""
+"""The table of model families: everything that differs between transformers is a row here, and nowhere else.
+
+What is not here does not fit a row (read at diffusers 0.42.1):
+    FLUX.2           its last blocks return text and image in one tensor, which the model splits afterwards
+    Wan 2.1, 2.2     ends in a scale and shift of its own, not in norm_out(feature, temb); 2.2 has two transformers
+    HunyuanVideo Framepack, Qwen-Image-Layered   several sections or layers share one run's tokens
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from lesa.tokens import Grid, by_ids, by_latents, by_shapes
 
 TAP = "image tokens after the last block, before norm_out"  # the only feature this project predicts
 
@@ -20,21 +29,49 @@ class BlockList:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """A published model of a family, with the call that its makers recommend."""
+
+    name: str
+    num_inference_steps: int
+    height: int  # pixels
+    width: int  # pixels
+    num_frames: int | None = None  # video only
+    guidance_scale: float | None = None  # distilled guidance
+    true_cfg_scale: float | None = None  # classifier-free guidance, two branches above 1
+    max_sequence_length: int | None = None  # text tokens
+
+    @property
+    def branches(self) -> int:
+        """Transformer calls a step."""
+        return 2 if (self.true_cfg_scale or 0.0) > 1.0 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How diffusers runs one kind of transformer."""
 
     name: str
     transformer_class: str
-    pipeline_classes: tuple[str, ...]
+    pipeline_classes: tuple[str, ...]  # called with prompts alone: what a workload records, trains and judges
+    # The same weights on the same tokens, with pictures besides: these take a bundle of `pipeline_classes` when asked.
+    related_pipelines: tuple[str, ...] = ()
+    # Weights or tokens of their own: these take a bundle of their own class only.
+    other_pipelines: tuple[str, ...] = ()
     block_lists: tuple[BlockList, ...]
     embedders: tuple[str, ...] = ()  # modules whose output nothing but the blocks reads
     branches: tuple[str, ...] = ("denoise",)  # calls of the transformer per step, in the pipeline's order
     guidance_argument: str = "guidance_scale"  # the pipeline argument that carries the guidance
+    timestep_factor: float = 1.0  # what the transformer is given, over the scheduler's timestep
+    guidance_factor: float = 1.0  # what the transformer is given as guidance, over the pipeline's argument
+    grid: Callable[[Mapping[str, Any]], Grid | None] | None = None  # where the picture's tokens lie, from the arguments
+    models: tuple[PublishedModel, ...] = ()
 
+    def are_related(self, pipeline_class: str, other: str) -> bool:
+        """Whether a predictor made with one of the two pipelines sees the same features in the other."""
+        group = self.pipeline_classes + self.related_pipelines
+        return pipeline_class in group and other in group
 
-_FLUX_PIPELINES = tuple(
-    f"Flux{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "Kontext", "Fill", "ControlNet", "Control")
-)
 
 FAMILIES: dict[str, Family] = {
     row.name: row
@@ -42,31 +79,94 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="flux",
             transformer_class="FluxTransformer2DModel",
-            pipeline_classes=_FLUX_PIPELINES,
+            pipeline_classes=("FluxPipeline",),
+            related_pipelines=(
+                "FluxImg2ImgPipeline",
+                "FluxInpaintPipeline",
+                "FluxControlNetPipeline",
+                "FluxControlNetImg2ImgPipeline",
+                "FluxControlNetInpaintPipeline",
+            ),
+            other_pipelines=("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline"),
             block_lists=(
                 BlockList(attribute="transformer_blocks", hidden_index=1, encoder_index=0),
                 BlockList(attribute="single_transformer_blocks", hidden_index=1, encoder_index=0),
             ),
             embedders=("x_embedder", "context_embedder"),
+            timestep_factor=1e-3,
+            grid=by_ids,
+            models=(
+                PublishedModel(
+                    name="flux-dev",
+                    num_inference_steps=50,
+                    height=1024,
+                    width=1024,
+                    guidance_scale=3.5,
+                    max_sequence_length=512,
+                ),
+                PublishedModel(
+                    name="flux-schnell", num_inference_steps=4, height=1024, width=1024, max_sequence_length=256
+                ),
+            ),
         ),
         Family(
             name="qwen-image",
             transformer_class="QwenImageTransformer2DModel",
-            pipeline_classes=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
+            pipeline_classes=("QwenImagePipeline",),
+            related_pipelines=(
+                "QwenImageImg2ImgPipeline",
+                "QwenImageInpaintPipeline",
+                "QwenImageControlNetPipeline",
+            ),
+            other_pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
             block_lists=(BlockList(attribute="transformer_blocks", hidden_index=1, encoder_index=0),),
             embedders=("img_in", "txt_in"),
             branches=("cond", "uncond"),
             guidance_argument="true_cfg_scale",
+            timestep_factor=1e-3,
+            grid=by_shapes,
+            models=(
+                PublishedModel(
+                    name="qwen-image",
+                    num_inference_steps=50,
+                    height=1328,
+                    width=1328,
+                    true_cfg_scale=4.0,
+                    max_sequence_length=512,
+                ),
+                PublishedModel(
+                    name="qwen-image-lightning",
+                    num_inference_steps=8,
+                    height=1328,
+                    width=1328,
+                    true_cfg_scale=1.0,
+                    max_sequence_length=512,
+                ),
+            ),
         ),
         Family(
             name="hunyuan-video",
             transformer_class="HunyuanVideoTransformer3DModel",
             pipeline_classes=("HunyuanVideoPipeline",),
+            other_pipelines=("HunyuanSkyreelsImageToVideoPipeline",),
             block_lists=(
                 BlockList(attribute="transformer_blocks", hidden_index=0, encoder_index=1),
                 BlockList(attribute="single_transformer_blocks", hidden_index=0, encoder_index=1),
             ),
             embedders=("x_embedder", "context_embedder"),
+            guidance_factor=1000.0,
+            grid=by_latents,
+            models=(
+                PublishedModel(
+                    name="hunyuan-video",
+                    num_inference_steps=50,
+                    height=480,
+                    width=640,
+                    num_frames=65,
+                    guidance_scale=6.0,
+                    max_sequence_length=256,
+                ),
+            ),
         ),
     )
 }
@@ -89,6 +189,14 @@ def family_of(transformer: torch.nn.Module) -> Family:
     raise ValueError(
         f"{name} is not in the table of model families: {known}. Add a row with lesa.families.register_family"
     )
+
+
+def published_model(name: str) -> PublishedModel:
+    """A published model of any family by name; `ValueError` with the list when there is none."""
+    known = {model.name: model for row in FAMILIES.values() for model in row.models}
+    if name not in known:
+        raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+    return known[name]
 
 
 def blocks(transformer: torch.nn.Module, family: Family) -> list[tuple[str, Any, BlockList]]:

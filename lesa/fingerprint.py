@@ -21,6 +21,7 @@ _NUM_SLICES = 4
 _SLICE = 64  # elements
 _ADAPTER_PARTS = ("lora_", "hada_", "lokr_", "oft_", "magnitude_vector", "modules_to_save")  # PEFT's names
 _WRAPPERS = ("_orig_mod", "base_layer", "_fsdp_wrapped_module")  # path elements that wrap a module
+_INTEGER_MODULES = "torch.ao.nn.quantized"  # their weights are packed, so they are no parameters
 _NOT_ARCHITECTURE = ("quantization_config",)  # how weights are stored, not what they are
 
 
@@ -60,6 +61,8 @@ def is_quantized(transformer: torch.nn.Module) -> bool:
     """Whether the weights are stored in fewer bits than a floating type of 16."""
     transformer = unwrap_module(transformer)
     if getattr(transformer, "hf_quantizer", None) is not None or getattr(transformer, "is_quantized", False):
+        return True
+    if any(type(module).__module__.startswith(_INTEGER_MODULES) for module in transformer.modules()):
         return True
     return any(
         not value.dtype.is_floating_point or value.dtype.itemsize < 2 or _is_tensor_subclass(value)

@@ -24,7 +24,7 @@ from lesa.clock import Clock, SchedulerClock, Tick, TimestepClock
 from lesa.families import BlockList, blocks, family_of
 from lesa.forecast import Rule
 from lesa.history import History
-from lesa.hook_registry import add_hook, find_hook, forget_children, is_alive, remove_hook
+from lesa.hook_registry import add_hook, find_hook, forget_children, is_above_offload, is_alive, remove_hook
 from lesa.run_check import FirstCall, MismatchError, run_problems
 from lesa.run_statistics import RunStatistics
 from lesa.schedule import Schedule
@@ -35,6 +35,7 @@ _ROTARY_HOOK = "lesa_cache_rotary"
 _EMBEDDER_HOOK = "lesa_cache_embedder"
 _ROTARY = ("pos_embed", "rope")  # diffusers' names for what makes rotary embeddings
 _AGAIN = "disable LESA and enable it again, after whatever changed the hooks"
+_MAX_PLACEHOLDERS = 8  # shapes of a run's guidance branches, with room to spare
 _NORM_JUMP = 10.0  # a prediction this many times larger than the feature it starts from is no prediction
 
 
@@ -52,6 +53,7 @@ class LesaCacheConfig:
     sigmas: Sequence[float] | None = None  # [S + 1] expected noise levels, checked at every run's first call
     check: Callable[[FirstCall], Sequence[str]] | None = None  # further problems of a run's first call
     num_branches: int | None = None  # transformer calls a step; None takes what comes
+    late_start: bool = False  # let a run begin where the scheduler's `begin_index` says, as from another picture
     measure: bool = True  # at full steps, record what the rule would have been off by
     guard: bool = True  # run in full where the prediction is not finite or jumps in size
     notes: Mapping[str, str] = field(default_factory=dict)  # facts for the summary
@@ -116,7 +118,10 @@ class LesaRootHook(ModelHook):
             else TimestepClock(config.timesteps, config.num_branches)
         )
         self._full_steps = frozenset(config.schedule.full_steps)
+        self._first_step = 0  # of the run
+        self._num_tokens: int | None = None  # leading image tokens that are predicted; None: all
         self._stages: Sequence[int] | None = getattr(config.rule, "stages", None)
+        self._compiled: list[tuple[dict[str, Any], Any]] = []  # blocks' attributes and what was taken from them
         self._started = 0.0  # host clock at the run's first call
         self._event: torch.cuda.Event | None = None  # device clock at this call's start
         call.root = self
@@ -137,6 +142,7 @@ class LesaRootHook(ModelHook):
             raise
         finally:
             self._call.clear()
+            self._end_skipping()
         return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -159,13 +165,33 @@ class LesaRootHook(ModelHook):
             self._start_run(module, tick, args, kwargs)
             self._started = entered
         state = self._branch(tick.branch)
-        planned = "full" if tick.step in self._full_steps else "predicted"
+        is_full = tick.step in self._full_steps or not self._has_its_history(tick.step)
+        planned = "full" if is_full else "predicted"
         if planned == "predicted":
             self._predict(tick, state)
         kind = "predicted" if self._call.skip else "full"
+        if self._call.skip:
+            self._take_compiled(module)
         stage = None if self._stages is None else int(self._stages[tick.step])
         self.statistics.record(tick.step, planned, kind, stage)
         return tick, state, entered
+
+    def _take_compiled(self, module: torch.nn.Module) -> None:
+        """Keep skipped calls out of compiled modules: each kind would be compiled once more to do nothing.
+
+        `torch.compile` counts such variants of all hooked modules together and gives up at eight.
+        """
+        for _, hooked, _ in _hooked_modules(module):
+            held = hooked.__dict__
+            if held.get("_compiled_call_impl") is not None:
+                self._compiled.append((held, held["_compiled_call_impl"]))
+                held["_compiled_call_impl"] = None
+
+    @torch.compiler.disable
+    def _end_skipping(self) -> None:
+        for held, compiled in self._compiled:
+            held["_compiled_call_impl"] = compiled
+        self._compiled = []
 
     def _branch(self, name: str) -> LesaBranchState:
         context = self.state_manager._context
@@ -186,17 +212,40 @@ class LesaRootHook(ModelHook):
         problems = run_problems(
             call,
             first_step=tick.step,
+            late_start=config.late_start,
             num_steps=clock.num_steps,
             expected_steps=config.schedule.num_steps,
             expected_sigmas=config.sigmas,
         )
-        problems += _silenced(module)
+        problems += _hook_problems(module)
         if config.check is not None:
             problems += config.check(call)
         if problems:
             raise MismatchError(
                 "this run does not fit the cache that is enabled on the transformer", problems
             )
+        self._first_step = tick.step
+        if tick.step:
+            self.statistics.notes = {
+                **self.statistics.notes,
+                "begins at": f"step {tick.step}; full until the predictor has the history it was made for",
+            }
+        grid = family_of(module).grid
+        if getattr(module, "_parallel_config", None) is not None:
+            grid = None  # tokens are spread over devices: which of them are the picture's is not known here
+        place = None if grid is None else grid(_arguments(module, args, kwargs))
+        self._num_tokens = None if place is None else place.num_tokens
+
+    def _has_its_history(self, step: int) -> bool:
+        """Whether the run has had every step that a prediction at `step` looks back on by the schedule.
+
+        Not so soon after the start of a run that begins in the middle: it runs in full until it has.
+        """
+        if self._first_step == 0:
+            return True
+        size, rule = max(self.config.rule.history_size, 1), self.config.rule
+        oldest = step - size if rule.keeps_predictions else min(self.config.schedule.anchors(step, size))
+        return oldest >= self._first_step
 
     def _blank(self) -> RunStatistics:
         config = self.config
@@ -239,10 +288,12 @@ class LesaRootHook(ModelHook):
             feature = self._call.feature
             if feature is None:
                 raise RuntimeError(f"the hook of the last block was not called: {_AGAIN}")
-            if self.config.measure and len(history.features) >= self._history_needed(tick.step):
+            feature = feature[:, : self._num_tokens]  # what the pipeline keeps of an editing model's tokens
+            enough = len(history.features) >= self._history_needed(tick.step)
+            if self.config.measure and enough and self._has_its_history(tick.step):
                 record._errors.append(_relative_l1(rule(history, tick.step), feature))
-            if record.planned == "full" or rule.keeps_predictions:
-                # What the guard ran in full stays out: a bound rule counts on the schedule's own anchors.
+            if tick.step in self._full_steps or rule.keeps_predictions:
+                # Other full steps stay out: a bound rule counts on the schedule's own anchors.
                 history.push(tick.step, _alone(feature))
                 state.norm = None
         states = self.state_manager._state_cache.values()
@@ -316,24 +367,32 @@ class LesaRotaryHook(ModelHook):
 
 
 class LesaEmbedderHook(ModelHook):
-    """Gives a placeholder of the right shape for tokens that only skipped blocks would read: one element, expanded."""
+    """Gives a placeholder of the right shape for tokens that only skipped blocks would read: one element, expanded.
+
+    The shape is that of the newest full call with an input of the same shape: guidance branches differ in theirs.
+    """
 
     _is_stateful = True
 
     def __init__(self, call: LesaCallState) -> None:
         super().__init__()
         self._call = call
-        self._placeholder: torch.Tensor | None = None
+        self._placeholders: dict[torch.Size, torch.Tensor] = {}
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._call.skip and self._placeholder is not None:
-            return self._placeholder
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        shape = given.shape if isinstance(given, torch.Tensor) else None
+        if self._call.skip and shape in self._placeholders:
+            return self._placeholders[shape]
         output = self.fn_ref.original_forward(*args, **kwargs)
-        self._placeholder = output.new_zeros(1).expand(output.shape) if isinstance(output, torch.Tensor) else None
+        if shape is not None and isinstance(output, torch.Tensor):
+            if len(self._placeholders) >= _MAX_PLACEHOLDERS:
+                self._placeholders.clear()
+            self._placeholders[shape] = output.new_zeros(1).expand(output.shape)
         return output
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._placeholder = None
+        self._placeholders = {}
         return module
 
 
@@ -373,7 +432,7 @@ def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> N
             module = getattr(transformer, name, None)
             if isinstance(module, torch.nn.Module):
                 add_hook(unwrap_module(module), kind(call), hook_name)
-    add_hook(transformer, root, _ROOT_HOOK)
+    add_hook(transformer, root, _ROOT_HOOK, beneath_offload=True)
     forget_children(transformer)
 
 
@@ -402,21 +461,40 @@ def is_lesa_cache_enabled(transformer: torch.nn.Module) -> bool:
     return find_hook(unwrap_module(transformer), _ROOT_HOOK) is not None
 
 
-def _silenced(transformer: torch.nn.Module) -> list[str]:
-    """Blocks whose hook was silenced by somebody's removal of an inner one."""
-    names = [
-        name
-        for name, block, _ in blocks(transformer, family_of(transformer))
-        if not is_alive(find_hook(unwrap_module(block), _BLOCK_HOOK))
-    ]
-    return [f"the hooks of {', '.join(names)} were silenced by another tool: {_AGAIN}"] if names else []
+def _hook_problems(transformer: torch.nn.Module) -> list[str]:
+    """Modules whose hook was silenced by somebody's removal of an inner one, or offloaded above it."""
+    silenced, late = [], []
+    for name, module, hook_name in _hooked_modules(transformer):
+        if not is_alive(find_hook(module, hook_name)):
+            silenced.append(name)
+        elif not is_above_offload(module, hook_name):
+            late.append(name)
+    problems = []
+    if silenced:
+        problems.append(f"the hooks of {', '.join(silenced)} were silenced by another tool: {_AGAIN}")
+    if late:
+        problems.append(
+            f"offloading was set up after LESA on {', '.join(late)}, so predicted steps would move weights: {_AGAIN}"
+        )
+    return problems
+
+
+def _hooked_modules(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    """Name, module and hook of everything that predicted steps skip and that has weights."""
+    family = family_of(transformer)
+    hooked = [(name, block, _BLOCK_HOOK) for name, block, _ in blocks(transformer, family)]
+    hooked += [(name, getattr(transformer, name), _EMBEDDER_HOOK) for name in family.embedders]
+    return [(name, unwrap_module(module), hook_name) for name, module, hook_name in hooked]
+
+
+def _arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a call's arguments by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def _argument(module: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    if name in kwargs:
-        return kwargs[name]
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return args[names.index(name)] if name in names[: len(args)] else None
+    return kwargs[name] if name in kwargs else _arguments(module, args, kwargs).get(name)
 
 
 def _device_event(tensor: Any) -> torch.cuda.Event | None:

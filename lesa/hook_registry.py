@@ -1,14 +1,58 @@
-"""diffusers' hook registries, with the traps around removal: who is silenced when somebody's hook goes."""
+"""diffusers' hook registries, with the traps around removal: who is silenced when somebody's hook goes.
+
+accelerate's offloading wraps a forward too, and keeps what it wrapped as `_old_forward`. Pipelines take that wrapper
+off and put it on again after every run, so a hook above it would be gone after the first.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+_OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading")  # diffusers' names of hooks that move weights
 
-def add_hook(module: torch.nn.Module, hook: ModelHook, name: str) -> None:
-    """Register `hook` as the outermost one of `module`."""
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+
+def add_hook(module: torch.nn.Module, hook: ModelHook, name: str, *, beneath_offload: bool = False) -> None:
+    """Register `hook` as the outermost one of `module`.
+
+    Args:
+        beneath_offload: where accelerate offloads the module, stay beneath its wrapper: for a hook that is to
+            outlive the wrapper and never skips the module itself.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    if beneath_offload and "_old_forward" in module.__dict__:
+        hook.above = None
+        with _without_offload_wrapper(module):
+            registry.register_hook(hook, name)
+    else:
+        hook.above = module.__dict__.get("_old_forward")  # names the wrapper that this hook is above
+        registry.register_hook(hook, name)
+
+
+@contextmanager
+def _without_offload_wrapper(module: torch.nn.Module) -> Iterator[None]:
+    """accelerate's wrapper lifted off the forward, and put back over whatever the forward is then."""
+    wrapper, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, wrapper
+
+
+def is_above_offload(module: torch.nn.Module, name: str) -> bool:
+    """Whether the hook of that name comes before every offloading hook: what it skips then moves no weights."""
+    order = module._diffusers_hook._hook_order
+    outside = order[order.index(name) + 1 :]
+    return not any(other in outside for other in _OFFLOADING) and not _is_wrapped(module, name)
+
+
+def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
+    """Whether accelerate's wrapper is above the hook of that name."""
+    kept = module.__dict__.get("_old_forward")
+    return kept is not None and kept is not module._diffusers_hook.get_hook(name).above
 
 
 def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
@@ -36,7 +80,11 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
     index = registry._hook_order.index(name)
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     kept = None if outer is None or outer.original_forward is None else outer.forward
-    registry.remove_hook(name, recurse=False)
+    if _is_wrapped(module, name):
+        with _without_offload_wrapper(module):
+            registry.remove_hook(name, recurse=False)
+    else:
+        registry.remove_hook(name, recurse=False)
     if outer is not None and kept is not None:
         # What was handed over belongs where an outer hook that replaces the forward looks for the original.
         outer.original_forward, outer.forward = outer.forward, kept

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lesa.families import FAMILIES
+from lesa.families import FAMILIES, Family
 from lesa.params import CallParams, Workload
 
 # Parts of a pipeline may come from these libraries and from nowhere else: anything else names code to be run.
@@ -51,7 +51,7 @@ def load_pipeline(workload: Workload, device: torch.device | str | None = None) 
 
     family = FAMILIES[workload.model.family]
     folder = pipeline_folder(workload)
-    class_name = _check_index(folder, family.pipeline_classes, family.transformer_class)
+    class_name = _check_index(folder, family)
     pipe = getattr(diffusers, class_name).from_pretrained(
         folder, dtype=_DTYPES[workload.model.dtype], use_safetensors=True, local_files_only=True
     )
@@ -75,7 +75,7 @@ def pipeline_folder(workload: Workload) -> Path:
     return Path(folder)
 
 
-def _check_index(folder: Path, pipeline_classes: Sequence[str], transformer_class: str) -> str:
+def _check_index(folder: Path, family: Family) -> str:
     """The pipeline's class name, once model_index.json is known to name only library classes."""
     path = folder / "model_index.json"
     try:
@@ -90,15 +90,18 @@ def _check_index(folder: Path, pipeline_classes: Sequence[str], transformer_clas
         raise PipelineError(f"{path}: must be an object")
     problems = []
     class_name = index.get("_class_name")
-    if class_name not in pipeline_classes:
-        problems.append(f"_class_name: got {class_name!r}, the family has {', '.join(pipeline_classes)}")
+    if class_name not in family.pipeline_classes:
+        known = class_name in family.related_pipelines + family.other_pipelines
+        why = "; it is called with pictures, a workload has prompts alone" if known else ""
+        classes = ", ".join(family.pipeline_classes)
+        problems.append(f"_class_name: got {class_name!r}, the family has {classes}{why}")
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue  # settings of the pipeline; from_pretrained refuses those it does not know
         if len(entry) != 2 or not (entry[0] is None or entry[0] in _LIBRARIES):
             problems.append(f"{name}: {entry!r} is not of {' or '.join(_LIBRARIES)}; other code is never run")
-        elif name == "transformer" and entry[1] != transformer_class:
-            problems.append(f"transformer: got {entry[1]!r}, the family has {transformer_class!r}")
+        elif name == "transformer" and entry[1] != family.transformer_class:
+            problems.append(f"transformer: got {entry[1]!r}, the family has {family.transformer_class!r}")
     if problems:
         raise PipelineError(f"{path}: " + "; ".join(problems))
     assert isinstance(class_name, str)

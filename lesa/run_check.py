@@ -33,12 +33,18 @@ def run_problems(
     call: FirstCall,
     *,
     first_step: int,
+    late_start: bool,  # whether a run may begin after step 0, where the scheduler says so
     num_steps: int,  # of the run
     expected_steps: int,
     expected_sigmas: Sequence[float] | None,
 ) -> list[str]:
     """What every cache needs of a run, whatever predicts."""
-    problems = [] if first_step == 0 else [f"first step: got {first_step}, expected 0"]
+    problems = []
+    if first_step and not (late_start and first_step == getattr(call.scheduler, "begin_index", None)):
+        problems.append(
+            f"first step: got {first_step}, expected 0 (a run from the middle of the schedule, as from another "
+            "picture, needs LESA to be enabled on the pipeline that does so)"
+        )
     if getattr(call.transformer, "is_cache_enabled", False):
         problems.append("another cache is enabled on the transformer: call transformer.disable_cache()")
     if num_steps != expected_steps:

@@ -1,7 +1,8 @@
 """Reads the feature this project predicts, and what else a run of the transformer leaves for training.
 
-The tap is the image-token output of the last block, before any ControlNet residual. Plain torch hooks, so it
-also reads what a cache hook puts in a block's place. Shapes: B batch, L tokens, C channels, D width of temb.
+The tap is the image-token output of the last block, before any ControlNet residual; of an editing model's tokens,
+those of the picture being made. Plain torch hooks, so it also reads what a cache hook puts in a block's place.
+Shapes: B batch, L tokens, C channels, D width of temb.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from lesa.families import BlockList, blocks, family_of
+from lesa.families import BlockList, Family, blocks, family_of
 
 # Change with every step, so they are no conditioning: the recorder keeps what they come from.
 _PER_STEP = ("hidden_states", "timestep")
@@ -48,9 +49,11 @@ class FeatureTap:
         self._parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._handles: list[RemovableHandle] = []
         self._row: BlockList | None = None
+        self._family: Family = family_of(transformer)
+        self._num_tokens: int | None = None  # leading tokens of the picture being made; None: all
 
     def __enter__(self) -> FeatureTap:
-        _, tail, self._row = blocks(self._transformer, family_of(self._transformer))[-1]
+        _, tail, self._row = blocks(self._transformer, self._family)[-1]
         self._handles = [
             self._transformer.register_forward_pre_hook(self._on_call, with_kwargs=True),
             tail.register_forward_hook(self._on_feature),
@@ -77,6 +80,8 @@ class FeatureTap:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         latents, timestep = given["hidden_states"], given["timestep"]
         self.timesteps.append(timestep.detach().to("cpu", torch.float32).reshape(-1))
+        place = None if self._family.grid is None else self._family.grid(given)
+        self._num_tokens = None if place is None else place.num_tokens
         if self.latents is None:
             self.latents = latents.detach().clone()
         elif len(self.timesteps) > self.num_branches + 1 or not torch.equal(latents, self.latents):
@@ -86,6 +91,7 @@ class FeatureTap:
     def _on_feature(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         assert self._row is not None
         feature = (output[self._row.hidden_index] if isinstance(output, tuple) else output).detach()
+        feature = feature[:, : self._num_tokens]
         if not self.features and self._token_index is not None:
             self.tokens = self._token_index(feature.shape[1])
         if self.tokens is not None:

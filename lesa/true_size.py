@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesa.families import published_model
 from lesa.flops import ModelFlops, count_transformer, predictor_bytes, predictor_flops
 from lesa.predictor import PredictorSpec, Variant
 from lesa.schedule import Schedule
@@ -22,20 +23,32 @@ from lesa.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """One published model at one size of picture."""
+    """One published model at the size of picture that its makers recommend."""
 
-    name: str
+    name: str  # of lesa.families.published_model
     transformer_class: str
     config: dict[str, Any]  # what differs from the class's defaults
     inputs: Callable[[], dict[str, Any]]  # keyword arguments of one call, on the meta device
-    num_inference_steps: int
-    size: str
     text_tokens: int
-    branches: int = 1  # transformer calls a step
     scheduler: dict[str, Any] = field(default_factory=dict)  # configuration of the flow-matching scheduler
     mu: float | None = None  # the shift at this size, where it is dynamic
     interval: int = 7  # LESA's default: 10 full steps of 50, half of a distilled model's few
     warmup_steps: int = 3
+
+    @property
+    def num_inference_steps(self) -> int:
+        return published_model(self.name).num_inference_steps
+
+    @property
+    def branches(self) -> int:
+        """Transformer calls a step."""
+        return published_model(self.name).branches
+
+    @property
+    def size(self) -> str:
+        model = published_model(self.name)
+        frames = "" if model.num_frames is None else f", {model.num_frames} frames"
+        return f"{model.height}x{model.width}{frames}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,8 +273,6 @@ PRESETS: dict[str, Preset] = {
             transformer_class="FluxTransformer2DModel",
             config=_flux_config(guidance=True),
             inputs=_flux_inputs(4096, 512, guidance=True),
-            num_inference_steps=50,
-            size="1024x1024",
             text_tokens=512,
             scheduler={"use_dynamic_shifting": True, "shift": 3.0},
             mu=1.15,
@@ -271,8 +282,6 @@ PRESETS: dict[str, Preset] = {
             transformer_class="FluxTransformer2DModel",
             config=_flux_config(guidance=False),
             inputs=_flux_inputs(4096, 256, guidance=False),
-            num_inference_steps=4,
-            size="1024x1024",
             text_tokens=256,
             scheduler={"shift": 1.0},
             interval=3,
@@ -283,10 +292,7 @@ PRESETS: dict[str, Preset] = {
             transformer_class="QwenImageTransformer2DModel",
             config=_QWEN_CONFIG,
             inputs=_qwen_inputs(83, 128),
-            num_inference_steps=50,
-            size="1328x1328",
             text_tokens=128,
-            branches=2,
             scheduler={"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02},
             mu=0.8343,
         ),
@@ -295,8 +301,6 @@ PRESETS: dict[str, Preset] = {
             transformer_class="QwenImageTransformer2DModel",
             config=_QWEN_CONFIG,
             inputs=_qwen_inputs(83, 128),
-            num_inference_steps=8,
-            size="1328x1328",
             text_tokens=128,
             scheduler={"use_dynamic_shifting": True},
             mu=1.0986,  # ln 3 at every size
@@ -308,8 +312,6 @@ PRESETS: dict[str, Preset] = {
             transformer_class="HunyuanVideoTransformer3DModel",
             config=_HUNYUAN_CONFIG,
             inputs=_hunyuan_inputs,
-            num_inference_steps=50,
-            size="480x640, 65 frames",
             text_tokens=256,
             scheduler={"shift": 7.0},
         ),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lesa.bundle import Bundle, write_bundle
-from lesa.families import TAP
+from lesa.families import TAP, family_of
 from lesa.fingerprint import fingerprint
 from lesa.gate import gate_shapes, linear_alpha, offsets
 from lesa.params import CallParams
@@ -61,13 +62,16 @@ def run_sigmas(pipe: Any, call: CallParams = CALL) -> torch.Tensor:
     return pipe.scheduler.sigmas.clone()
 
 
-def manifest_for(pipe: Any, sigmas: torch.Tensor) -> dict[str, Any]:
+def manifest_for(
+    pipe: Any, sigmas: torch.Tensor, call: CallParams = CALL, branches: Sequence[str] = ("denoise",)
+) -> dict[str, Any]:
     """What `write_bundle` wants to know of a pipeline."""
+    num_steps = len(sigmas) - 1
     return {
         "workload": "tiny",
         "created_from": {"git": "0" * 40},
         "model": {
-            "family": "flux",
+            "family": family_of(pipe.transformer).name,
             "pipeline_class": type(pipe).__name__,
             "transformer_class": type(pipe.transformer).__name__,
             "fingerprint": fingerprint(pipe.transformer),
@@ -80,15 +84,15 @@ def manifest_for(pipe: Any, sigmas: torch.Tensor) -> dict[str, Any]:
             "config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
         },
         "tap": TAP,
-        "branches": ["denoise"],
-        "call": dataclasses.asdict(CALL),
-        "num_inference_steps": NUM_STEPS,
+        "branches": list(branches),
+        "call": dataclasses.asdict(call),
+        "num_inference_steps": num_steps,
         "sigmas": sigmas.tolist(),
         "budgets": {
             name: {
-                "full_steps": list(Schedule.uniform(NUM_STEPS, interval).full_steps),
+                "full_steps": list(Schedule.uniform(num_steps, interval).full_steps),
                 "interval": interval,
-                "quality": {"psnr_mean": 24.0 + Schedule.uniform(NUM_STEPS, interval).num_full, "psnr_p5": 25.0},
+                "quality": {"psnr_mean": 24.0 + Schedule.uniform(num_steps, interval).num_full, "psnr_p5": 25.0},
             }
             for name, interval in BUDGETS.items()
         },
@@ -100,10 +104,16 @@ def manifest_for(pipe: Any, sigmas: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def make_bundle(pipe: Any, folder: Path) -> Bundle:
+def make_bundle(
+    pipe: Any,
+    folder: Path,
+    call: CallParams = CALL,
+    *,
+    sigmas: torch.Tensor | None = None,  # [S + 1] noise levels of a run; None: of a run from a prompt alone
+    branches: Sequence[str] = ("denoise",),
+) -> Bundle:
     """A bundle in `folder` that fits `pipe`."""
-    sigmas = run_sigmas(pipe)
-    predictor = extrapolating(
-        pipe.transformer.inner_dim, sigmas, Schedule.uniform(NUM_STEPS, BUDGETS["1.67x"])
-    )
-    return write_bundle(folder, manifest_for(pipe, sigmas), predictor)
+    levels = run_sigmas(pipe, call) if sigmas is None else sigmas
+    schedule = Schedule.uniform(len(levels) - 1, BUDGETS["1.67x"])
+    predictor = extrapolating(pipe.transformer.norm_out.linear.in_features, levels, schedule)
+    return write_bundle(folder, manifest_for(pipe, levels, call, branches), predictor)

@@ -40,6 +40,7 @@ def tiny_flux(
     width: int = 32,
     num_layers: int = 2,
     num_single_layers: int = 2,
+    in_channels: int = 16,  # 2 x 2 latents of 4 channels packed into a token, and what is given beside them
     guidance_embeds: bool = True,
     dynamic_shifting: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -47,7 +48,7 @@ def tiny_flux(
     """A FluxPipeline loaded from `folder` (written first; None: a temporary one), progress bar off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip, clip_tokenizer = _clip()
+        clip, clip_tokenizer = tiny_clip()
         t5, t5_tokenizer = _t5()
         pipe = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
@@ -57,7 +58,8 @@ def tiny_flux(
             text_encoder_2=t5,
             tokenizer_2=t5_tokenizer,
             transformer=FluxTransformer2DModel(
-                in_channels=16,  # 2 x 2 latents of 4 channels packed into a token
+                in_channels=in_channels,
+                out_channels=None if in_channels == 16 else 16,
                 num_layers=num_layers,
                 num_single_layers=num_single_layers,
                 attention_head_dim=16,
@@ -68,7 +70,7 @@ def tiny_flux(
                 axes_dims_rope=(4, 6, 6),
             ),
         )
-    loaded = _save_and_load(pipe, folder, dtype)
+    loaded = save_and_load(pipe, folder, dtype)
     assert isinstance(loaded, FluxPipeline)
     return loaded
 
@@ -111,23 +113,24 @@ def write_prompts(root: Path, splits: dict[str, list[str]]) -> None:
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype) -> Any:
+def save_and_load(pipe: Any, folder: str | Path | None, dtype: torch.dtype, **parts: Any) -> Any:
     """The round trip every real model takes: no test sees a pipeline that could not have been saved."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(folder) if folder is not None else Path(scratch) / "pipeline"
         pipe.save_pretrained(target, safe_serialization=True)
-        loaded = type(pipe).from_pretrained(target, dtype=dtype, local_files_only=True)
+        loaded = type(pipe).from_pretrained(target, dtype=dtype, local_files_only=True, **parts)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
-def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
-    merges = _merges(WORDS)
+def tiny_clip(length: int = TEXT_LENGTH) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A text encoder that reads `length` tokens, and its tokenizer; called under a seed."""
+    merges = byte_pair_merges([[*word[:-1], word[-1] + "</w>"] for word in WORDS])
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [","]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -135,7 +138,7 @@ def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -143,12 +146,13 @@ def _clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make every word one token: the commonest pair first, ties in order of spelling.
+def byte_pair_merges(words: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word, given as its symbols, one token: the commonest pair first, ties in order
+    of spelling.
 
     Not by the library's trainer, which breaks ties by hash and so differs from one process to the next.
     """
-    spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    spellings = [list(word) for word in words]
     merges = []
     while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
         first, second = max(sorted(pairs), key=lambda pair: pairs[pair])

@@ -46,7 +46,8 @@ NOT_RUN = {
     | {"projection", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
-    | {"closed_loop", "clock", "dmd", "families", "forecast", "history", "hook", "hook_registry", "pipelines"},
+    | {"closed_loop", "clock", "dmd", "families", "forecast", "history", "hook", "hook_registry", "pipelines"}
+    | {"tokens"},
     "train_stage2": READING | {"dmd", "forecast"},  # training-free rules
     "evaluate": READING  # training, and the bundles that `lesa compare` reads
     | {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lesa.families import FAMILIES, BlockList, Family, blocks, family_of, register_family
+from lesa.families import FAMILIES, BlockList, Family, blocks, family_of, published_model, register_family
 from tests.tiny import tiny_flux
 
 
@@ -41,8 +41,37 @@ def test_blocks_come_in_execution_order_and_the_last_is_the_tail(tmp_path: Path)
 def test_every_row_names_classes_diffusers_has() -> None:
     for row in FAMILIES.values():
         assert issubclass(getattr(diffusers, row.transformer_class), nn.Module)
-        for name in row.pipeline_classes:
+        for name in row.pipeline_classes + row.related_pipelines + row.other_pipelines:
             assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
+
+
+def test_published_models_have_the_steps_and_branches_of_the_paper() -> None:
+    models = [model for row in FAMILIES.values() for model in row.models]
+    assert {model.name: (model.num_inference_steps, model.branches) for model in models} == {
+        "flux-dev": (50, 1),
+        "flux-schnell": (4, 1),
+        "qwen-image": (50, 2),
+        "qwen-image-lightning": (8, 1),
+        "hunyuan-video": (50, 1),
+    }
+    assert published_model("hunyuan-video").num_frames == 65
+    with pytest.raises(ValueError, match="'flux-pro' is not one of flux-dev, flux-schnell"):
+        published_model("flux-pro")
+
+
+def test_pipelines_are_related_by_the_weights_and_tokens_they_share() -> None:
+    flux = FAMILIES["flux"]
+    assert flux.are_related("FluxImg2ImgPipeline", "FluxPipeline")
+    assert not flux.are_related("FluxKontextPipeline", "FluxPipeline")
+    assert not flux.are_related("QwenImagePipeline", "FluxPipeline")
+
+
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "WanTransformer3DModel"])
+def test_families_that_fit_no_row_are_refused_with_the_table(name: str) -> None:
+    with torch.device("meta"):
+        transformer = getattr(diffusers, name)(num_layers=1)
+    with pytest.raises(ValueError, match=rf"{name} is not in the table.*hunyuan-video"):
+        family_of(transformer)
 
 
 def test_an_unknown_transformer_is_refused_with_the_table() -> None:

@@ -233,8 +233,8 @@ def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> No
         nonlocal calls
         calls += 1
         return (
-            (output[0], torch.full_like(output[1], float("nan"))) if calls == 7 else output
-        )  # the first call measures the size
+            (output[0], torch.full_like(output[1], float("nan"))) if calls == 8 else output
+        )  # the first two calls measure the size
 
     pipe.transformer.single_transformer_blocks[-1].register_forward_hook(poison)
     store = TrajectoryStore.create(workload.paths.trajectories)
