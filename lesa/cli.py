@@ -244,8 +244,9 @@ def _schedule(arguments: argparse.Namespace) -> int:
 
 
 def _flops(arguments: argparse.Namespace) -> int:
+    from lesa.presets import PRESETS
     from lesa.schedule import Schedule
-    from lesa.true_size import PRESETS, family_flops
+    from lesa.true_size import family_flops
 
     spec, of_bundle = None, None
     if arguments.bundle is not None:
