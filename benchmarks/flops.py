@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "# Operations at true size\n\n"
         "TFLOPs (a multiply-add is two), counted on the meta device by `python -m benchmarks.flops`; no weights, "
         "no GPU, nothing timed. The predictor is the default workload's form at the model's width; its operations are "
-        "part of what an accelerated run costs. Kept: features, what is derived from them, the weights of one budget.\n\n"
+        "part of what an accelerated run costs. Kept: features, what is derived from them, one budget's weights.\n\n"
         f"{table(rows)}\n"
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
