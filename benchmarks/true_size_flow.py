@@ -5,7 +5,7 @@ python -m benchmarks.true_size_flow --scale small --device cpu       # the same 
 
 The stages' own code runs in a folder of its own: a Ray actor (with the GPU, where there is one) records four
 trajectories into a Zarr store, `train_stage1` and `train_stage2` train on them, a bundle is written and enabled, and
-the pipeline is called plain and accelerated. Weights are random and training is a few iterations, so this shows that the
+the pipeline is called plain and accelerated. Weights are random and training is a few iterations: this shows that the
 path holds at this size and what it takes in time, disk and memory; it says nothing of quality. The text encoders are
 shallow (as wide as the transformer wants them). Results: benchmarks/results/true_size_flow.json.
 """
