@@ -49,9 +49,13 @@ def model_facts(workload: Workload) -> ModelFacts:
         numbers = {name: count for name, count in numbers.items() if count}
         pixels, frames = _autoencoder(folder)
     elif preset is not None:
-        transformer = meta_transformer(preset)
+        transformer = meta_transformer(preset.name)
         numbers = {"transformer": sum(p.numel() for p in transformer.parameters()), **preset.parts}
         pixels, frames = PIXELS_PER_TOKEN, _FRAMES_PER_LATENT
+    elif workload.base is not None:
+        raise ValueError(
+            f"model.source: {folder} is not here; make it first: python -m flows.base --workload {workload.name}"
+        )
     else:
         known = ", ".join(p.source for p in PRESETS.values() if p.source)
         raise ValueError(

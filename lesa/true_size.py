@@ -91,7 +91,7 @@ def family_flops(
     preset = PRESETS[name]
     if schedule is None:
         schedule = Schedule.uniform(preset.num_inference_steps, preset.interval, preset.warmup_steps)
-    model = _preset_flops(name)
+    model = call_flops(meta_transformer(name), preset.grid, preset.text_tokens)
     if spec is None:
         spec = default_spec(model.channels, schedule.num_steps)
     elif spec.channels != model.channels:
@@ -145,19 +145,16 @@ def default_spec(channels: int, num_steps: int) -> PredictorSpec:
 
 
 @functools.cache
-def _preset_flops(name: str) -> ModelFlops:
-    preset = PRESETS[name]
-    return call_flops(meta_transformer(preset), preset.grid, preset.text_tokens)
-
-
-def meta_transformer(preset: Preset) -> torch.nn.Module:
-    """The model's transformer without memory for its weights."""
+def meta_transformer(name: str) -> torch.nn.Module:
+    """The transformer of a published model without memory for its weights."""
     import diffusers
 
+    preset = PRESETS[name]
     with torch.device("meta"):
         return getattr(diffusers, preset.transformer_class)(**preset.config)
 
 
+@functools.lru_cache(maxsize=32)
 def call_flops(transformer: torch.nn.Module, grid: Grid, text_tokens: int) -> ModelFlops:
     """Operations of one call at a size of picture."""
     return count_transformer(transformer, (), call_inputs(transformer, grid, text_tokens))
