@@ -35,6 +35,7 @@ from benchmarks.facts import facts
 from benchmarks.true_size_models import preset_at
 from benchmarks.true_size_pipeline import write_flux_pipeline
 from lesa.atomic import require_space, write_json
+from lesa.needs import needs_of
 from lesa.params import Workload, load_params
 from lesa.pipelines import pick_device
 from lesa.presets import PIXELS_PER_TOKEN, Preset
@@ -137,6 +138,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
             "recorded": recorded,
             "recording": recording_rate(store),
             "store_bytes": size_of(store),
+            "store_bytes_estimated": needs_of(workload).store,
             "token_fraction": workload.record.token_fraction,
             "bundle_bytes": size_of(bundle.path),
             "run": {"full": run.num_full, "steps": len(run.steps), "kept_bytes": run.peak_bytes},

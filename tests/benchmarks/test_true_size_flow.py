@@ -26,6 +26,8 @@ def test_the_flow_runs_from_recording_to_an_enabled_bundle(tmp_path: Path, monke
     assert record["finite"] and record["plain_again_is_the_same"]
     kept = round(16 * record["token_fraction"])
     assert record["store_bytes"] > 4 * 50 * kept * 64 * 2  # features of four trajectories, bfloat16
+    # Whole blocks on disk, beside what the files hold.
+    assert record["store_bytes"] <= record["store_bytes_estimated"] < 1.5 * record["store_bytes"]
     assert {"record", "train_stage1", "train_stage2", "sample_accelerated"} <= set(record["phases"])
     assert (work / "data/trajectories/true-size.zarr").is_dir()
     with pytest.raises(SystemExit):  # nothing of an earlier run is written over
