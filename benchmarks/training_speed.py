@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.facts import facts
 from lesa.atomic import write_json
 from lesa.ends import Ends, freeze
 from lesa.params import BudgetParams, GroundTruthParams, PredictorParams, ScheduleParams, load_params
@@ -126,11 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     found = measure(options)
-    on_gpu = pick_device(options.device).type == "cuda"
     record = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "chip": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "command": " ".join(["python -m benchmarks.training_speed", *(arguments or sys.argv[1:])]),
+        **facts("benchmarks.training_speed", arguments, pick_device(options.device)),
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
         **found,
     }

@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   lesa bundle verify data/bundles/flux-digits
   lesa store verify data/trajectories/flux-digits.zarr
   lesa doctor
+  lesa doctor flux-dev
 """
 
 
@@ -149,8 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_store_verify)
 
     doctor = _command(
-        commands, "doctor", _doctor, "what is installed, which device, what is reachable", "lesa doctor"
+        commands,
+        "doctor",
+        _doctor,
+        "what is installed, which device, what is reachable; whether this machine can make a workload's predictor",
+        "lesa doctor\n  lesa doctor flux-dev        (GPU memory and hours, disk, network: needed against present)\n"
+        "  lesa doctor --workload hunyuan-video --json",
     )
+    doctor.add_argument("name", nargs="?", metavar="WORKLOAD", help="section of params.yaml; without one: facts alone")
+    doctor.add_argument("--workload", help="the same")
     doctor.add_argument("--json", action="store_true")
     return parser
 
@@ -244,8 +252,9 @@ def _schedule(arguments: argparse.Namespace) -> int:
 
 
 def _flops(arguments: argparse.Namespace) -> int:
+    from lesa.presets import PRESETS
     from lesa.schedule import Schedule
-    from lesa.true_size import PRESETS, family_flops
+    from lesa.true_size import family_flops
 
     spec, of_bundle = None, None
     if arguments.bundle is not None:
@@ -313,6 +322,19 @@ def _store_verify(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from lesa.doctor import examine, format_facts
 
+    name = arguments.workload or arguments.name
+    if arguments.workload and arguments.name not in (None, arguments.workload):
+        raise ValueError(f"give one workload, got {arguments.name!r} and {arguments.workload!r}")
     facts = examine()
-    print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
-    return 0
+    if name is None:
+        print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
+        return 0
+    from lesa.params import load_params
+    from lesa.readiness import examine_workload, format_readiness
+
+    found = examine_workload(load_params("params.yaml", name))
+    if arguments.json:
+        print(json.dumps({**facts, **found}, indent=2))
+    else:
+        print(f"{format_facts(facts)}\n{format_readiness(found)}")
+    return 0 if found["ready"] else 1

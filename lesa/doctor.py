@@ -20,11 +20,11 @@ _TIMEOUT = 2.0  # seconds a service has to answer
 def examine() -> dict[str, Any]:
     """Facts as plain values: versions (None where absent), devices, services."""
     return {
-        "lesa": _version("lesa"),
+        "lesa": version("lesa"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "core": {name: _version(name) for name in _CORE},
-        "pipeline": {name: _version(name) for name in _PIPELINE},
+        "core": {name: version(name) for name in _CORE},
+        "pipeline": {name: version(name) for name in _PIPELINE},
         "device": _device(),
         "services": {"registry": _registry(), "prefect": _prefect()},
     }
@@ -48,7 +48,8 @@ def format_facts(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed distribution; None where it is absent."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +57,7 @@ def _version(name: str) -> str | None:
 
 
 def _device() -> dict[str, Any]:
-    if _version("torch") is None:
+    if version("torch") is None:
         return {"kind": None, "name": "unknown: torch is not installed"}
     import torch
 
@@ -79,18 +80,18 @@ def _registry() -> dict[str, Any]:
         return {"where": "./mlflow.db", "reachable": True if exists else None}
     if uri.startswith("sqlite:///"):
         return {"where": uri, "reachable": Path(uri.removeprefix("sqlite:///")).is_file()}
-    return {"where": _public(uri), "reachable": _answers(uri)}
+    return {"where": _public(uri), "reachable": answers(uri)}
 
 
 def _prefect() -> dict[str, Any]:
     given = os.environ.get("PREFECT_API_URL")
     uri = given or _PREFECT_DEFAULT
-    reachable = _answers(uri)
+    reachable = answers(uri)
     return {"where": _public(uri), "reachable": reachable if reachable or given else None}
 
 
-def _answers(uri: str) -> bool:
-    """Whether something listens there; nothing is sent."""
+def answers(uri: str) -> bool:
+    """Whether something listens at a URI's host and port; nothing is sent."""
     parts = urlsplit(uri)
     if parts.hostname is None:
         return False

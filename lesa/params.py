@@ -19,6 +19,7 @@ from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems
 
 MAX_SEED = 2**32  # far below what a generator takes, so that offsets and counts can be added
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads, prompt sets, budgets
 
 
@@ -353,6 +354,11 @@ def _model_problems(model: ModelParams) -> list[str]:
     is_hub = not model.source.startswith(("data/", "/", "./", "../"))
     if is_hub and model.revision is None:
         problems.append("model.revision: required for a hub id, so that the weights cannot change underneath")
+    elif is_hub and not COMMIT.fullmatch(model.revision or ""):
+        problems.append(
+            f"model.revision: {model.revision!r} is not a commit (40 hexadecimal digits): branches and tags move; take "
+            f"one from the history of https://huggingface.co/{model.source}, whose licence you have read"
+        )
     return problems
 
 

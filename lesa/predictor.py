@@ -363,6 +363,8 @@ class BoundPredictor:
         z = history.memo.get(stage)
         if z is None:
             size = self.expert_sizes[stage]
+            for earlier in [key for key in history.memo if isinstance(key, int)]:
+                del history.memo[earlier]  # a run goes through each noise stage once
             history.memo[stage] = z = projections.project_folded(history.features[:size], self.experts[stage])
         return z
 

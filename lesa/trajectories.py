@@ -11,7 +11,20 @@ import torch
 
 from lesa.store import TrajectoryStore
 
-MEMORY_LIMIT = 4 << 30  # bytes; above it features are read from the store batch by batch
+MEMORY_LIMIT: int | None = None  # bytes; above it features are read from the store batch by batch; None: see below
+_LEAST_LIMIT = 4 << 30
+
+
+def memory_limit() -> int:
+    """Bytes of features that are kept in memory: a quarter of what is available, at least 4 GiB."""
+    if MEMORY_LIMIT is not None:
+        return MEMORY_LIMIT
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return _LEAST_LIMIT
+    return max(_LEAST_LIMIT, available // 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +54,7 @@ class Trajectories:
     def feature_batch(self, indices: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
         """[len(indices), len(steps), L, C] in float32."""
         if self.features is not None:
-            return self.features[list(indices)][:, list(steps)].float()
+            return self.features[torch.tensor(list(indices))[:, None], torch.tensor(list(steps))].float()
         rows = [self.store.features(self.keys[i])[list(steps), self.branch[i]] for i in indices]
         return torch.stack(rows).float()
 
@@ -68,7 +81,7 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
         raise ValueError(f"{path}: trajectories with {len(sigmas)} different lists of noise levels; record anew")
     rows: list[tuple[str, int]] = []
     temb, latents, features = [], [], []
-    size = 0
+    size, limit = 0, memory_limit()
     for key in keys:
         context = store.context(key)
         for branch in range(context["temb"].shape[1]):
@@ -77,8 +90,10 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
             latents.append(context["latents_final"][0])  # recorded at batch size 1
         recorded = store.features(key)
         size += recorded.numel() * recorded.element_size()
-        if size <= MEMORY_LIMIT:
+        if size <= limit:
             features += list(recorded.unbind(1))
+        else:
+            features = []  # what is in memory already would help nobody
     return Trajectories(
         store=store,
         keys=tuple(key for key, _ in rows),
@@ -88,7 +103,7 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
         sigmas=torch.tensor(next(iter(sigmas)), dtype=torch.float32),
         temb=torch.stack(temb),
         latents=torch.stack(latents),
-        features=torch.stack(features) if size <= MEMORY_LIMIT else None,
+        features=torch.stack(features) if size <= limit else None,
     )
 
 

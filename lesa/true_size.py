@@ -1,54 +1,20 @@
-"""Model families at their published sizes: what a schedule saves where it matters, without the weights.
-
-Configurations are the published models' own numbers. Text lengths reproduce the operations the papers print
-for one transformer call: FLUX.1-dev 74.38 TFLOPs (4096 image and 512 text tokens), Qwen-Image 131.7 a
-guidance branch (6889 and 128), HunyuanVideo 595.4 (20400 and 256).
-"""
+"""What a schedule saves at a published model's size, where it matters, without the weights (`lesa.presets`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lesa.families import published_model
 from lesa.flops import ModelFlops, count_transformer, predictor_bytes, predictor_flops
+from lesa.model_call import Grid, call_inputs
 from lesa.predictor import PredictorSpec, Variant
+from lesa.presets import PRESETS, Preset
 from lesa.schedule import Schedule
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """One published model at the size of picture that its makers recommend."""
-
-    name: str  # of lesa.families.published_model
-    transformer_class: str
-    config: dict[str, Any]  # what differs from the class's defaults
-    inputs: Callable[[], dict[str, Any]]  # keyword arguments of one call, on the meta device
-    text_tokens: int
-    scheduler: dict[str, Any] = field(default_factory=dict)  # configuration of the flow-matching scheduler
-    mu: float | None = None  # the shift at this size, where it is dynamic
-    interval: int = 7  # LESA's default: 10 full steps of 50, half of a distilled model's few
-    warmup_steps: int = 3
-
-    @property
-    def num_inference_steps(self) -> int:
-        return published_model(self.name).num_inference_steps
-
-    @property
-    def branches(self) -> int:
-        """Transformer calls a step."""
-        return published_model(self.name).branches
-
-    @property
-    def size(self) -> str:
-        model = published_model(self.name)
-        frames = "" if model.num_frames is None else f", {model.num_frames} frames"
-        return f"{model.height}x{model.width}{frames}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +80,8 @@ def family_flops(
 
     Args:
         name: key of `PRESETS`.
-        schedule: which steps are full; None is LESA's default, interval 7 after three warm-up steps, or for
-        models
-            of fewer than 20 steps interval 3 after one.
-        spec: the predictor, taken to the model's width (`at_true_width`). None is a dense one, history 3 in
-            three stages.
+        schedule: which steps are full; None is the model's default: 10 of 50, half of a distilled model's few.
+        spec: the predictor, taken to the model's width (`at_true_width`). None is the default workload's form.
 
     Raises:
         ValueError: for an unknown name.
@@ -128,13 +91,9 @@ def family_flops(
     preset = PRESETS[name]
     if schedule is None:
         schedule = Schedule.uniform(preset.num_inference_steps, preset.interval, preset.warmup_steps)
-    import diffusers
-
-    with torch.device("meta"):
-        transformer = getattr(diffusers, preset.transformer_class)(**preset.config)
-        model = count_transformer(transformer, (), preset.inputs())
+    model = call_flops(meta_transformer(name), preset.grid, preset.text_tokens)
     if spec is None:
-        spec = dense_spec(model.channels, schedule)
+        spec = default_spec(model.channels, schedule.num_steps)
     elif spec.channels != model.channels:
         spec = at_true_width(spec, model.channels, schedule.num_steps)
     sigmas = preset_sigmas(preset, schedule.num_steps)
@@ -170,15 +129,35 @@ def at_true_width(spec: PredictorSpec, channels: int, num_steps: int) -> Predict
     )
 
 
-def dense_spec(channels: int, schedule: Schedule) -> PredictorSpec:
-    """The largest predictor in use here: dense W, history 3, three noise stages."""
+def default_spec(channels: int, num_steps: int) -> PredictorSpec:
+    """The default workload's predictor at a model's width: weights of each step, low rank of a quarter."""
     return PredictorSpec(
         channels=channels,
-        num_steps=schedule.num_steps,
+        num_steps=num_steps,
         boundaries=(0.8, 0.4),
-        history_sizes=(3, 3, 3),
-        variants=(Variant(name="default", full_steps=schedule.full_steps),),
+        history_sizes=(2, 2, 2),
+        variants=(Variant(name="counted", full_steps=(0,)),),
+        kind="per_step",
+        step_history=3,
+        projection="low_rank",
+        rank=channels // 4,
     )
+
+
+@functools.cache
+def meta_transformer(name: str) -> torch.nn.Module:
+    """The transformer of a published model without memory for its weights."""
+    import diffusers
+
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        return getattr(diffusers, preset.transformer_class)(**preset.config)
+
+
+@functools.lru_cache(maxsize=32)
+def call_flops(transformer: torch.nn.Module, grid: Grid, text_tokens: int) -> ModelFlops:
+    """Operations of one call at a size of picture."""
+    return count_transformer(transformer, (), call_inputs(transformer, grid, text_tokens))
 
 
 def preset_sigmas(preset: Preset, num_steps: int) -> torch.Tensor:
@@ -188,132 +167,3 @@ def preset_sigmas(preset: Preset, num_steps: int) -> torch.Tensor:
     scheduler = FlowMatchEulerDiscreteScheduler(**preset.scheduler)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist(), mu=preset.mu)
     return scheduler.sigmas
-
-
-def _flux_inputs(image_tokens: int, text_tokens: int, guidance: bool) -> Callable[[], dict[str, Any]]:
-    def inputs() -> dict[str, Any]:
-        return {
-            "hidden_states": _meta(1, image_tokens, 64),
-            "encoder_hidden_states": _meta(1, text_tokens, 4096),
-            "pooled_projections": _meta(1, 768),
-            "timestep": _meta(1),
-            "img_ids": _meta(image_tokens, 3),
-            "txt_ids": _meta(text_tokens, 3),
-            "guidance": _meta(1) if guidance else None,
-        }
-
-    return inputs
-
-
-def _qwen_inputs(side: int, text_tokens: int) -> Callable[[], dict[str, Any]]:
-    def inputs() -> dict[str, Any]:
-        return {
-            "hidden_states": _meta(1, side * side, 64),
-            "encoder_hidden_states": _meta(1, text_tokens, 3584),
-            "timestep": _meta(1),
-            "img_shapes": [[(1, side, side)]],
-        }
-
-    return inputs
-
-
-def _hunyuan_inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": _meta(1, 16, 17, 60, 80),  # 65 frames of 480 x 640 pixels
-        "encoder_hidden_states": _meta(1, 256, 4096),
-        "encoder_attention_mask": _meta(1, 256),
-        "pooled_projections": _meta(1, 768),
-        "timestep": _meta(1),
-        "guidance": _meta(1),
-    }
-
-
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(*shape, device="meta")
-
-
-def _flux_config(guidance: bool) -> dict[str, Any]:
-    return {
-        "in_channels": 64,
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": guidance,
-        "axes_dims_rope": (16, 56, 56),
-    }
-
-
-_QWEN_CONFIG = {
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 60,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": (16, 56, 56),
-}
-_HUNYUAN_CONFIG = {
-    "num_layers": 20,
-    "num_single_layers": 40,
-    "num_refiner_layers": 2,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "text_embed_dim": 4096,
-    "pooled_projection_dim": 768,
-}
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="flux-dev",
-            transformer_class="FluxTransformer2DModel",
-            config=_flux_config(guidance=True),
-            inputs=_flux_inputs(4096, 512, guidance=True),
-            text_tokens=512,
-            scheduler={"use_dynamic_shifting": True, "shift": 3.0},
-            mu=1.15,
-        ),
-        Preset(
-            name="flux-schnell",
-            transformer_class="FluxTransformer2DModel",
-            config=_flux_config(guidance=False),
-            inputs=_flux_inputs(4096, 256, guidance=False),
-            text_tokens=256,
-            scheduler={"shift": 1.0},
-            interval=3,
-            warmup_steps=0,
-        ),
-        Preset(
-            name="qwen-image",
-            transformer_class="QwenImageTransformer2DModel",
-            config=_QWEN_CONFIG,
-            inputs=_qwen_inputs(83, 128),
-            text_tokens=128,
-            scheduler={"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02},
-            mu=0.8343,
-        ),
-        Preset(
-            name="qwen-image-lightning",
-            transformer_class="QwenImageTransformer2DModel",
-            config=_QWEN_CONFIG,
-            inputs=_qwen_inputs(83, 128),
-            text_tokens=128,
-            scheduler={"use_dynamic_shifting": True},
-            mu=1.0986,  # ln 3 at every size
-            interval=3,
-            warmup_steps=2,
-        ),
-        Preset(
-            name="hunyuan-video",
-            transformer_class="HunyuanVideoTransformer3DModel",
-            config=_HUNYUAN_CONFIG,
-            inputs=_hunyuan_inputs,
-            text_tokens=256,
-            scheduler={"shift": 7.0},
-        ),
-    )
-}

@@ -1,17 +1,32 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLQwenImage
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lesa.flops import CallShapes, count_transformer, predictor_bytes, predictor_flops, taylor_flops
+from lesa.params import BudgetParams, load_params
 from lesa.predictor import PredictorSpec, Variant
+from lesa.presets import PRESETS
 from lesa.schedule import Schedule
-from lesa.true_size import PRESETS, at_true_width, dense_spec, family_flops, preset_sigmas
+from lesa.training import predictor_spec
+from lesa.true_size import at_true_width, default_spec, family_flops, preset_sigmas
 from tests.bundles import CALL
 from tests.evaluation import pipeline
 from tests.tiny import tiny_flux
+
+ROOT = Path(__file__).parents[2]
 
 
 def counted(pipe, batch: int = 1):
@@ -122,12 +137,62 @@ def test_distilled_presets_and_other_predictors() -> None:
     schedule = Schedule.uniform(4, 3, warmup_steps=0)
     lightning = family_flops("qwen-image-lightning")
     assert lightning.schedule.full_steps == (0, 1, 2, 5) and lightning.ratio == pytest.approx(2.0, abs=0.02)
-    narrow = dataclasses.replace(dense_spec(64, schedule), projection="low_rank", rank=16)
+    narrow = default_spec(64, 4)
     widened = family_flops("flux-schnell", schedule, narrow)
     assert widened.to_dict() == family_flops("flux-schnell", schedule, at_true_width(narrow, 3072, 4)).to_dict()
     assert at_true_width(narrow, 3072, 4).rank == 768  # a quarter of the width, as it was
     with pytest.raises(ValueError, match="flux-dev, flux-schnell"):
         family_flops("flux-3")
+
+
+@pytest.mark.parametrize(("interval", "num_full", "least"), [(7, 10, 4.95), (10, 8, 6.15)])
+@pytest.mark.parametrize("name", ["flux-dev", "qwen-image", "hunyuan-video"])
+def test_the_default_form_costs_next_to_nothing(name: str, interval: int, num_full: int, least: float) -> None:
+    found = family_flops(name, Schedule.uniform(50, interval))
+    assert found.schedule.num_full == num_full
+    assert found.ratio >= least
+    assert found.to_dict()["predictor_full_calls"] <= 0.1
+    if name == "flux-dev":
+        assert sum(found.bytes_kept.values()) <= 0.30e9
+
+
+def test_the_default_form_is_the_default_workloads() -> None:
+    workload = load_params(ROOT / "params.yaml", "flux-digits")
+    searched = {name: BudgetParams(interval=7) for name in workload.schedule.budgets}
+    workload = dataclasses.replace(workload, schedule=dataclasses.replace(workload.schedule, budgets=searched))
+    trained = predictor_spec(workload, 128)
+    assert dataclasses.replace(default_spec(128, 50), variants=trained.variants) == trained
+
+
+def test_parts_are_counted_right() -> None:
+    with torch.device("meta"):
+        t5 = T5EncoderModel(
+            T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+        )
+        clip = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
+        llama = LlamaModel(
+            LlamaConfig(vocab_size=128_320, hidden_size=4096, intermediate_size=14_336, num_key_value_heads=8)
+        )
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        autoencoders = AutoencoderKLQwenImage(), AutoencoderKLHunyuanVideo()
+    flux, hunyuan = PRESETS["flux-dev"].parts, PRESETS["hunyuan-video"].parts
+    assert (flux["text_encoder_2"], flux["text_encoder"], flux["vae"]) == (size(t5), size(clip), size(vae))
+    assert (hunyuan["text_encoder"], hunyuan["vae"]) == (size(llama), size(autoencoders[1]))
+    assert PRESETS["qwen-image"].parts["vae"] == size(autoencoders[0])
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_noise_levels_are_the_pipelines() -> None:

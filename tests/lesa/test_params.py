@@ -86,6 +86,9 @@ def test_what_is_written_is_what_comes_out(tmp_path: Path) -> None:
         workload.seed = 3
 
 
+HUB = {"family": "flux", "source": "someone/model"}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -133,6 +136,8 @@ def test_one_wrong_value(tmp_path: Path, path: str, value: Any, words: str) -> N
     [
         ("model.family", "sdxl", "model.family: 'sdxl' is not one of"),
         ("model.source", "someone/model", "model.revision: required for a hub id"),
+        ("model", {**HUB, "revision": "main"}, "model.revision: 'main' is not a commit (40 hex"),
+        ("model", {**HUB, "revision": "FILL IN"}, "model.revision: 'FILL IN' is not a commit"),
         ("prompts", "../secrets", "prompts: '../secrets' is not a name"),
         ("schedule.default_budget", "4x", "schedule.default_budget: '4x' is not one of"),
         ("schedule.budgets.5x", {}, "schedule.budgets.5x: give one of interval, full_steps and num_full"),

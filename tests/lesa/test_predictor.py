@@ -95,16 +95,25 @@ def test_a_bound_predictor_is_the_formula(projection: str, gate: str) -> None:
 
 def test_z_is_computed_once_an_anchor_and_the_history_is_left_alone() -> None:
     rule = Predictor(SPEC, tensors_of(SPEC)).bind(SCHEDULE, SIGMAS)
-    history = run_history()
+    history = run_history(upto=10)
     before = [feature.clone() for feature in history.features]
-    first = rule(history, 7)
+    first = rule(history, 10)
     (z,) = history.memo.values()
-    second = rule(history, 8)
+    second = rule(history, 11)
     assert next(iter(history.memo.values())) is z
     assert not torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, history.features, strict=True))
-    history.push(9, torch.zeros(2, 5, C))
+    history.push(11, torch.zeros(2, 5, C))
     assert history.memo == {}
+
+
+def test_one_z_is_kept_where_noise_stages_change_between_full_steps() -> None:
+    rule = Predictor(SPEC, tensors_of(SPEC)).bind(SCHEDULE, SIGMAS)
+    history = run_history()
+    rule(history, 7)
+    assert list(history.memo) == [0]
+    rule(history, 8)
+    assert list(history.memo) == [1]
 
 
 def test_dense_weights_are_folded_once_and_cast() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
 from lesa.prompts import (
     PromptError,
+    normalised,
     prompt_digests,
     prompts_digest,
     read_prompts,
@@ -90,6 +92,34 @@ def test_digests() -> None:
     assert prompt_digests(["b", "a", "b"]) == sorted(hashlib.sha256(t).hexdigest()[:16] for t in (b"a", b"b"))
 
 
-def test_the_repositorys_set_is_sound() -> None:
-    splits = read_splits(ROOT / "data/prompts/flux-digits")
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("flux-digits", None), ("flux-photos", None), ("general", (400, 60, 120)), ("motion", (200, 40, 60))],
+)
+def test_the_repositorys_sets_are_sound(name: str, counts: tuple[int, int, int] | None) -> None:
+    splits = read_splits(ROOT / "data/prompts" / name)
     assert sum(map(len, splits.values())) >= 300
+    if counts is not None:
+        assert tuple(map(len, splits.values())) == counts
+
+
+def test_written_prompts_are_no_variants_of_each_other() -> None:
+    prompts = [
+        line
+        for name in ("general", "motion")
+        for lines in read_splits(ROOT / "data/prompts" / name).values()
+        for line in lines
+    ]
+    assert len({normalised(prompt) for prompt in prompts}) == len(prompts)
+    words = [frozenset(re.findall(r"[a-z]{4,}", prompt.lower())) for prompt in prompts]
+    for index, first in enumerate(words):
+        for other, second in enumerate(words[:index]):
+            if len(first | second) > 3:
+                alike = len(first & second) / len(first | second)
+                assert alike < 0.6, (prompts[index], prompts[other])
+
+
+def test_written_prompts_vary_in_length() -> None:
+    lengths = [len(prompt.split()) for prompt in read_prompts(ROOT / "data/prompts/general", "train")]
+    assert min(lengths) <= 2 and max(lengths) >= 25
+    assert sum(length <= 6 for length in lengths) >= 40 and sum(length >= 12 for length in lengths) >= 30

@@ -1,0 +1,139 @@
+"""A workload's model without its weights: from the headers of its files, or from the table of published models."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesa.families import FAMILIES
+from lesa.model_call import Grid
+from lesa.params import CallParams, Workload
+from lesa.presets import PIXELS_PER_TOKEN, PRESETS, Preset
+from lesa.true_size import meta_transformer
+
+_FRAMES_PER_LATENT = 4  # of HunyuanVideo's autoencoder
+_MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
+_QWEN_TEXT = 128  # tokens of a prompt of ordinary length; its pipeline pads to no fixed number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a pipeline consists of."""
+
+    name: str
+    transformer: torch.nn.Module  # on the meta device
+    numbers: dict[str, int]  # parameters of every part
+    grid: Grid  # image tokens of the workload's call
+    text_tokens: int
+    is_local: bool
+    preset: Preset | None  # of a published model
+
+
+def model_facts(workload: Workload) -> ModelFacts:
+    """The facts of a workload's model.
+
+    Raises:
+        ValueError: neither a folder here nor a published model.
+    """
+    folder = Path(workload.model.source)
+    preset = preset_of(workload)
+    if (folder / "model_index.json").is_file():
+        transformer = _from_folder(folder)
+        numbers = {part.name: _numbers(part) for part in sorted(folder.iterdir()) if part.is_dir()}
+        numbers = {name: count for name, count in numbers.items() if count}
+        pixels, frames = _autoencoder(folder)
+    elif preset is not None:
+        transformer = meta_transformer(preset.name)
+        numbers = {"transformer": sum(p.numel() for p in transformer.parameters()), **preset.parts}
+        pixels, frames = PIXELS_PER_TOKEN, _FRAMES_PER_LATENT
+    elif workload.base is not None:
+        raise ValueError(
+            f"model.source: {folder} is not here; make it first: python -m flows.base --workload {workload.name}"
+        )
+    else:
+        known = ", ".join(p.source for p in PRESETS.values() if p.source)
+        raise ValueError(
+            f"model.source: {workload.model.source} is no pipeline folder here and none of {known}: "
+            "its size is not known before it is there"
+        )
+    return ModelFacts(
+        name=preset.name if preset is not None else workload.model.source,
+        transformer=transformer,
+        numbers=numbers,
+        grid=_grid(workload.call, pixels, frames),
+        text_tokens=_text_tokens(workload),
+        is_local=workload.model.source.startswith(("data/", "/", "./", "../")) or folder.is_dir(),
+        preset=preset,
+    )
+
+
+def preset_of(workload: Workload) -> Preset | None:
+    """The published model of a workload: by its hub id, or by the workload's name where that has none."""
+    for preset in PRESETS.values():
+        if preset.source == workload.model.source or (preset.source is None and preset.name == workload.name):
+            return preset
+    return None
+
+
+def _grid(call: CallParams, pixels_per_token: int, frames_per_latent: int) -> Grid:
+    frames = 1 if call.num_frames is None else (call.num_frames - 1) // frames_per_latent + 1
+    return frames, call.height // pixels_per_token, call.width // pixels_per_token
+
+
+def _text_tokens(workload: Workload) -> int:
+    given = workload.call.max_sequence_length
+    if workload.model.family == "qwen-image":
+        return min(_QWEN_TEXT, given or _QWEN_TEXT)
+    return given or {"flux": 512, "hunyuan-video": 256}.get(workload.model.family, 512)
+
+
+def _from_folder(folder: Path) -> torch.nn.Module:
+    import diffusers
+
+    config = _json(folder / "transformer/config.json")
+    name = config.get("_class_name")
+    if name not in {row.transformer_class for row in FAMILIES.values()}:
+        raise ValueError(f"{folder}: transformer {name!r} is not in the table of model families")
+    with torch.device("meta"):
+        return getattr(diffusers, name).from_config(config)
+
+
+def _autoencoder(folder: Path) -> tuple[int, int]:
+    """Pixels a token (patches of 2) and frames a latent frame."""
+    config = _json(folder / "vae/config.json")
+    if "spatial_compression_ratio" in config:
+        return 2 * config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+    if "temperal_downsample" in config:
+        return 2 * 2 ** len(config["temperal_downsample"]), _FRAMES_PER_LATENT
+    return 2 ** len(config["block_out_channels"]), _FRAMES_PER_LATENT
+
+
+def _numbers(part: Path) -> int:
+    """Parameters in a folder's safetensors files, from their headers."""
+    count = 0
+    for path in sorted(part.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError(f"{path}: its header claims {length} bytes; not a safetensors file")
+            header = json.loads(file.read(length))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: it belongs to every saved pipeline") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be an object")
+    return value
