@@ -55,7 +55,6 @@ def preset_at(name: str, scale: str) -> Preset:
         | _SMALL[preset.transformer_class]
         | {"attention_head_dim": 16, "num_attention_heads": 4},
         grid=(frames, 4, 4),
-        size=f"small, {frames} x 4 x 4 tokens",
         text_tokens=8,
     )
 

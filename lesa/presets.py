@@ -15,6 +15,7 @@ from lesa.families import published_model
 from lesa.model_call import Grid
 
 PIXELS_PER_TOKEN = 16  # autoencoder 8, patches of 2, in every family of the table
+_FRAMES_PER_LATENT = 4
 _T5_XXL, _CLIP_L, _LLAMA_3_8B, _QWEN_VL_7B = 4_762_310_656, 123_060_480, 7_505_186_816, 8_292_166_656
 
 
@@ -46,9 +47,9 @@ class Preset:
 
     @property
     def size(self) -> str:
-        model = published_model(self.name)
-        frames = "" if model.num_frames is None else f", {model.num_frames} frames"
-        return f"{model.height}x{model.width}{frames}"
+        frames, rows, columns = self.grid
+        video = "" if frames == 1 else f", {(frames - 1) * _FRAMES_PER_LATENT + 1} frames"
+        return f"{rows * PIXELS_PER_TOKEN}x{columns * PIXELS_PER_TOKEN}{video}"
 
 
 def _flux_config(guidance: bool) -> dict[str, Any]:
