@@ -1,0 +1,50 @@
+"""The runbook's figures are what the code computes, and its commands exist."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lesa.needs import PEAK_FLOPS, UTILISATION, needs_of
+from lesa.params import load_params
+from lesa.presets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
+
+
+def gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_the_tables_are_what_is_computed(name: str) -> None:
+    needs = needs_of(load_params(ROOT / "params.yaml", name))
+    weights = sum(needs.weights.values())
+    download = gb(needs.download) if needs.download else "-"
+    disk = [download, str(needs.trajectories), gb(needs.store), gb(needs.store_all_tokens), gb(needs.training)]
+    closed_loop = gb(weights + needs.closed_loop) if needs.closed_loop else "not run"
+    memory = [gb(weights), gb(weights + needs.sampling), closed_loop]
+    hours = [f"{needs.hours(stage):.1f}" for stage in needs.flops] + [f"{needs.hours():.1f}"]
+    for row in (disk, memory, hours):
+        assert f"| `{name}` | {' | '.join(row)} |" in TEXT
+
+
+def test_closed_loops_that_do_not_fit_are_stated_as_computed() -> None:
+    sizes = []
+    for name in ("qwen-image", "hunyuan-video"):
+        workload = load_params(ROOT / "params.yaml", name)
+        loop = dataclasses.replace(workload.closed_loop, iterations=1)
+        sizes.append(needs_of(dataclasses.replace(workload, closed_loop=loop)).gpu / 1e9)
+    assert f"about {sizes[0]:.0f} GB and for HunyuanVideo {sizes[1]:.0f} GB" in " ".join(TEXT.split())
+
+
+def test_the_rate_is_stated() -> None:
+    assert f"{UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s" in TEXT
+
+
+def test_files_named_exist() -> None:
+    for name in ("data/workloads/README.md", "lesa/needs.py", "benchmarks/results/flops.md"):
+        assert name in TEXT and (ROOT / name).exists()
