@@ -92,6 +92,7 @@ def _gpu(workload: Workload, needs: Needs) -> Check:
 
     parts = (
         f"about {_gb(needs.gpu)} needed (weights {_gb(sum(needs.weights.values()))}, a run {_gb(needs.sampling)}"
+        + (f", search {_gb(needs.fitting)}" if needs.fitting > needs.sampling else "")
         + (f", closed loop {_gb(needs.closed_loop)}" if needs.closed_loop else "")
         + ")"
     )
@@ -104,8 +105,8 @@ def _gpu(workload: Workload, needs: Needs) -> Check:
         return Check("GPU memory", False, f"{parts}, torch sees no GPU", "device: cuda is asked for; use auto or cpu")
     total = torch.cuda.get_device_properties(0).total_memory
     remedy = "take a larger GPU"
-    if needs.closed_loop > needs.sampling:
-        without = sum(needs.weights.values()) + needs.sampling
+    if needs.closed_loop > max(needs.sampling, needs.fitting):
+        without = sum(needs.weights.values()) + max(needs.sampling, needs.fitting)
         remedy += (
             f", lower closed_loop.batch_size ({workload.closed_loop.batch_size}), or set closed_loop.iterations to 0: "
             f"the predictor of the first training step then needs {_gb(without)}"
