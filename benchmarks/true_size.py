@@ -112,6 +112,8 @@ def measure(preset: Preset, device: torch.device, full: Sequence[int], rounds: i
         methods |= {f"{m.name}@{count}": m for m in methods_at(count, schedule, predictor, pipe)}
     found = take_turns(pipe, arguments, sigmas, methods, device, rounds)
     plain = found.pop("plain")
+    if "error" in plain:
+        raise ValueError(f"the plain run failed: {plain['error']}")
     for name, row in found.items():
         if "seconds" in row:
             row["ratio"] = plain["seconds"]["median"] / row["seconds"]["median"]

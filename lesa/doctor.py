@@ -80,14 +80,14 @@ def _registry() -> dict[str, Any]:
         return {"where": "./mlflow.db", "reachable": True if exists else None}
     if uri.startswith("sqlite:///"):
         return {"where": uri, "reachable": Path(uri.removeprefix("sqlite:///")).is_file()}
-    return {"where": _public(uri), "reachable": answers(uri)}
+    return {"where": public(uri), "reachable": answers(uri)}
 
 
 def _prefect() -> dict[str, Any]:
     given = os.environ.get("PREFECT_API_URL")
     uri = given or _PREFECT_DEFAULT
     reachable = answers(uri)
-    return {"where": _public(uri), "reachable": reachable if reachable or given else None}
+    return {"where": public(uri), "reachable": reachable if reachable or given else None}
 
 
 def answers(uri: str) -> bool:
@@ -103,7 +103,7 @@ def answers(uri: str) -> bool:
         return False
 
 
-def _public(uri: str) -> str:
+def public(uri: str) -> str:
     """Scheme, host and path: no user, password or query."""
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

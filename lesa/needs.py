@@ -29,6 +29,7 @@ TUNING = 40 * 16  # runs at every budget in which the peers' thresholds are tune
 BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the model's weights are frozen
 _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
+_FITTING_COPIES = 3  # of every entry of a regression: features, regressors, and their rows in another order
 _DECODER_BYTES = 1024  # a pixel of a picture or a frame, while it is decoded
 _CHECKPOINT_COPIES = 6  # of a predictor's float32 weights: results of both steps, optimiser state, best so far
 _ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -46,6 +47,7 @@ class Needs:
     store_all_tokens: int  # the same with record.token_fraction 1
     training: int  # bytes on disk: checkpoints, predictors, bundle
     sampling: int  # bytes on the GPU beside the weights
+    fitting: int  # bytes on the GPU beside the weights, in the search; 0 where nothing is searched
     closed_loop: int  # bytes on the GPU beside the weights; 0 where it has no iterations
     run_flops: float  # of one unaccelerated run, all branches
     flops: dict[str, float]  # by stage
@@ -53,7 +55,7 @@ class Needs:
     @property
     def gpu(self) -> int:
         """Bytes of the GPU's memory that the largest stage takes."""
-        return sum(self.weights.values()) + max(self.sampling, self.closed_loop)
+        return sum(self.weights.values()) + max(self.sampling, self.fitting, self.closed_loop)
 
     @property
     def disk(self) -> int:
@@ -78,6 +80,7 @@ class Needs:
             "gpu_bytes": {
                 "weights": sum(self.weights.values()),
                 "sampling": self.sampling,
+                "fitting": self.fitting,
                 "closed_loop": self.closed_loop,
                 "most": self.gpu,
             },
@@ -116,6 +119,7 @@ def needs_of(workload: Workload) -> Needs:
         store_all_tokens=every_token.bytes(trajectories),
         training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
         sampling=sampling * workload.evaluate.batch_size,
+        fitting=_fitting(workload, branches, kept.num_tokens * model.channels),
         closed_loop=_closed_loop(workload, full, branches, wide, feature, len(blocks(transformer, family))),
         run_flops=run,
         flops=_flops(workload, full, run),
@@ -163,6 +167,15 @@ def _predictor_bytes(workload: Workload, channels: int) -> int:
         rank=params.rank,
     )
     return predictor_bytes(spec, tokens=1, element_size=4)["weights"]
+
+
+def _fitting(workload: Workload, branches: int, values: int) -> int:
+    """Features of the fitted trajectories that a regression of the search has on the GPU, in float32."""
+    if not searched_budgets(workload.schedule):
+        return 0
+    fitted = workload.record.train_prompts * workload.record.seeds_per_prompt * branches
+    entries = 2 + workload.predictor.step_history  # the target, the history, a constant
+    return _FITTING_COPIES * fitted * entries * values * 4
 
 
 def _closed_loop(

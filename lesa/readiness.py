@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lesa.doctor import answers, version
+from lesa.doctor import answers, public, version
 from lesa.needs import PEAK_FLOPS, UTILISATION, Needs, needs_of
 from lesa.params import Workload
 from lesa.prompts import PromptError
@@ -92,6 +92,7 @@ def _gpu(workload: Workload, needs: Needs) -> Check:
 
     parts = (
         f"about {_gb(needs.gpu)} needed (weights {_gb(sum(needs.weights.values()))}, a run {_gb(needs.sampling)}"
+        + (f", search {_gb(needs.fitting)}" if needs.fitting > needs.sampling else "")
         + (f", closed loop {_gb(needs.closed_loop)}" if needs.closed_loop else "")
         + ")"
     )
@@ -104,8 +105,8 @@ def _gpu(workload: Workload, needs: Needs) -> Check:
         return Check("GPU memory", False, f"{parts}, torch sees no GPU", "device: cuda is asked for; use auto or cpu")
     total = torch.cuda.get_device_properties(0).total_memory
     remedy = "take a larger GPU"
-    if needs.closed_loop > needs.sampling:
-        without = sum(needs.weights.values()) + needs.sampling
+    if needs.closed_loop > max(needs.sampling, needs.fitting):
+        without = sum(needs.weights.values()) + max(needs.sampling, needs.fitting)
         remedy += (
             f", lower closed_loop.batch_size ({workload.closed_loop.batch_size}), or set closed_loop.iterations to 0: "
             f"the predictor of the first training step then needs {_gb(without)}"
@@ -124,9 +125,10 @@ def _model(workload: Workload, needs: Needs) -> list[Check]:
     if _offline():
         remedy = "unset HF_HUB_OFFLINE, or fill the cache elsewhere and bring it (HF_HOME)"
         return [Check("hub", False, f"{source} is not in the cache and HF_HUB_OFFLINE is set", remedy)]
-    reachable = answers(os.environ.get("HF_ENDPOINT", _HUB))
+    hub = os.environ.get("HF_ENDPOINT", _HUB)
+    reachable = answers(hub)
     remedy = "connect this machine, set HTTPS_PROXY or HF_ENDPOINT, or bring a filled cache (HF_HOME)"
-    checks = [Check("hub", reachable, f"{_HUB} is {'reachable' if reachable else 'not reachable'}", remedy)]
+    checks = [Check("hub", reachable, f"{public(hub)} is {'reachable' if reachable else 'not reachable'}", remedy)]
     if needs.facts.name in _GATED:
         remedy = f"accept the licence on {_HUB}/{source}, then `hf auth login`"
         found = "an access token is set" if _has_token() else "no access token; the model's page asks for an account"

@@ -76,6 +76,7 @@ def test_closed_loop_memory_follows_its_settings() -> None:
     assert saved < closed() < 1.6 * saved
     assert closed(batch_size=2) == 2 * closed()
     assert closed(gradient_checkpointing=False) > 8 * closed()
+    assert needs_of(workload).fitting == 3 * 256 * 5 * 128 * 3072 * 4  # copies, trajectories, entries, tokens, channels
     assert closed(iterations=0) == closed(gradient="drifted_states") == 0
 
 
