@@ -147,7 +147,7 @@ def table(document: Mapping[str, Any]) -> str:
         f"{document['workload']}: {document['samples']} samples of {document['prompts']} validation prompts, "
         "one sample a run.",
         "",
-        "| budget | full steps | PSNR, dB | std | 5th pct. | r with the default's PSNR | r by errors seen: 1, half, all |",
+        "| budget | full steps | PSNR, dB | std | 5th pct. | r with the default | r by errors seen: 1, half, all |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in document["budgets"].items():
