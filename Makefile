@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, its table and its report
 	python -m flows.outcome --repro $(if $(WORKLOAD),--workload $(WORKLOAD))
 
-test: $(STAMP)  ## all tests
-	python -m pytest
+test: $(STAMP)  ## all tests, two files at a time
+	python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .
