@@ -27,12 +27,22 @@ Tensors = dict[str, torch.Tensor]
 Figures = dict[str, float]
 
 
-def recorded_splits(workload: Workload) -> tuple[Trajectories, Trajectories]:
+def recorded_splits(
+    workload: Workload,
+    num_steps: int | None = None,  # of the runs; None: the call's own
+) -> tuple[Trajectories, Trajectories]:
     """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
     splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
-    train = load_trajectories(path, splits["train"][: workload.record.train_prompts])
-    validation = load_trajectories(path, splits["validation"][: workload.record.validation_prompts])
+    steps = workload.call.num_inference_steps if num_steps is None else num_steps
+    counts = workload.num_recorded(steps)
+    train = load_trajectories(path, splits["train"][: counts["train"]], steps)
+    validation = load_trajectories(path, splits["validation"][: counts["validation"]], steps)
     return train, validation
+
+
+def recorded_elsewhere(workload: Workload) -> dict[int, tuple[Trajectories, Trajectories]]:
+    """`recorded_splits` at each of `record.step_counts`."""
+    return {num_steps: recorded_splits(workload, num_steps) for num_steps in workload.record.step_counts}
 
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:

@@ -24,6 +24,7 @@ from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems, stage_of_steps
 
 KINDS = ("lesa", "per_step")
+MIXED = "mixed"  # name of the experts for other numbers of steps, beside those of the budgets
 STEPS = "steps"  # name of a variant's step weights, where its stages have their numbers
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
