@@ -105,8 +105,9 @@ def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[Planne
     """Every trajectory of the workload: the first prompts of train.txt and validation.txt, in file order.
 
     The call's own number of steps comes first, then each of `record.step_counts` with the first of the same
-    prompts and their noise. Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation` the odd numbers
-    between: appending prompts to either file leaves every other trajectory's seed, and so its key, as it was.
+    prompts and their noise. Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation`
+    the odd numbers between: appending prompts to either file leaves every other trajectory's seed, and so its key,
+    as it was.
 
     Args:
         source: what `describe_source` says of the pipeline.
