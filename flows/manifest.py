@@ -64,6 +64,7 @@ def registry_tags(manifest: Mapping[str, Any]) -> dict[str, str]:
         "budgets": ",".join(budgets),
         "default_budget": manifest["default_budget"],
         "num_inference_steps": str(steps),
+        "step_range": "-".join(map(str, manifest["step_range"])),
     }
     for name, budget in budgets.items():
         tags[f"ratio.{name}"] = f"{steps / len(budget['full_steps']):.2f}"

@@ -21,7 +21,7 @@ from flows.runtime import ROOT, stage_main
 from flows.stage import experiment_name, metrics_folder, read_workload
 from lesa.atomic import write_json
 from lesa.bundle import Bundle, load_bundle
-from lesa.jobs import load_predictor, recorded_splits
+from lesa.jobs import load_predictor, recorded_elsewhere, recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import Workload
 from lesa.pipelines import load_pipeline
@@ -66,6 +66,7 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         quality=quality,
         evaluation=evaluation_facts(workload),
         created_from=revisions(root, workload.name),
+        others=recorded_elsewhere(workload),
     )
     del train, validation  # gigabytes of a real model, and not needed to judge
     log.info("registry: %s", redact(tracking_uri(root)))

@@ -19,7 +19,7 @@ from flows.runtime import ray_session, stage_main
 from flows.stage import read_workload
 from lesa.atomic import format_bytes, require_space
 from lesa.params import Workload
-from lesa.record import missing, plan_recording, recorded_prompts
+from lesa.record import count_by_steps, missing, plan_recording, recorded_prompts
 from lesa.store import TrajectoryStore
 
 
@@ -59,15 +59,16 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
                 source, size = pool.describe()
                 plan = plan_recording(workload, source)
                 todo = missing(store, plan)
-                num_planned = len({item.key for item in plan})
+                whole = {item.key: item for item in plan}
+                num_planned = len(whole)
                 log.info(
                     "%d trajectories planned, %d to record: about %s of %s in all",
                     num_planned,
                     len(todo),
-                    format_bytes(size.bytes(len(todo))),
-                    format_bytes(size.bytes(num_planned)),
+                    format_bytes(size.bytes_of(count_by_steps(todo))),
+                    format_bytes(size.bytes_of(count_by_steps(whole.values()))),
                 )
-                require_space(store.path, size.bytes(len(todo)))
+                require_space(store.path, size.bytes_of(count_by_steps(todo)))
                 _record(pool, todo, log)
             finally:
                 pool.close()

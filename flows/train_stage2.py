@@ -14,7 +14,7 @@ from flows.parallel import run_jobs
 from flows.runtime import stage_main
 from flows.stage import final_values, metrics_folder, read_workload, stage_run, write_curves
 from flows.tracking import Tracker
-from lesa.jobs import finish, run_closed_loop_job
+from lesa.jobs import closed_loop_budgets, finish, run_closed_loop_job
 from lesa.params import Workload
 
 
@@ -28,11 +28,11 @@ def train_stage2(workload: str | None = None) -> dict[str, Any]:
 
 @task(name="train budgets", cache_policy=NO_CACHE)
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
-    """One job a budget, side by side as far as the settings allow."""
+    """One job a budget and one for other numbers of steps, side by side as far as the settings allow."""
     done = run_jobs(
         run_closed_loop_job,
         workload,
-        {budget: budget for budget in workload.schedule.budgets},
+        {budget: budget for budget in closed_loop_budgets(workload)},
         workers=workload.closed_loop.workers,
         threads_per_worker=workload.closed_loop.threads_per_worker,
         reporter=run.reporter,

@@ -7,6 +7,7 @@ import inspect
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lesa.fingerprint import adapters, fingerprint, is_quantized
 from lesa.history import History
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.manifest import Manifest
+from lesa.other_steps import OtherSteps
 from lesa.predictor import BoundPredictor, Predictor
 from lesa.run_check import FirstCall, MismatchError
 from lesa.run_statistics import RunStatistics
@@ -58,7 +60,7 @@ def enable(
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
 
     The scheduler and the call are checked again at the first transformer call of every run, before anything
-    is computed.
+    is computed. A run may have any number of steps in the bundle's `step_range`: a budget is carried to it.
 
     Raises:
         MismatchError: the pipeline is not what the bundle was made for; every difference is listed, and the
@@ -81,7 +83,8 @@ def enable(
     problems = _pipeline_problems(pipe, transformer, manifest, allow)
     if problems:
         raise MismatchError(f"bundle {manifest.workload} does not fit this pipeline", problems)
-    schedule, chosen = choose_schedule(
+    choose = partial(
+        choose_schedule,
         manifest,
         interval=interval,
         full_steps=full_steps,
@@ -89,6 +92,7 @@ def enable(
         min_psnr=min_psnr,
         max_loss_db=max_loss_db,
     )
+    schedule, chosen = choose()
     rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
 
@@ -106,6 +110,9 @@ def enable(
             rule=rule,
             scheduler=lambda: getattr(owner(), "scheduler", None),
             sigmas=manifest.sigmas,
+            other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], _MovingRule)
+            if loaded.predictor.spec.step_counts
+            else None,
             check=check,
             num_branches=len(manifest.branches),
             late_start=type(pipe).__name__ not in family.pipeline_classes,
@@ -156,11 +163,13 @@ def choose_schedule(
     budget: str | None = None,
     min_psnr: float | None = None,
     max_loss_db: float | None = None,
+    num_steps: int | None = None,  # of the run; None: the bundle's own, which budgets and qualities are stated at
 ) -> tuple[Schedule, str]:
     """The schedule asked for, and words for it.
 
     Raises:
-        ValueError: more than one was asked for, an unknown budget, or a quality that no budget measured.
+        ValueError: more than one was asked for, an unknown budget, a quality that no budget measured, or a list of
+            full steps for a run of another number of steps.
     """
     asked = {
         "interval": interval,
@@ -172,21 +181,25 @@ def choose_schedule(
     asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
         raise ValueError(f"give one of {', '.join(_CHOICES)}; got {' and '.join(asked)}")
-    num_steps = len(manifest.sigmas) - 1
+    own = len(manifest.sigmas) - 1
+    steps = own if num_steps is None else num_steps
     if full_steps is not None:
-        return Schedule.explicit(num_steps, full_steps), "full_steps"
+        if steps != own:
+            raise ValueError(f"full_steps: they are for {own} steps, the run has {steps}: choose by budget or interval")
+        return Schedule.explicit(steps, full_steps), "full_steps"
     if interval is not None:
         for name, known in manifest.budgets.items():
-            if known.interval == interval and interval > 1:  # with the warm-up that the bundle was made for
+            if known.interval == interval and interval > 1 and steps == own:  # with the warm-up it was made for
                 return known.schedule, name
-        return Schedule.uniform(num_steps, interval), f"interval {interval}"
+        return Schedule.uniform(steps, interval), f"interval {interval}"
     if min_psnr is not None or max_loss_db is not None:
         name = _cheapest_budget(manifest, min_psnr, max_loss_db)
-        return manifest.budgets[name].schedule, name
-    name = manifest.default_budget if budget is None else budget
+    else:
+        name = manifest.default_budget if budget is None else budget
     if name not in manifest.budgets:
         raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
-    return manifest.budgets[name].schedule, name
+    schedule = manifest.budgets[name].schedule
+    return (schedule if steps == own else schedule.carried(steps)), name
 
 
 def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: float | None) -> str:

@@ -74,7 +74,8 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
 
     Args:
         folder: where it goes; a bundle that is there is replaced only by one that loads.
-        manifest: as in lesa.manifest, without `schema`, `predictor`, `channels` and `files`, which follow.
+        manifest: as in lesa.manifest, without `schema`, `predictor`, `channels`, `step_range` and `files`, which
+            follow.
         predictor: what the sampler runs.
 
     Raises:
@@ -87,6 +88,7 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
         **manifest,
         "schema": SCHEMA,
         "channels": predictor.spec.channels,
+        "step_range": list(predictor.spec.step_range),
         "predictor": predictor.spec.to_dict(),
         "files": {WEIGHTS: {"bytes": len(weights), "sha256": atomic.sha256_bytes(weights)}},
     }

@@ -31,7 +31,7 @@ def card(manifest: Manifest) -> str:
         "",
         f"- model: {model['source'] or 'not stated'}{revision}, {manifest.transformer_class}, "
         f"fingerprint `{manifest.fingerprint}`",
-        f"- scheduler: {manifest.scheduler_class}, {len(manifest.sigmas) - 1} steps",
+        f"- scheduler: {manifest.scheduler_class}, {_steps(manifest)}",
         "- call: " + ", ".join(f"{key} {value}" for key, value in data["call"].items() if value is not None),
         "",
         "## Budgets",
@@ -56,6 +56,14 @@ def card(manifest: Manifest) -> str:
         f"of the base model: {data['base_license'] or 'not stated'}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _steps(manifest: Manifest) -> str:
+    low, high = manifest.step_range
+    own, counts = len(manifest.sigmas) - 1, manifest.predictor.step_counts
+    if low == high:
+        return f"{own} steps"
+    return f"{low} to {high} steps (trained at {', '.join(map(str, counts))}; the figures below are at {own})"
 
 
 def _measures(manifest: Manifest) -> list[str]:

@@ -10,7 +10,8 @@ the loop, run through the real pipeline with the experts in the hook, in one of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,20 +32,23 @@ from lesa.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, 
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import call_arguments
-from lesa.predictor import STEPS, Predictor, Variant
+from lesa.predictor import MIXED, STEPS, Predictor, Variant
 from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
+from lesa.step_counts import Case, Splits, noise_levels, training_cases
 from lesa.step_weights import StepWeights, differences
 from lesa.training import (
     Job,
     Windows,
+    data_digest,
+    draw_case,
     expert_seed,
     new_expert,
     predictor_spec,
     step_weights_of_stage,
     training_key,
 )
-from lesa.trajectories import Trajectories, draw, trajectories_digest
+from lesa.trajectories import Trajectories, draw
 
 
 @dataclass(kw_only=True)
@@ -102,31 +106,37 @@ def train_budget(
     train: Trajectories,
     validation: Trajectories,
     *,
+    others: Mapping[int, Splits] | None = None,
     work_dir: Path,
     report: Report,
 ) -> tuple[dict[Job, dict[str, torch.Tensor]], dict[str, float]]:
     """Train all experts of one budget in the loop; resumes from its checkpoints in `work_dir`.
 
+    With `MIXED` for a budget, each optimiser step is one schedule at one number of steps, drawn with the batch.
+
     Args:
         start: the predictor of the first training step.
         pipe: the workload's pipeline; its parameters are frozen and its hooks are left as they were.
+        others: trajectories of further numbers of steps, for `MIXED`.
 
     Returns:
         Every expert's tensors, and the validation error of the final latents in decibels before and after.
     """
-    settings = workload.closed_loop
+    settings, others = workload.closed_loop, others or {}
     if start.spec != predictor_spec(workload, train.channels):
         raise ValueError("the first training step's predictor has other settings; run train_stage1 first")
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             freeze(part)
-    schedule = workload.budgets()[budget]
     jobs = [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
-    experts = {job.stage: new_expert(workload, job, train.sigmas, train.channels) for job in jobs}
-    variant = next(v for v in start.spec.variants if v.name == budget)
+    levels = noise_levels(others)
+    experts = {job.stage: new_expert(workload, job, train.sigmas, train.channels, levels) for job in jobs}
+    variant = next(v for v in start.spec.all_variants if v.name == budget)
     for stage, expert in experts.items():
         restore(expert, start, variant, stage)
-    if not schedule.predicted_steps:
+    known = training_cases(workload, budget, train, validation, others)
+    cases = [case for case in known if case.schedule.predicted_steps]
+    if not cases:
         untouched = {job: experts[job.stage].export() for job in jobs}
         own = start.step_tensors(variant)
         untouched[jobs[0]] |= {f"{STEPS}.{name}": tensor for name, tensor in own.items()}
@@ -134,41 +144,50 @@ def train_budget(
     for expert in experts.values():
         expert.to(pipe.device)
     step_weights = start_step_weights(workload, budget, start, experts, train)
-    rule = ExpertRule(
-        experts=experts,
-        schedule=schedule,
-        sigmas=train.sigmas,
-        boundaries=workload.predictor.boundaries,
-        sizes=workload.predictor.history_sizes,
-        history=workload.predictor.history,
-        step_weights=step_weights,
-        step_history=workload.predictor.step_history if step_weights is not None else 0,
-    )
+    rules = [
+        ExpertRule(
+            experts=experts,
+            schedule=case.schedule,
+            sigmas=case.train.sigmas,
+            boundaries=workload.predictor.boundaries,
+            sizes=start.spec.sizes_of(variant),
+            history=workload.predictor.history,
+            step_weights=step_weights,
+            step_history=workload.predictor.step_history if step_weights is not None else 0,
+        )
+        for case in cases
+    ]
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:
-        runs = _runs(train)
+        place = draw_case(batch, len(cases))
+        data = cases[place].train
+        runs = _runs(data)
         indices = [runs[i] for i in draw(batch, len(runs), settings.batch_size)]
         latents = accelerated_latents(
-            pipe, workload, rule.schedule, rule, train, indices, settings.gradient_checkpointing
+            pipe, workload, cases[place].schedule, rules[place], data, indices, settings.gradient_checkpointing
         )
-        return compare(latents, train.latents[indices].to(latents.device))
+        return compare(latents, data.latents[indices].to(latents.device))
 
     ends = ends_of(pipe.transformer)
     if pipe.transformer.dtype != torch.float32:
         ends = freeze(copy.deepcopy(ends).float())
 
     def drifted_states(batch: torch.Generator) -> torch.Tensor:
-        indices = draw(batch, len(train), settings.batch_size)
-        return drifted_loss(pipe, workload, rule, train, indices, ends, budget)
+        place = draw_case(batch, len(cases))
+        data = cases[place].train
+        return drifted_loss(pipe, workload, rules[place], data, draw(batch, len(data), settings.batch_size), ends)
+
+    def loss_of_case(case: Case, rule: ExpertRule) -> float:
+        total, runs = 0.0, torch.tensor([row for row in _runs(case.validation) if row < case.judged])
+        for chunk in runs.split(settings.batch_size):
+            latents = accelerated_latents(pipe, workload, case.schedule, rule, case.validation, chunk.tolist())
+            total += float(compare(latents, case.validation.latents[chunk].to(latents.device))) * len(chunk)
+        return total / len(runs)
 
     @torch.no_grad()
     def validation_loss() -> float:
-        total, runs = 0.0, torch.tensor(_runs(validation))
-        for chunk in runs.split(settings.batch_size):
-            latents = accelerated_latents(pipe, workload, rule.schedule, rule, validation, chunk.tolist())
-            total += float(compare(latents, validation.latents[chunk].to(latents.device))) * len(chunk)
-        return total / len(runs)
+        return sum(loss_of_case(case, rule) for case, rule in zip(cases, rules, strict=True)) / len(cases)
 
     before = validation_loss()
     modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()})
@@ -181,7 +200,10 @@ def train_budget(
         settings=LoopSettings.of(settings, expert_seed(workload, jobs[0])),
         folder=work_dir / budget,
         key=training_key(
-            workload, "closed_loop", budget, trajectories_digest(train, validation) + predictor_digest(start)
+            workload,
+            "closed_loop",
+            budget,
+            data_digest(budget, train, validation, others) + predictor_digest(start),
         ),
         report=report,
     )
@@ -200,8 +222,8 @@ def _runs(data: Trajectories) -> list[int]:
 def start_step_weights(
     workload: Workload, budget: str, start: Predictor, experts: dict[int, Expert], train: Trajectories
 ) -> StepWeights | None:
-    """The step weights of the first training step, in units fitted anew; None with kind `lesa`."""
-    if workload.predictor.kind != "per_step":
+    """The step weights of the first training step, in units fitted anew; None for experts that have none."""
+    if workload.predictor.kind != "per_step" or budget == MIXED:
         return None
     parts = [step_weights_of_stage(workload, Job(budget, stage), expert, train) for stage, expert in experts.items()]
     weights = StepWeights(torch.stack([part.units for part in parts]).sum(dim=0))
@@ -226,6 +248,7 @@ def accelerated_latents(
     """
     decorated: Any = type(pipe).__call__
     call = decorated.__wrapped__
+    asked = dataclasses.replace(workload.call, num_inference_steps=schedule.num_steps)
     prompts = [data.prompts[i] for i in indices]
     with in_loop(pipe, schedule, rule, gradient_checkpointing):
         return call(
@@ -234,7 +257,7 @@ def accelerated_latents(
             generator=[torch.Generator("cpu").manual_seed(data.seeds[i]) for i in indices],
             output_type="latent",
             return_dict=False,
-            **call_arguments(pipe, workload.call, len(prompts)),
+            **call_arguments(pipe, asked, len(prompts)),
         )[0]
 
 
@@ -245,7 +268,6 @@ def drifted_loss(
     data: Trajectories,
     indices: Sequence[int],
     ends: Ends,
-    budget: str,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
     rule.captured, rule.place = {}, (-1, 0)
@@ -258,7 +280,8 @@ def drifted_loss(
     loss = losses.GROUND_TRUTH[workload.ground_truth.loss]
     parts = []
     for stage, expert in rule.experts.items():
-        windows = Windows.of(workload, Job(budget, stage), rule.sigmas)
+        size = rule.sizes[stage]
+        windows = Windows.on(rule.schedule, rule.sigmas, rule.stages, stage, size, rule.history)
         if not windows.steps:
             continue
         target = data.feature_batch(indices, windows.steps).to(expert.low.device)

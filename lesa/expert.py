@@ -30,6 +30,7 @@ class Expert(nn.Module):
             the points at which the gate starts as first-order extrapolation.
         steps: N step indices of those offsets.
         num_steps: steps of a run (length of a `table` gate).
+        relative: whether the gate multiplies first-order extrapolation instead of giving alpha itself (`MIXED`).
         seed: of the initial values.
     """
 
@@ -42,11 +43,12 @@ class Expert(nn.Module):
         offsets: torch.Tensor,
         steps: Sequence[int],
         num_steps: int,
+        relative: bool = False,
         seed: int,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.kind = params.gate
+        self.kind, self.relative = params.gate, relative
         initial = projections.initial_projection(
             params.projection, channels, history_size, params.rank, params.start, generator
         )
@@ -60,6 +62,10 @@ class Expert(nn.Module):
 
     def alpha(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         """[N] alphas for offsets [N, K] of the given steps."""
+        said = self._gate_value(offsets, steps)
+        return said * gates.linear_alpha(offsets) if self.relative else said
+
+    def _gate_value(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         if isinstance(self.gate, _Table):
             return self.gate(steps)
         return self.gate(gates.scale_offsets(offsets, self.low, self.high))[:, 0]
@@ -93,8 +99,8 @@ class Expert(nn.Module):
         ]
 
     def _start_as_extrapolation(self, offsets: torch.Tensor, steps: Sequence[int]) -> None:
-        """Fit the gate to `dt_0 / (dt_1 - dt_0)` at the given offsets."""
-        target = gates.linear_alpha(offsets)
+        """Fit the gate so that alpha is `dt_0 / (dt_1 - dt_0)` at the given offsets."""
+        target = torch.ones(len(offsets)) if self.relative else gates.linear_alpha(offsets)
         if isinstance(self.gate, _Table):
             self.gate.set(steps, target)
             return
@@ -109,13 +115,13 @@ class Expert(nn.Module):
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
-            loss = (self.alpha(offsets, steps) - target).square().mean()
+            loss = (self._gate_value(offsets, steps) - target).square().mean()
             loss.backward()
             return loss
 
         optimizer.step(closure)
         with torch.no_grad():
-            off, largest = (self.alpha(offsets, steps) - target).abs().max(), target.abs().max()
+            off, largest = (self._gate_value(offsets, steps) - target).abs().max(), target.abs().max()
         if not off <= WARM_START_TOLERANCE * largest:
             raise ValueError(
                 f"predictor.start: the gate ({self.kind}) misses first-order extrapolation by {float(off):.3g} where "

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.families import blocks, family_of
-from lesa.predictor import PredictorSpec
+from lesa.predictor import MIXED_VARIANT, PredictorSpec
 from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
 
@@ -93,13 +93,15 @@ def predictor_flops(spec: PredictorSpec, schedule: Schedule, sigmas: torch.Tenso
         sigmas: [S + 1] noise levels.
         tokens: L of the tapped feature.
     """
-    stages = stage_of_steps(sigmas, spec.boundaries)
+    variant = spec.variant_for(schedule)
+    kind = "lesa" if variant == MIXED_VARIANT else spec.kind
+    sizes, stages = spec.sizes_of(variant), stage_of_steps(sigmas, spec.boundaries)
     projected = set()
     for step in schedule.predicted_steps:
         anchor = schedule.anchors(step, 1)[0] if spec.history == "full_steps" else step - 1
         projected.add((anchor, stages[step]))
-    products = sum(_projection_flops(spec, spec.history_sizes[stage]) for _, stage in projected)
-    if spec.kind == "lesa":
+    products = sum(_projection_flops(spec, kind, sizes[stage]) for _, stage in projected)
+    if kind == "lesa":
         return tokens * (products + 2.0 * spec.channels * len(schedule.predicted_steps))
     differences = (spec.step_history - 1.0) * spec.channels * len({anchor for anchor, _ in projected})
     terms = 2.0 * spec.step_history + (0.0 if spec.projection == "per_channel" else 2.0) + 1.0
@@ -138,12 +140,12 @@ def taylor_flops(order: int, schedule: Schedule, *, tokens: int, channels: int) 
     return 2.0 * order * tokens * channels * (len(anchors) + len(schedule.predicted_steps))
 
 
-def _projection_flops(spec: PredictorSpec, history_size: int) -> float:
+def _projection_flops(spec: PredictorSpec, kind: str, history_size: int) -> float:
     """Operations of one token's z."""
     channels, inputs = float(spec.channels), float(history_size * spec.channels)
     if spec.projection == "dense":  # the per-channel part is folded into the matrix
         return 2.0 * inputs * channels
-    per_channel = 2.0 * inputs if spec.kind == "lesa" else 0.0  # else folded into the steps' own weights
+    per_channel = 2.0 * inputs if kind == "lesa" else 0.0  # else folded into the steps' own weights
     if spec.projection == "low_rank":
         return per_channel + 2.0 * spec.rank * (inputs + channels)
     return per_channel

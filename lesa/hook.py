@@ -51,6 +51,8 @@ class LesaCacheConfig:
     scheduler: Any | None = None  # the scheduler that steps, or a function that returns it
     timesteps: Sequence[float] | None = None  # `timestep` of every step, as the transformer receives it
     sigmas: Sequence[float] | None = None  # [S + 1] expected noise levels, checked at every run's first call
+    # Schedule and rule for the noise levels [S + 1] of a run with another number of steps; None refuses such runs.
+    other_steps: Callable[[torch.Tensor], tuple[Schedule, Rule]] | None = None
     check: Callable[[FirstCall], Sequence[str]] | None = None  # further problems of a run's first call
     num_branches: int | None = None  # transformer calls a step; None takes what comes
     late_start: bool = False  # let a run begin where the scheduler's `begin_index` says, as from another picture
@@ -62,6 +64,8 @@ class LesaCacheConfig:
         problems = []
         if (self.scheduler is None) == (self.timesteps is None):
             problems.append("give exactly one of scheduler and timesteps")
+        if self.timesteps is not None and self.other_steps is not None:
+            problems.append("other_steps needs a scheduler: timesteps are of one number of steps")
         if self.timesteps is not None and len(self.timesteps) != self.schedule.num_steps:
             problems.append(f"timesteps: got {len(self.timesteps)}, expected {self.schedule.num_steps}")
         if self.sigmas is not None and len(self.sigmas) != self.schedule.num_steps + 1:
@@ -109,22 +113,28 @@ class LesaRootHook(ModelHook):
         super().__init__()
         self.config = config
         # An attribute, so that `cache_context` finds it and sets the context.
-        self.state_manager = StateManager(LesaBranchState, (max(config.rule.history_size, 1),))
-        self.statistics = self._blank()
+        self.state_manager = StateManager(LesaBranchState)
+        self._follow(config.schedule, config.rule)
         self._call = call
         self._clock: Clock = (
             SchedulerClock(config.scheduler, config.num_branches)
             if config.timesteps is None
             else TimestepClock(config.timesteps, config.num_branches)
         )
-        self._full_steps = frozenset(config.schedule.full_steps)
         self._first_step = 0  # of the run
         self._num_tokens: int | None = None  # leading image tokens that are predicted; None: all
-        self._stages: Sequence[int] | None = getattr(config.rule, "stages", None)
         self._compiled: list[tuple[dict[str, Any], Any]] = []  # blocks' attributes and what was taken from them
         self._started = 0.0  # host clock at the run's first call
         self._event: torch.cuda.Event | None = None  # device clock at this call's start
         call.root = self
+
+    def _follow(self, schedule: Schedule, rule: Rule) -> None:
+        """Take up what the run that begins does; no branch of another run is left then."""
+        self.schedule, self.rule = schedule, rule
+        self._full_steps = frozenset(schedule.full_steps)
+        self._stages: Sequence[int] | None = getattr(rule, "stages", None)
+        self.state_manager._init_args = (max(rule.history_size, 1),)
+        self.statistics = RunStatistics(rule=rule.name, schedule=schedule, notes=dict(self.config.notes))
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._call.active:
@@ -205,17 +215,24 @@ class LesaRootHook(ModelHook):
         self, module: torch.nn.Module, tick: Tick, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.reset_state(module)
-        self.statistics = self._blank()
         clock, config = self._clock, self.config
         scheduler = clock.scheduler if isinstance(clock, SchedulerClock) else None
+        schedule, rule, expected_sigmas, problems = config.schedule, config.rule, config.sigmas, []
+        if config.other_steps is not None and clock.num_steps != schedule.num_steps:
+            expected_sigmas = None
+            try:
+                schedule, rule = config.other_steps(_noise_levels(scheduler))
+            except ValueError as error:
+                problems.append(str(error))
+        self._follow(schedule, rule)
         call = FirstCall(transformer=module, scheduler=scheduler, args=args, kwargs=kwargs)
-        problems = run_problems(
+        problems += run_problems(
             call,
             first_step=tick.step,
             late_start=config.late_start,
             num_steps=clock.num_steps,
-            expected_steps=config.schedule.num_steps,
-            expected_sigmas=config.sigmas,
+            expected_steps=clock.num_steps if problems else schedule.num_steps,  # said already
+            expected_sigmas=expected_sigmas,
         )
         problems += _hook_problems(module)
         if config.check is not None:
@@ -243,21 +260,17 @@ class LesaRootHook(ModelHook):
         """
         if self._first_step == 0:
             return True
-        size, rule = max(self.config.rule.history_size, 1), self.config.rule
-        oldest = step - size if rule.keeps_predictions else min(self.config.schedule.anchors(step, size))
+        size, rule = max(self.rule.history_size, 1), self.rule
+        oldest = step - size if rule.keeps_predictions else min(self.schedule.anchors(step, size))
         return oldest >= self._first_step
-
-    def _blank(self) -> RunStatistics:
-        config = self.config
-        return RunStatistics(rule=config.rule.name, schedule=config.schedule, notes=dict(config.notes))
 
     def _predict(self, tick: Tick, state: LesaBranchState) -> None:
         if not state.history.features:
             raise ValueError(
                 f"branch {tick.branch!r} is first called at step {tick.step}, where the schedule "
-                f"({self.config.schedule}) predicts: it has no feature to predict from"
+                f"({self.schedule}) predicts: it has no feature to predict from"
             )
-        prediction = self.config.rule(state.history, tick.step)
+        prediction = self.rule(state.history, tick.step)
         if self.config.guard and not self._plausible(prediction, state):
             return
         self._call.prediction = prediction
@@ -271,14 +284,14 @@ class LesaRootHook(ModelHook):
 
     def _history_needed(self, step: int) -> int:
         """Features the rule must have; a rule without noise stages takes what there is."""
-        sizes = getattr(self.config.rule, "sizes", None)
+        sizes = getattr(self.rule, "sizes", None)
         return 1 if sizes is None or self._stages is None else int(sizes[self._stages[step]])
 
     @torch.compiler.disable
     def _end(self, tick: Tick, state: LesaBranchState, entered: float) -> None:
         """Keep what the call has shown."""
         record = self.statistics.steps[-1]
-        history, rule = state.history, self.config.rule
+        history, rule = state.history, self.rule
         if self._call.skip:
             if rule.keeps_predictions:
                 assert self._call.prediction is not None
@@ -299,7 +312,7 @@ class LesaRootHook(ModelHook):
         states = self.state_manager._state_cache.values()
         held = sum(branch.history.nbytes for branch in states)
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, held)
-        if tick.step == self.config.schedule.num_steps - 1:
+        if tick.step == self.schedule.num_steps - 1:
             history.reset()  # nothing is predicted after the last step
             self.statistics.finished = not any(branch.history.steps for branch in states)
         if self._event is not None:
@@ -495,6 +508,14 @@ def _arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _argument(module: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs[name] if name in kwargs else _arguments(module, args, kwargs).get(name)
+
+
+def _noise_levels(scheduler: Any) -> torch.Tensor:
+    """[S + 1] of the run that begins, float32 on the CPU."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, torch.Tensor):
+        raise ValueError("sigmas: the scheduler has none")
+    return sigmas.detach().to("cpu", torch.float32, copy=True)
 
 
 def _device_event(tensor: Any) -> torch.cuda.Event | None:

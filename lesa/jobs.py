@@ -18,21 +18,37 @@ from lesa.ends import load_ends
 from lesa.loop import Report
 from lesa.params import Workload
 from lesa.pipelines import load_pipeline, pipeline_folder
-from lesa.predictor import Predictor, PredictorSpec
+from lesa.predictor import MIXED, Predictor, PredictorSpec
 from lesa.prompts import read_splits
+from lesa.step_counts import Splits
 from lesa.training import Job, assemble, ground_truth_jobs, train_expert
-from lesa.trajectories import Trajectories, load_trajectories
+from lesa.trajectories import load_trajectories
 
 Tensors = dict[str, torch.Tensor]
 Figures = dict[str, float]
 
 
-def recorded_splits(workload: Workload) -> tuple[Trajectories, Trajectories]:
+def recorded_splits(
+    workload: Workload,
+    num_steps: int | None = None,  # of the runs; None: the call's own
+) -> Splits:
     """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
     splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
-    train = load_trajectories(path, splits["train"][: workload.record.train_prompts])
-    validation = load_trajectories(path, splits["validation"][: workload.record.validation_prompts])
+    steps = workload.call.num_inference_steps if num_steps is None else num_steps
+    counts = workload.num_recorded(steps)
+    train = load_trajectories(path, splits["train"][: counts["train"]], steps)
+    validation = load_trajectories(path, splits["validation"][: counts["validation"]], steps)
     return train, validation
+
+
+def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
+    """`recorded_splits` at each of `record.step_counts`."""
+    return {num_steps: recorded_splits(workload, num_steps) for num_steps in workload.record.step_counts}
+
+
+def closed_loop_budgets(workload: Workload) -> list[str]:
+    """The jobs of the second training step: every budget, and the experts for other numbers of steps."""
+    return [*workload.schedule.budgets, *((MIXED,) if workload.record.step_counts else ())]
 
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:
@@ -45,12 +61,19 @@ def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[
     train, validation = recorded_splits(workload)
     ends = load_ends(transformer_folder(workload))
     return train_expert(
-        workload, job, train, validation, ends, work_dir=work_dir(workload) / "ground_truth", report=report
+        workload,
+        job,
+        train,
+        validation,
+        ends,
+        others=recorded_elsewhere(workload) if job.budget == MIXED else None,
+        work_dir=work_dir(workload) / "ground_truth",
+        report=report,
     )
 
 
 def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
-    """Train one budget's experts in the loop, from the predictor of the first step; resumes likewise."""
+    """Train the experts of one of `closed_loop_budgets`, from the predictor of the first step; resumes likewise."""
     train, validation = recorded_splits(workload)
     return train_budget(
         workload,
@@ -59,6 +82,7 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tupl
         load_pipeline(workload),
         train,
         validation,
+        others=recorded_elsewhere(workload) if budget == MIXED else None,
         work_dir=work_dir(workload) / "closed_loop",
         report=report,
     )

@@ -13,6 +13,7 @@ from lesa.fingerprint import fingerprint
 from lesa.params import Workload
 from lesa.predictor import Predictor
 from lesa.prompts import prompt_digests, prompts_digest
+from lesa.step_counts import Splits
 from lesa.trajectories import Trajectories, trajectories_digest
 
 
@@ -27,6 +28,7 @@ def make_bundle(
     quality: Mapping[str, Mapping[str, Any]],
     evaluation: Mapping[str, Any],
     created_from: Mapping[str, Any],
+    others: Mapping[int, Splits] | None = None,
 ) -> Bundle:
     """Write the bundle of a workload.
 
@@ -36,7 +38,9 @@ def make_bundle(
         quality: what was measured, for each budget (psnr_mean, psnr_p5 in dB, ...).
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
+        others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.
     """
+    further = [data for count in sorted(others or {}) for data in (others or {})[count]]
     manifest = {
         "workload": workload.name,
         "created_from": dict(created_from),
@@ -70,9 +74,9 @@ def make_bundle(
         },
         "default_budget": workload.schedule.default_budget,
         "training": {
-            "num_trajectories": len(set(train.keys)),
-            "num_validation_trajectories": len(set(validation.keys)),
-            "trajectories_sha256": trajectories_digest(train, validation),
+            "num_trajectories": sum(len(set(data.keys)) for data in (train, *further[::2])),
+            "num_validation_trajectories": sum(len(set(data.keys)) for data in (validation, *further[1::2])),
+            "trajectories_sha256": trajectories_digest(train, validation, *further),
             "prompts_sha256": prompts_digest([*train.prompts, *validation.prompts]),
             "prompt_digests": prompt_digests([*train.prompts, *validation.prompts]),
             "noise_seeds": [min((*train.seeds, *validation.seeds)), max((*train.seeds, *validation.seeds))],

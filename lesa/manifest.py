@@ -18,7 +18,7 @@ from lesa.params import CallParams
 from lesa.predictor import PredictorSpec
 from lesa.schedule import Schedule
 
-SCHEMA = 2  # 2: variants name their full steps; weights of each step
+SCHEMA = 3  # 2: variants name their full steps; weights of each step. 3: a range of steps
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads and budgets
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
@@ -37,6 +37,7 @@ _KEYS = (
     "branches",
     "call",
     "num_inference_steps",
+    "step_range",
     "sigmas",
     "budgets",
     "default_budget",
@@ -89,6 +90,7 @@ class Manifest:
     channels: int
     branches: tuple[str, ...]
     call: CallParams
+    step_range: tuple[int, int]  # lowest and highest number of steps that the predictor was trained on
     sigmas: tuple[float, ...]  # [S + 1]
     budgets: Mapping[str, Budget]
     default_budget: str
@@ -182,6 +184,7 @@ def _read(reader: _Reader) -> dict[str, Any]:
         "channels": reader.integer("channels", 1, 1 << 16),
         "branches": tuple(reader.value("branches", _are_branches, "a list of one to four names") or ()),
         "call": _call(reader, steps),
+        "step_range": tuple(reader.value("step_range", _is_range, "two numbers of steps, the lowest first") or ()),
         "sigmas": _sigmas(reader, steps),
         "budgets": _budgets(reader, steps),
         "default_budget": reader.matching("default_budget", NAME, "the name of a budget"),
@@ -193,6 +196,12 @@ def _read(reader: _Reader) -> dict[str, Any]:
     spec = result["predictor"]
     if spec is not None and spec.channels != result["channels"]:
         reader.problems.append(f"predictor.channels: got {spec.channels}, channels says {result['channels']}")
+    if spec is not None and spec.num_steps != steps:
+        reader.problems.append(f"predictor.num_steps: got {spec.num_steps}, num_inference_steps says {steps}")
+    if spec is not None and result["step_range"] and spec.step_range != result["step_range"]:
+        reader.problems.append(
+            f"step_range: got {list(result['step_range'])}, the predictor was trained on {list(spec.step_range)}"
+        )
     files = reader.mapping("files")
     reader.keys("files", files, (WEIGHTS,))
     entry = files.get(WEIGHTS)
@@ -290,6 +299,10 @@ def _are_branches(value: Any) -> bool:
         and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
         and len(set(value)) == len(value)
     )
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_int, value)) and 1 <= value[0] <= value[1]
 
 
 def _is_int(value: Any) -> bool:

@@ -103,7 +103,10 @@ def needs_of(workload: Workload) -> Needs:
     model = call_flops(transformer, facts.grid, facts.text_tokens)
     run = branches * call.num_inference_steps * model.total
     full = full_step_counts(workload.schedule, call.num_inference_steps)
-    trajectories = (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt
+    trajectories = {
+        count: sum(workload.num_recorded(count).values()) * record.seeds_per_prompt
+        for count in (call.num_inference_steps, *record.step_counts)
+    }
     every_token = _recording(facts, call.num_inference_steps, branches, model.channels, 1.0)
     kept = _recording(facts, call.num_inference_steps, branches, model.channels, record.token_fraction)
     wide = (model.tokens + facts.text_tokens) * model.channels  # values of one block's streams
@@ -114,9 +117,9 @@ def needs_of(workload: Workload) -> Needs:
         facts=facts,
         weights={name: numbers * element for name, numbers in facts.numbers.items()},
         download=0 if facts.is_local else 2 * sum(facts.numbers.values()),
-        trajectories=trajectories,
-        store=kept.bytes(trajectories),
-        store_all_tokens=every_token.bytes(trajectories),
+        trajectories=sum(trajectories.values()),
+        store=kept.bytes_of(trajectories),
+        store_all_tokens=every_token.bytes_of(trajectories),
         training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
         sampling=sampling * workload.evaluate.batch_size,
         fitting=_fitting(workload, branches, kept.num_tokens * model.channels),
@@ -148,7 +151,12 @@ def _recording(facts: ModelFacts, steps: int, branches: int, channels: int, frac
     values = 2 * latents + branches * sum(tensors.values()) + steps * (1 + branches * channels)
     kept = max(1, round(fraction * math.prod(facts.grid)))
     return RecordingSize(
-        num_steps=steps, num_branches=branches, num_tokens=kept, channels=channels, context_values=values
+        num_steps=steps,
+        num_branches=branches,
+        num_tokens=kept,
+        channels=channels,
+        context_values=values,
+        step_values=1 + branches * channels,
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from lesa.families import FAMILIES
-from lesa.predictor import MAX_CHANNELS, MAX_HIDDEN, MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS
-from lesa.schedule import Schedule, history_problems
+from lesa.predictor import MAX_CHANNELS, MAX_HIDDEN, MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS, MIXED
+from lesa.schedule import MIN_CARRIED, Schedule, history_problems
 from lesa.stages import boundary_problems
 
 MAX_SEED = 2**32  # far below what a generator takes, so that offsets and counts can be added
@@ -97,10 +97,16 @@ class RecordParams:
     validation_prompts: int = setting(low=1)  # first lines of validation.txt
     seeds_per_prompt: int = setting(1, low=1)
     seed_offset: int = setting(10_000, low=0, high=MAX_SEED)  # noise seeds start here; judging uses others
+    step_counts: tuple[int, ...] = ()  # further numbers of steps, so that the bundle serves any between them
+    step_count_prompts: int = setting(32, low=1)  # training prompts at each of these, a quarter for validation
     token_fraction: float = setting(1.0, low=0.001, high=1.0)  # random subset of tokens kept
     actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
     threads_per_actor: int = setting(1, low=1)
     timeout_s: int = setting(600, low=1)  # per trajectory; then the actor is replaced
+
+    @property
+    def step_count_validation_prompts(self) -> int:
+        return max(2, self.step_count_prompts // 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,6 +220,18 @@ class Workload:
     @property
     def paths(self) -> Paths:
         return Paths(self)
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Every number of steps that is recorded, the call's own first."""
+        return (self.call.num_inference_steps, *self.record.step_counts)
+
+    def num_recorded(self, num_steps: int) -> dict[str, int]:
+        """How many prompts of each split are recorded at a number of steps."""
+        record = self.record
+        if num_steps == self.call.num_inference_steps:
+            return {"train": record.train_prompts, "validation": record.validation_prompts}
+        return {"train": record.step_count_prompts, "validation": record.step_count_validation_prompts}
 
     def budgets(self) -> dict[str, Schedule]:
         """The schedule of every budget.
@@ -455,6 +473,36 @@ def _window_problems(rule: ScheduleParams, call: CallParams, predictor: Predicto
     return problems
 
 
+def _step_count_problems(
+    record: RecordParams, call: CallParams, schedule: ScheduleParams, predictor: PredictorParams
+) -> list[str]:
+    counts, problems = record.step_counts, []
+    if not counts:
+        return []
+    where = "record.step_counts"
+    # Three full steps and one to predict.
+    if outside := [count for count in counts if not MIN_CARRIED < count <= MAX_STEPS]:
+        problems.append(f"{where}: each must be from {MIN_CARRIED + 1} to {MAX_STEPS}, got {outside}")
+    if len(set(counts)) != len(counts):
+        problems.append(f"{where}: {list(counts)} has a number twice")
+    if call.num_inference_steps in counts:
+        problems.append(f"{where}: {call.num_inference_steps} is call.num_inference_steps: list the others only")
+    for key, count, available in (
+        ("train_prompts", record.step_count_prompts, record.train_prompts),
+        ("validation_prompts", record.step_count_validation_prompts, record.validation_prompts),
+    ):
+        if count > available:
+            problems.append(
+                f"record.step_count_prompts: {record.step_count_prompts} makes {count} of record.{key}, "
+                f"which is {available}"
+            )
+    if predictor.gate == "table":
+        problems.append(f"{where}: predictor.gate table knows no other number of steps; use kan or mlp")
+    if MIXED in schedule.budgets:
+        problems.append(f"schedule.budgets.{MIXED}: the name is that of the experts for {where}")
+    return problems
+
+
 def _drift_problems(record: RecordParams, closed_loop: ClosedLoopParams) -> list[str]:
     if closed_loop.gradient == "drifted_states" and record.token_fraction < 1.0:
         return ["closed_loop.gradient: drifted_states needs every token, and record.token_fraction is below 1.0"]
@@ -469,7 +517,7 @@ def _seed_problems(record: RecordParams, evaluate: EvaluateParams, publish: Publ
         "publish.gate_seed_offset": publish.gate_seed_offset,
     }
     spans = {
-        # Even numbers for training, odd ones for validation.
+        # Even numbers for training, odd ones for validation; other numbers of steps start from the same noise.
         "record.seed_offset": 2 * max(record.train_prompts, record.validation_prompts) * record.seeds_per_prompt,
         "evaluate.seed_offset": evaluate.prompts * evaluate.seeds_per_prompt,
         "publish.gate_seed_offset": publish.gate_prompts * 8,
@@ -490,6 +538,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("predictor",), _predictor_problems),
     (("schedule", "call", "predictor"), _window_problems),
     (("schedule", "call", "record", "predictor", "search"), _search_problems),
+    (("record", "call", "schedule", "predictor"), _step_count_problems),
     (("record", "closed_loop"), _drift_problems),
     (("record", "evaluate", "publish"), _seed_problems),
 )

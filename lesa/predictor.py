@@ -24,6 +24,8 @@ from lesa.schedule import Schedule, history_problems
 from lesa.stages import boundary_problems, stage_of_steps
 
 KINDS = ("lesa", "per_step")
+MIXED = "mixed"  # name of the experts for other numbers of steps, beside those of the budgets
+MIXED_HISTORY = 2  # K of these: the full steps that every carried schedule starts with
 STEPS = "steps"  # name of a variant's step weights, where its stages have their numbers
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
@@ -39,6 +41,9 @@ class Variant:
     @property
     def num_full(self) -> int:
         return len(self.full_steps)
+
+
+MIXED_VARIANT = Variant(name=MIXED, full_steps=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,10 @@ class PredictorSpec:
     gate: str = "kan"
     hidden: int = 8
     grid: int = 5
+    step_counts: tuple[int, ...] = ()  # increasing numbers of steps that the mixed experts were trained on; (): none
 
     def __post_init__(self) -> None:
-        problems = list(boundary_problems(self.boundaries))
+        problems = [*boundary_problems(self.boundaries), *self._step_count_problems()]
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("history", self.history, ("full_steps", "steps")),
@@ -103,8 +109,55 @@ class PredictorSpec:
         if problems:
             raise ValueError("predictor: " + "; ".join(problems))
 
+    def _step_count_problems(self) -> list[str]:
+        counts, problems = self.step_counts, []
+        if not counts:
+            return []
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_STEPS for n in counts):
+            problems.append(f"step_counts must be integers from 1 to {MAX_STEPS}, got {list(counts)}")
+        elif list(counts) != sorted(set(counts)):
+            problems.append(f"step_counts must increase without repeats, got {list(counts)}")
+        elif self.num_steps not in counts:
+            problems.append(f"step_counts {list(counts)} must contain num_steps {self.num_steps}")
+        if self.gate == "table":
+            problems.append("a table gate serves one number of steps, step_counts names several")
+        if any(variant.name == MIXED for variant in self.variants):
+            problems.append(f"variant name {MIXED!r} is that of the experts for step_counts")
+        return problems
+
+    @property
+    def step_range(self) -> tuple[int, int]:
+        """Lowest and highest number of steps that it was trained on."""
+        return (self.step_counts[0], self.step_counts[-1]) if self.step_counts else (self.num_steps, self.num_steps)
+
+    @property
+    def all_variants(self) -> tuple[Variant, ...]:
+        """The budgets' experts and, where there are any, those for other numbers of steps."""
+        return (*self.variants, *((MIXED_VARIANT,) if self.step_counts else ()))
+
+    def sizes_of(self, variant: Variant) -> tuple[int, ...]:
+        """K of each noise stage's expert."""
+        return (MIXED_HISTORY,) * len(self.history_sizes) if variant == MIXED_VARIANT else self.history_sizes
+
+    def is_trained_for(self, schedule: Schedule) -> bool:
+        """Whether some budget's experts were trained on exactly these full steps."""
+        known = (variant.full_steps for variant in self.variants)
+        return schedule.num_steps == self.num_steps and schedule.full_steps in known
+
+    def variant_for(self, schedule: Schedule) -> Variant:
+        """The experts trained for this schedule, else those for any number of steps, else those for the number of
+        full steps nearest to its."""
+        if self.step_counts and not self.is_trained_for(schedule):
+            return MIXED_VARIANT
+
+        def distance(variant: Variant) -> tuple[bool, int]:
+            return variant.full_steps != schedule.full_steps, abs(variant.num_full - schedule.num_full)
+
+        return min(self.variants, key=distance)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
+            "step_counts": list(self.step_counts),
             "boundaries": list(self.boundaries),
             "history_sizes": list(self.history_sizes),
             "variants": [{"name": v.name, "full_steps": list(v.full_steps)} for v in self.variants],
@@ -124,6 +177,7 @@ class PredictorSpec:
                     **data,
                     "boundaries": tuple(map(_number, data["boundaries"])),
                     "history_sizes": tuple(data["history_sizes"]),
+                    "step_counts": tuple(data["step_counts"]),
                     "variants": tuple(_variant(**variant) for variant in data["variants"]),
                 }
             )
@@ -146,7 +200,12 @@ def _number(value: Any) -> float:
 @dataclass(frozen=True)
 class Predictor:
     """A spec with its tensors, named `<variant>/<stage>/projection.*`, `<variant>/<stage>/gate.*` and, with
-    kind `per_step`, `<variant>/steps/*`."""
+    kind `per_step`, `<variant>/steps/*`.
+
+    Experts for other numbers of steps (`MIXED`) have the LESA form whatever the kind, and a gate that multiplies
+    first-order extrapolation: alpha = KAN(dt) dt_0 / (dt_1 - dt_0). So z is a slope in noise level, and what the gate
+    has to learn changes little with the distance between steps.
+    """
 
     spec: PredictorSpec
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
@@ -170,14 +229,14 @@ class Predictor:
     def tensor_shapes(spec: PredictorSpec) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the spec calls for."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for variant in spec.variants:
-            for stage, size in enumerate(spec.history_sizes):
+        for variant in spec.all_variants:
+            for stage, size in enumerate(spec.sizes_of(variant)):
                 prefix = f"{variant.name}/{stage}/"
                 of_projection = projections.projection_shapes(spec.projection, spec.channels, size, spec.rank)
                 of_gate = gates.gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
                 shapes |= {f"{prefix}projection.{name}": shape for name, shape in of_projection.items()}
                 shapes |= {f"{prefix}gate.{name}": shape for name, shape in of_gate.items()}
-            if spec.kind == "per_step":
+            if spec.kind == "per_step" and variant != MIXED_VARIANT:
                 of_steps = step_weights.step_weight_shapes(spec.num_steps, spec.step_history, spec.channels)
                 shapes |= {f"{variant.name}/{STEPS}/{name}": shape for name, shape in of_steps.items()}
         return shapes
@@ -187,17 +246,12 @@ class Predictor:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def variant_for(self, schedule: Schedule) -> Variant:
-        """The experts trained for this schedule, else those for the number of full steps nearest to its."""
-
-        def distance(variant: Variant) -> tuple[bool, int]:
-            return variant.full_steps != schedule.full_steps, abs(variant.num_full - schedule.num_full)
-
-        return min(self.spec.variants, key=distance)
+        """As `PredictorSpec.variant_for`."""
+        return self.spec.variant_for(schedule)
 
     def is_trained_for(self, schedule: Schedule) -> bool:
-        """Whether some variant was trained on exactly these full steps."""
-        own = self.variant_for(schedule).full_steps
-        return schedule.num_steps == self.spec.num_steps and schedule.full_steps == own
+        """As `PredictorSpec.is_trained_for`."""
+        return self.spec.is_trained_for(schedule)
 
     def step_tensors(self, variant: Variant) -> dict[str, torch.Tensor]:
         """The variant's step weights, named as in `lesa.step_weights`; empty with kind `lesa`."""
@@ -217,26 +271,32 @@ class Predictor:
             sigmas: [S + 1] noise levels.
 
         Raises:
-            ValueError: every predicted step whose history is too short or whose offsets were never trained on.
+            ValueError: every predicted step whose history is too short or whose offsets were never trained on, or
+                a number of steps outside `step_range`.
         """
         spec, variant = self.spec, self.variant_for(schedule)
+        sizes, is_mixed = spec.sizes_of(variant), variant == MIXED_VARIANT
+        low, high = spec.step_range
+        if is_mixed and not low <= schedule.num_steps <= high:
+            raise ValueError(f"num_inference_steps: got {schedule.num_steps}, the predictor serves {low} to {high}")
         if sigmas.shape != (schedule.num_steps + 1,):
             raise ValueError(
                 f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
             )
         stages = stage_of_steps(sigmas, spec.boundaries)
         problems = []
-        if spec.kind == "lesa":  # weights of each step use what history there is, without the expert
-            problems = history_problems(schedule, spec.history_sizes, stages, spec.history)
+        if spec.kind == "lesa" or is_mixed:  # weights of each step use what history there is, without the expert
+            problems = history_problems(schedule, sizes, stages, spec.history)
         if spec.gate == "table" and schedule.num_steps != spec.num_steps:
             raise ValueError(
                 f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
             )
-        if spec.kind == "per_step" and schedule.predicted_steps and not self.is_trained_for(schedule):
+        untrained = spec.kind == "per_step" and not is_mixed and not self.is_trained_for(schedule)
+        if untrained and schedule.predicted_steps:
             known = "; ".join(f"{v.name}: {list(v.full_steps)}" for v in spec.variants)
             problems.append(f"weights of each step serve the full steps they were trained for only ({known})")
         result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
-        for stage, size in enumerate(spec.history_sizes):
+        for stage, size in enumerate(sizes):
             tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
             past = {
                 step: gates.history_steps(schedule, step, size, spec.history)
@@ -256,7 +316,8 @@ class Predictor:
                     f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
                     f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
                 )
-            result[steps] = found = gates.alpha(spec.gate, tensors, dt, steps)
+            found = gates.alpha(spec.gate, tensors, dt, steps)
+            result[steps] = found = found * gates.linear_alpha(dt) if is_mixed else found
             finite = dict(zip(steps, found.isfinite().tolist(), strict=True))
             bad = [step for step in steps if not finite[step] and not schedule.is_full(step)]
             if bad:
@@ -280,7 +341,7 @@ class Predictor:
         """
         alphas = self.alphas(schedule, sigmas)
         variant = self.variant_for(schedule)
-        stages = stage_of_steps(sigmas, self.spec.boundaries)
+        stages, sizes = stage_of_steps(sigmas, self.spec.boundaries), self.spec.sizes_of(variant)
         parts = {stage: self.expert(variant, stage, "projection") for stage in sorted(set(stages))}
         by_step: dict[str, torch.Tensor] = {}
         if self.spec.kind == "per_step" and self.is_trained_for(schedule):
@@ -294,13 +355,13 @@ class Predictor:
         }
         return BoundPredictor(
             name=f"lesa[{variant.name}]",
-            history_size=max(*self.spec.history_sizes, self.spec.step_history if by_step else 1),
+            history_size=max(*sizes, self.spec.step_history if by_step else 1),
             keeps_predictions=self.spec.history == "steps",
             alphas=tuple(alphas.tolist()),
             stages=tuple(stages),
             # Weights of each step can say something from one feature on.
-            sizes=(1,) * len(self.spec.history_sizes) if by_step else self.spec.history_sizes,
-            expert_sizes=self.spec.history_sizes,
+            sizes=(1,) * len(sizes) if by_step else sizes,
+            expert_sizes=sizes,
             experts=experts,
             by_step={name: tensor.to(device=device, dtype=dtype) for name, tensor in by_step.items()},
         )

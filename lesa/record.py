@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,12 @@ class PlannedTrajectory:
     prompt: str
     seed: int
     split: str  # train or validation; not part of the identity
+    num_steps: int  # sampler steps; part of the identity's call
+
+
+def count_by_steps(plan: Iterable[PlannedTrajectory]) -> Counter[int]:
+    """How many planned trajectories have each number of steps."""
+    return Counter(item.num_steps for item in plan)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +55,21 @@ class RecordingSize:
     num_tokens: int  # kept ones
     channels: int
     context_values: int  # float32 values beside the features
+    step_values: int  # those of them that come with each step
 
     def bytes(self, num_trajectories: int) -> int:
         """Bytes on disk of so many."""
-        return estimate_bytes(num_trajectories, **dataclasses.asdict(self))
+        sizes = dataclasses.asdict(self)
+        del sizes["step_values"]
+        return estimate_bytes(num_trajectories, **sizes)
+
+    def bytes_of(self, counts: Mapping[int, int]) -> int:
+        """Bytes on disk of so many trajectories of each number of steps."""
+        return sum(self._with_steps(num_steps).bytes(count) for num_steps, count in counts.items())
+
+    def _with_steps(self, num_steps: int) -> RecordingSize:
+        values = self.context_values + (num_steps - self.num_steps) * self.step_values
+        return dataclasses.replace(self, num_steps=num_steps, context_values=values)
 
 
 def describe_source(pipe: Any) -> dict[str, Any]:
@@ -90,8 +108,10 @@ def _text_digest(pipe: Any) -> str:
 def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[PlannedTrajectory]:
     """Every trajectory of the workload: the first prompts of train.txt and validation.txt, in file order.
 
-    Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation` the odd numbers
-    between: appending prompts to either file leaves every other trajectory's seed, and so its key, as it was.
+    The call's own number of steps comes first, then each of `record.step_counts` with the first of the same
+    prompts and their noise. Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation`
+    the odd numbers between: appending prompts to either file leaves every other trajectory's seed, and so its key,
+    as it was.
 
     Args:
         source: what `describe_source` says of the pipeline.
@@ -99,25 +119,32 @@ def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[Planne
     Raises:
         PromptError: unusable files, prompts in two splits, or fewer of them than are asked for.
     """
+    known = recorded_prompts(workload)
     planned = []
-    for split, prompts in recorded_prompts(workload).items():
-        for index, prompt in enumerate(prompts):
-            for repeat in range(workload.record.seeds_per_prompt):
-                number = index * workload.record.seeds_per_prompt + repeat
-                seed = workload.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
-                identity = _identity(workload, source, prompt, seed)
-                planned.append(
-                    PlannedTrajectory(
-                        key=trajectory_key(identity), identity=identity, prompt=prompt, seed=seed, split=split
+    for num_steps in workload.step_counts:
+        for split, count in workload.num_recorded(num_steps).items():
+            for index, prompt in enumerate(known[split][:count]):
+                for repeat in range(workload.record.seeds_per_prompt):
+                    number = index * workload.record.seeds_per_prompt + repeat
+                    seed = workload.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
+                    identity = _identity(workload, source, prompt, seed, num_steps)
+                    planned.append(
+                        PlannedTrajectory(
+                            key=trajectory_key(identity),
+                            identity=identity,
+                            prompt=prompt,
+                            seed=seed,
+                            split=split,
+                            num_steps=num_steps,
+                        )
                     )
-                )
     return planned
 
 
 def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
     """The prompts that are recorded, by split, in file order; PromptError as in `plan_recording`."""
     splits = read_splits(workload.paths.prompts)
-    counts = {"train": workload.record.train_prompts, "validation": workload.record.validation_prompts}
+    counts = workload.num_recorded(workload.call.num_inference_steps)
     problems = [
         f"record.{split}_prompts: {count} asked for, {split}.txt has {len(splits[split])}"
         for split, count in counts.items()
@@ -128,10 +155,12 @@ def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
     return {split: splits[split][: counts[split]] for split in RECORDED_SPLITS}
 
 
-def _identity(workload: Workload, source: Mapping[str, Any], prompt: str, seed: int) -> dict[str, Any]:
+def _identity(
+    workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
+) -> dict[str, Any]:
     return {
         **source,
-        "call": dataclasses.asdict(workload.call),
+        "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},
         "dtype": workload.model.dtype,
         "format": FORMAT,
         "prompt": prompt,
@@ -145,28 +174,32 @@ def recorded_keys(workload: Workload, store: TrajectoryStore) -> dict[str, list[
     """The committed keys by split, in the plan's order, without loading the pipeline.
 
     Raises:
-        PromptError: a trajectory whose prompt is in neither split: the store belongs to other prompts.
+        PromptError: a trajectory whose prompt is in neither split, or not at its number of steps: the store
+            belongs to other prompts.
     """
+    known = recorded_prompts(workload)
     place = {
-        prompt: (split, index)
-        for split, prompts in recorded_prompts(workload).items()
-        for index, prompt in enumerate(prompts)
+        (num_steps, prompt): (split, at, index)
+        for at, num_steps in enumerate(workload.step_counts)
+        for split, count in workload.num_recorded(num_steps).items()
+        for index, prompt in enumerate(known[split][:count])
     }
-    found: dict[str, list[tuple[int, int, str]]] = {split: [] for split in RECORDED_SPLITS}
+    found: dict[str, list[tuple[int, int, int, str]]] = {split: [] for split in RECORDED_SPLITS}
     strangers = []
     for key in store.keys():
         record = store.record(key)
-        if record["prompt"] not in place:
+        which = len(record["timesteps"]), record["prompt"]
+        if which not in place:
             strangers.append(key)
             continue
-        split, index = place[record["prompt"]]
-        found[split].append((index, record["seed"], key))
+        split, at, index = place[which]
+        found[split].append((at, index, record["seed"], key))
     if strangers:
         raise PromptError(
             f"{store.path} holds {len(strangers)} trajectories of prompts that are not recorded any more, "
             f"e.g. {strangers[0]}; run the record stage, which removes them"
         )
-    return {split: [key for _, _, key in sorted(entries)] for split, entries in found.items()}
+    return {split: [entry[-1] for entry in sorted(entries)] for split, entries in found.items()}
 
 
 def record_trajectory(pipe: Any, planned: PlannedTrajectory, workload: Workload) -> Trajectory:
@@ -178,7 +211,7 @@ def record_trajectory(pipe: Any, planned: PlannedTrajectory, workload: Workload)
     transformer = pipe.transformer
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("a cache is enabled on the transformer; disable it: only full steps are recorded")
-    call = workload.call
+    call = dataclasses.replace(workload.call, num_inference_steps=planned.num_steps)
 
     def token_index(num_tokens: int) -> torch.Tensor | None:
         return kept_tokens(planned.key, num_tokens, workload.record.token_fraction)
@@ -269,14 +302,20 @@ def measure_size(pipe: Any, workload: Workload) -> RecordingSize:
     steps = workload.call.num_inference_steps
     # Two, where there are two: a scheduler that stretches its noise levels (Qwen-Image's) divides by zero for one.
     probed = min(2, steps)
-    short = dataclasses.replace(workload, call=dataclasses.replace(workload.call, num_inference_steps=probed))
-    probe = PlannedTrajectory(key="0" * 32, identity={}, prompt=max(prompts, key=len), seed=0, split="train")
-    trajectory = record_trajectory(pipe, probe, short)
+    probe = PlannedTrajectory(
+        key="0" * 32, identity={}, prompt=max(prompts, key=len), seed=0, split="train", num_steps=probed
+    )
+    trajectory = record_trajectory(pipe, probe, workload)
     _, branches, tokens, channels = trajectory.features.shape
-    per_step = ("model_timesteps", "temb")
-    values = sum(t.numel() * steps // probed if n in per_step else t.numel() for n, t in trajectory.context.items())
+    sizes = {name: tensor.numel() for name, tensor in trajectory.context.items()}
+    step_values = (sizes["model_timesteps"] + sizes["temb"]) // probed
     return RecordingSize(
-        num_steps=steps, num_branches=branches, num_tokens=tokens, channels=channels, context_values=values
+        num_steps=steps,
+        num_branches=branches,
+        num_tokens=tokens,
+        channels=channels,
+        context_values=sum(sizes.values()) + (steps - probed) * step_values,
+        step_values=step_values,
     )
 
 
@@ -308,7 +347,7 @@ def record_all(
         store.sweep()
         todo = missing(store, plan)
         if todo:
-            atomic.require_space(store.path, measure_size(pipe, workload).bytes(len(todo)))
+            atomic.require_space(store.path, measure_size(pipe, workload).bytes_of(count_by_steps(todo)))
         for done, planned in enumerate(todo, start=1):
             store.commit(record_trajectory(pipe, planned, workload))
             report(done, {"recorded": float(done), "planned": float(len(todo))})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+MIN_CARRIED = 3  # full steps that a schedule keeps, however short the run it is carried to
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,37 @@ class Schedule:
     def explicit(cls, num_steps: int, full_steps: Iterable[int]) -> Schedule:
         """A list of full steps as given, for example a searched one."""
         return cls(num_steps, tuple(full_steps))
+
+    def carried(self, num_steps: int) -> Schedule:
+        """This schedule for a run of another number of steps: the same step ratio, the same places along the run.
+
+        `num_steps / ratio` full steps, rounded, at least three; two of them lead the run, so that whatever is
+        predicted has two full steps behind it. The others stand where interpolation between this schedule's
+        places, as fractions of the run, puts them. Carried to its own number of steps, a schedule that leads with
+        two full steps and has three stays as it is.
+
+        Args:
+            num_steps: of the other run, >= 1.
+
+        Raises:
+            ValueError: `num_steps` is no number of steps.
+        """
+        if not _is_int(num_steps) or num_steps < 1:
+            raise ValueError(f"schedule: num_steps must be an integer of at least 1, got {num_steps!r}")
+        count = min(num_steps, max(MIN_CARRIED, math.floor(num_steps / self.ratio + 0.5)))
+        lead = list(range(min(2, count)))
+        own_lead = 2 if self.full_steps[:2] == (0, 1) else 1
+        places = [step / self.num_steps for step in (*self.full_steps[own_lead - 1 :], self.num_steps)]
+        rest = count - len(lead)
+        full = lead
+        for number in range(1, rest + 1):
+            at = number * (len(places) - 1) / (rest + 1)
+            before = min(int(at), len(places) - 2)
+            place = places[before] + (at - before) * (places[before + 1] - places[before])
+            step = math.floor(place * num_steps + 0.5)
+            # Later ones need room too: neighbours that round to one step move apart.
+            full.append(min(max(step, full[-1] + 1), num_steps - 1 - (rest - number)))
+        return Schedule(num_steps, tuple(full))
 
     def is_full(self, step: int) -> bool:
         return step in self.full_steps

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +25,17 @@ from lesa.fit_steps import fit_step_weights
 from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import pick_device
-from lesa.predictor import STEPS, Predictor, PredictorSpec, Variant
-from lesa.schedule import history_problems
+from lesa.predictor import MIXED, MIXED_HISTORY, STEPS, Predictor, PredictorSpec, Variant
+from lesa.schedule import Schedule, history_problems
 from lesa.stages import stage_of_steps
+from lesa.step_counts import Case, Splits, noise_levels, served_offsets, training_cases
 from lesa.step_weights import StepWeights, step_weight_shapes
 from lesa.trajectories import Trajectories, draw, trajectories_digest
 
 
 @dataclass(frozen=True)
 class Job:
-    """One expert to train: a noise stage's, for one budget."""
+    """One expert to train: a noise stage's, for one budget or for other numbers of steps (`MIXED`)."""
 
     budget: str
     stage: int
@@ -57,6 +58,8 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
             found = history_problems(schedule, workload.predictor.history_sizes, stages, workload.predictor.history)
         problems += [f"budget {budget}: {problem}" for problem in found]
         jobs += [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
+    if workload.record.step_counts:
+        jobs += [Job(MIXED, stage) for stage in range(len(workload.predictor.history_sizes))]
     empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
     problems += [f"noise stage {stage} has no step: move predictor.boundaries" for stage in empty]
     if problems:
@@ -64,8 +67,29 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
     return jobs
 
 
-def new_expert(workload: Workload, job: Job, sigmas: torch.Tensor, channels: int) -> Expert:
+def new_expert(
+    workload: Workload,
+    job: Job,
+    sigmas: torch.Tensor,  # [S + 1]
+    channels: int,
+    further: Mapping[int, torch.Tensor] | None = None,  # noise levels at other numbers of steps, for `MIXED`
+) -> Expert:
     """A fresh expert, started as the parameters say."""
+    if job.budget == MIXED:
+        levels = {workload.call.num_inference_steps: sigmas, **(further or {})}
+        if missing := sorted(set(workload.record.step_counts) - levels.keys()):
+            raise ValueError(f"experts for other numbers of steps need the noise levels of {missing} steps too")
+        offsets = served_offsets(workload, job.stage, levels)
+        return Expert(
+            workload.predictor,
+            channels=channels,
+            history_size=MIXED_HISTORY,
+            offsets=offsets,
+            steps=[0] * len(offsets),
+            num_steps=max(levels),
+            relative=True,
+            seed=expert_seed(workload, job),
+        )
     schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
     past = {
@@ -108,12 +132,27 @@ class Windows:
 
     @classmethod
     def of(cls, workload: Workload, job: Job, sigmas: torch.Tensor) -> Windows:
-        schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
-        stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+        """Those of a budget's expert."""
+        params = workload.predictor
+        stages = stage_of_steps(sigmas, params.boundaries)
+        size = params.history_sizes[job.stage]
+        return cls.on(workload.budgets()[job.budget], sigmas, stages, job.stage, size, params.history)
+
+    @classmethod
+    def on(
+        cls,
+        schedule: Schedule,
+        sigmas: torch.Tensor,  # [S + 1]
+        stages: Sequence[int],  # noise stage of each step
+        stage: int,  # the expert's
+        size: int,  # its K
+        history: str,  # full_steps or steps
+    ) -> Windows:
+        """Those of one noise stage on a schedule."""
         of_stage = {
-            step: gates.history_steps(schedule, step, size, workload.predictor.history)
+            step: gates.history_steps(schedule, step, size, history)
             for step in schedule.predicted_steps
-            if stages[step] == job.stage
+            if stages[step] == stage
         }
         steps = tuple(step for step, entries in of_stage.items() if len(entries) == size)
         past = tuple(of_stage[step] for step in steps)
@@ -150,52 +189,78 @@ def train_expert(
     validation: Trajectories,
     ends: Ends,
     *,
+    others: Mapping[int, Splits] | None = None,
     work_dir: Path,
     report: Report,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Train one expert on true histories; resumes from its checkpoints in `work_dir`.
 
+    With `MIXED`, each optimiser step is one schedule at one number of steps, drawn with the batch; its loss counts in
+    units of what it was before training, so that none outweighs the others.
+
+    Args:
+        others: trajectories of further numbers of steps, for `MIXED`.
+
     Returns:
         The expert's tensors and its figures: validation loss before and after.
     """
-    settings = workload.ground_truth
-    expert = new_expert(workload, job, train.sigmas, train.channels)
-    windows = Windows.of(workload, job, train.sigmas)
+    settings, params, others = workload.ground_truth, workload.predictor, others or {}
+    further = noise_levels(others)
+    expert = new_expert(workload, job, train.sigmas, train.channels, further)
+    size = len(expert.low)
+    known = [
+        (case, Windows.on(case.schedule, case.train.sigmas, stages, job.stage, size, params.history))
+        for case in training_cases(workload, job.budget, train, validation, others)
+        for stages in [stage_of_steps(case.train.sigmas, params.boundaries)]
+    ]
+    cases = [(case, windows) for case, windows in known if windows.steps]
 
     def finished(figures: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         exported = expert.export()
-        if workload.predictor.kind == "per_step":
+        if params.kind == "per_step" and job.budget != MIXED:
             found = step_weights_of_stage(workload, job, expert, train).export()
             exported |= {f"{STEPS}.{name}": tensor for name, tensor in found.items()}
         return exported, figures
 
-    if not windows.steps:
+    if not cases:
         return finished({})
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
     ends = ends.to(device)
 
-    def loss_on(data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
+    def loss_on(windows: Windows, data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
         features = data.feature_batch(indices, windows.needed).to(device)
         target = features[:, [windows.needed.index(step) for step in windows.steps]]
         temb = data.temb[list(indices)][:, list(windows.steps)].to(device)
         return loss(windows.predict(expert, features), target, temb, windows.weights.to(device), ends)
 
     @torch.no_grad()
+    def loss_of_case(case: Case, windows: Windows) -> float:
+        chunks = torch.arange(case.judged).split(settings.batch_size)
+        total = sum(float(loss_on(windows, case.validation, chunk.tolist())) * len(chunk) for chunk in chunks)
+        return total / case.judged
+
+    before = [loss_of_case(*case) for case in cases]
+    units = before if len(cases) > 1 else [1.0]
+
+    def batch_loss(batch: torch.Generator) -> torch.Tensor:
+        place = draw_case(batch, len(cases))
+        case, windows = cases[place]
+        indices = draw(batch, len(case.train), settings.batch_size)
+        return loss_on(windows, case.train, indices) / units[place]
+
     def validation_loss() -> float:
-        chunks = torch.arange(len(validation)).split(settings.batch_size)
-        total = sum(float(loss_on(validation, chunk.tolist())) * len(chunk) for chunk in chunks)
-        return total / len(validation)
+        return sum(loss_of_case(*case) / unit for case, unit in zip(cases, units, strict=True)) / len(cases)
 
     start = validation_loss()
     best = optimise(
         nn.ModuleDict({"expert": expert}),
-        lambda batch: loss_on(train, draw(batch, len(train), settings.batch_size)),
+        batch_loss,
         validation_loss,
         settings=LoopSettings.of(settings, expert_seed(workload, job)),
         folder=work_dir / str(job),
-        key=training_key(workload, "ground_truth", str(job), trajectories_digest(train, validation)),
+        key=training_key(workload, "ground_truth", str(job), data_digest(job.budget, train, validation, others)),
         report=report,
     )
     return finished({"validation_loss_start": start, "validation_loss": best})
@@ -230,6 +295,17 @@ def _no_step_weights(workload: Workload, channels: int) -> dict[str, torch.Tenso
     return {f"{STEPS}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
 
 
+def data_digest(budget: str, train: Trajectories, validation: Trajectories, others: Mapping[int, Splits]) -> str:
+    """Identity of the trajectories that the experts of `budget` are trained on."""
+    further = [data for count in sorted(others) for data in others[count]] if budget == MIXED else []
+    return trajectories_digest(train, validation, *further)
+
+
+def draw_case(batch: torch.Generator, count: int) -> int:
+    """Which of `count` cases an optimiser step is about; nothing is drawn where there is no choice."""
+    return int(torch.randint(count, (), generator=batch)) if count > 1 else 0
+
+
 def training_key(workload: Workload, step: str, job: str, data: str) -> str:
     """Identity of a training run: everything that its result depends on."""
     sections = {
@@ -245,6 +321,7 @@ def training_key(workload: Workload, step: str, job: str, data: str) -> str:
 def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
     """The spec that the workload's parameters call for."""
     params = workload.predictor
+    counts = workload.step_counts
     return PredictorSpec(
         channels=channels,
         num_steps=workload.call.num_inference_steps,
@@ -261,6 +338,7 @@ def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
         gate=params.gate,
         hidden=params.hidden,
         grid=params.grid,
+        step_counts=tuple(sorted(counts)) if len(counts) > 1 else (),
     )
 
 
@@ -277,14 +355,17 @@ def assemble(workload: Workload, channels: int, experts: dict[Job, dict[str, tor
     return Predictor(predictor_spec(workload, channels), tensors)
 
 
-def untrained_predictor(workload: Workload, sigmas: torch.Tensor, channels: int) -> Predictor:
-    """The predictor before any training: first-order extrapolation in sigma where the parameters start so."""
-    jobs = ground_truth_jobs(workload, sigmas)
-    return assemble(
-        workload,
-        channels,
-        {
-            job: new_expert(workload, job, sigmas, channels).export() | _no_step_weights(workload, channels)
-            for job in jobs
-        },
-    )
+def untrained_predictor(
+    workload: Workload, sigmas: torch.Tensor, channels: int, further: Mapping[int, torch.Tensor] | None = None
+) -> Predictor:
+    """The predictor before any training: first-order extrapolation in sigma where the parameters start so.
+
+    Args:
+        sigmas, further: noise levels as `new_expert` takes them.
+    """
+    experts = {}
+    for job in ground_truth_jobs(workload, sigmas):
+        experts[job] = new_expert(workload, job, sigmas, channels, further).export()
+        if job.budget != MIXED:
+            experts[job] |= _no_step_weights(workload, channels)
+    return assemble(workload, channels, experts)

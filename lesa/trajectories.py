@@ -59,7 +59,11 @@ class Trajectories:
         return torch.stack(rows).float()
 
 
-def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
+def load_trajectories(
+    path: Path,
+    prompts: Sequence[str],
+    num_steps: int | None = None,  # of the runs wanted; None: the store has runs of one number of steps only
+) -> Trajectories:
     """All trajectories of the given prompts, verified.
 
     Raises:
@@ -67,14 +71,17 @@ def load_trajectories(path: Path, prompts: Sequence[str]) -> Trajectories:
     """
     store = TrajectoryStore.open(path)
     records = {key: store.record(key) for key in store.keys()}
+    if num_steps is not None:
+        records = {key: record for key, record in records.items() if len(record["timesteps"]) == num_steps}
     wanted = set(prompts)
     keys = [key for key, record in records.items() if record["prompt"] in wanted]
     keys.sort(key=lambda key: (records[key]["prompt"], records[key]["seed"]))
     missing = wanted - {records[key]["prompt"] for key in keys}
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of {len(wanted)} prompts have no trajectory, e.g. {sorted(missing)[0]!r}; "
-            "run the record stage"
+            f"{path}: {len(missing)} of {len(wanted)} prompts have no trajectory"
+            + (f" of {num_steps} steps" if num_steps is not None else "")
+            + f", e.g. {sorted(missing)[0]!r}; run the record stage"
         )
     sigmas = {tuple(records[key]["sigmas"]) for key in keys}
     if len(sigmas) != 1:

@@ -126,6 +126,7 @@ def at_true_width(spec: PredictorSpec, channels: int, num_steps: int) -> Predict
         num_steps=num_steps,
         rank=max(1, round(spec.rank * channels / spec.channels)),
         variants=(Variant(name="counted", full_steps=(0,)),),
+        step_counts=(),
     )
 
 

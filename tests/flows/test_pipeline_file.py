@@ -24,6 +24,7 @@ PLUMBING = {
     "atomic",
     "call_check",
     "card",
+    "other_steps",
     "params",
     "prompts",
     "pull",
@@ -43,7 +44,7 @@ NOT_RUN = {
     # Training, whose loop it runs in without training.
     "search": READING
     | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
-    | {"projection", "training"},
+    | {"projection", "step_counts", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
     | {"closed_loop", "clock", "dmd", "families", "forecast", "history", "hook", "hook_registry", "pipelines"}
@@ -60,6 +61,7 @@ NOT_RUN = {
         "loop",
         "losses",
         "manifest",
+        "step_counts",
         "training",
         "trajectories",
     },

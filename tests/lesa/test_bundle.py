@@ -154,7 +154,7 @@ def test_missing_and_wrong_sections_are_named(spoiled, key):
     edit(spoiled, lambda document: document.pop(key))
     assert key in refusal(spoiled)
     (spoiled / MANIFEST).write_text(good)
-    for wrong in (None, 3, "text", [1], True):
+    for wrong in (None, 7, "text", [1], True):
         edit(spoiled, lambda document, wrong=wrong: document.update({key: wrong}))
         assert key.split(".")[0] in refusal(spoiled)
         (spoiled / MANIFEST).write_text(good)

@@ -248,7 +248,7 @@ def test_drifted_states_lower_their_own_loss(place: Place) -> None:
     curve = []
     for _ in range(6):
         optimizer.zero_grad()
-        loss = drifted_loss(place.pipe, place.workload, rule, place.train, [0, 1], ends, "2x")
+        loss = drifted_loss(place.pipe, place.workload, rule, place.train, [0, 1], ends)
         loss.backward()
         optimizer.step()
         curve.append(float(loss.detach()))

@@ -249,7 +249,7 @@ def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
 
     pipe = load_pipeline(workload)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train")
+    planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train", num_steps=STEPS)
     with pytest.raises(ValueError, match="only full steps are recorded"):
         record_trajectory(pipe, planned, workload)
 

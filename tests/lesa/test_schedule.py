@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -120,3 +121,42 @@ def test_a_history_of_steps_counts_predictions() -> None:
     assert history_problems(schedule, (2,), stages, "steps") == []
     (problem,) = history_problems(schedule, (4,), stages, "steps")
     assert "needs 4 steps before step 2" in problem and "has 2" in problem
+
+
+@given(
+    steps=st.integers(1, 120),
+    full=st.sets(st.integers(1, 119), max_size=40),
+    other=st.integers(1, 200),
+)
+def test_a_carried_schedule_keeps_its_ratio_and_leads_with_two(steps: int, full: set[int], other: int) -> None:
+    schedule = Schedule.explicit(steps, sorted({0} | {step for step in full if step < steps}))
+    carried = schedule.carried(other)
+    assert carried.num_steps == other
+    assert carried.full_steps[:2] == tuple(range(min(2, other)))
+    wanted = other / schedule.ratio
+    if 3 <= wanted <= other:
+        assert abs(carried.num_full - wanted) <= 0.5
+    else:
+        assert carried.num_full == min(other, 3)
+    if full and schedule.full_steps[:2] == (0, 1) and schedule.num_full >= 3:
+        assert schedule.carried(steps) == schedule
+
+
+@given(interval=st.integers(2, 10), times=st.integers(1, 5))
+def test_places_along_the_run_are_kept(interval: int, times: int) -> None:
+    """Carried to a multiple of its steps, a regular schedule stays regular, to within a step."""
+    schedule = Schedule.explicit(12 * interval, (0, 1, *range(interval, 12 * interval, interval)))
+    carried = schedule.carried(schedule.num_steps * times)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(carried.full_steps[2:])]
+    assert max(gaps) - min(gaps) <= 2
+    assert max(abs(gap - interval) for gap in gaps) <= 2
+
+
+def test_carried_by_hand() -> None:
+    searched = Schedule.explicit(50, (0, 1, 3, 7, 14, 21, 28, 34, 40, 45))
+    assert searched.carried(100).num_full == 20
+    assert searched.carried(20).full_steps == (0, 1, 6, 14)
+    assert searched.carried(4).full_steps == (0, 1, 2) and searched.carried(2).full_steps == (0, 1)
+    assert Schedule.uniform(50, 1).carried(20).predicted_steps == ()
+    with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
+        searched.carried(0)

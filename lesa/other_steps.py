@@ -1,0 +1,59 @@
+"""What a bundle does with a run of another number of steps than the one it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lesa.predictor import Predictor
+from lesa.schedule import Schedule
+
+_SIGMA_TOLERANCE = 1e-5  # as for the bundle's own noise levels
+
+ScheduleOf = Callable[[int], Schedule]  # number of steps -> the schedule that was asked for; ValueError where none is
+Bind = Callable[[Predictor, Schedule, torch.Tensor], Any]  # -> a lesa.forecast.Rule
+
+
+class OtherSteps:
+    """Schedule and rule for a run's noise levels; remembers the newest, since runs of one length follow each other.
+
+    Args:
+        predictor: the bundle's.
+        sigmas: noise levels that the bundle was made with; a run must start and end as they do.
+        schedule_of: the schedule that was asked for, by number of steps.
+        bind: makes the rule.
+    """
+
+    def __init__(self, predictor: Predictor, sigmas: Sequence[float], schedule_of: ScheduleOf, bind: Bind) -> None:
+        self._predictor, self._ends = predictor, (sigmas[0], sigmas[-1])
+        self._schedule_of, self._bind = schedule_of, bind
+        self._newest: tuple[torch.Tensor, tuple[Schedule, Any]] | None = None
+
+    def __call__(self, sigmas: torch.Tensor) -> tuple[Schedule, Any]:
+        """For noise levels [S + 1] of a run.
+
+        Raises:
+            ValueError: the number of steps is outside the trained range, the noise levels are not those of such a
+                run, or the schedule cannot be carried or served.
+        """
+        if self._newest is not None and torch.equal(self._newest[0], sigmas):
+            return self._newest[1]
+        low, high = self._predictor.spec.step_range
+        num_steps = len(sigmas) - 1
+        if not low <= num_steps <= high:
+            raise ValueError(f"num_inference_steps: got {num_steps}, expected {low} to {high}, as it was trained")
+        problems = [
+            f"sigmas: got {float(sigmas[place]):.6g} at the {name}, expected {expected:.6g}"
+            for name, place, expected in (("start", 0, self._ends[0]), ("end", -1, self._ends[1]))
+            if not abs(float(sigmas[place]) - expected) <= _SIGMA_TOLERANCE
+        ]
+        if not (sigmas[1:] < sigmas[:-1]).all():
+            problems.append("sigmas: must decrease from step to step")
+        if problems:
+            raise ValueError("; ".join(problems))
+        schedule = self._schedule_of(num_steps)
+        found = schedule, self._bind(self._predictor, schedule, sigmas)
+        self._newest = sigmas, found
+        return found

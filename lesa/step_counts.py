@@ -1,0 +1,109 @@
+"""Experts for other numbers of steps: what they are trained on, and what they may be asked for between.
+
+Time offsets are in noise level, so one set of experts can serve runs of many lengths (LESA, arXiv 2602.20497). A budget
+is carried to another number of steps by `Schedule.carried`; every carried schedule leads with two full steps, which is
+the history these experts look back on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lesa import gate as gates
+from lesa.params import Workload
+from lesa.predictor import MIXED, MIXED_HISTORY
+from lesa.schedule import Schedule
+from lesa.stages import stage_of_steps
+from lesa.trajectories import Trajectories
+
+MAX_START_POINTS = 512  # of the offsets at which a gate is started
+MARGIN = 0.05  # of the range of offsets: noise levels between the recorded numbers of steps are interpolated
+
+Splits = tuple[Trajectories, Trajectories]  # training and validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One schedule that experts are trained on, with the trajectories of its number of steps."""
+
+    schedule: Schedule
+    train: Trajectories
+    validation: Trajectories
+    judged: int  # validation trajectories that count, from the first
+
+
+def training_cases(
+    workload: Workload, budget: str, train: Trajectories, validation: Trajectories, others: Mapping[int, Splits]
+) -> list[Case]:
+    """What the experts of `budget` are trained on: its schedule, or with `MIXED` all schedules at all step counts.
+
+    Args:
+        train, validation: trajectories of the call's own number of steps.
+        others: those of every further number of steps; read for `MIXED` alone.
+
+    Raises:
+        ValueError: trajectories of a number of steps are missing.
+    """
+    if budget != MIXED:
+        schedule = workload.budgets()[budget]
+        return [Case(schedule=schedule, train=train, validation=validation, judged=len(validation))]
+    if missing := sorted(set(workload.record.step_counts) - others.keys()):
+        raise ValueError(f"experts for other numbers of steps need the trajectories of {missing} steps too")
+    sets = {workload.call.num_inference_steps: (train, validation), **others}
+    judged = min(len(validation) for _, validation in sets.values())
+    return [
+        Case(schedule=schedule, train=sets[count][0], validation=sets[count][1], judged=judged)
+        for count in sorted(sets)
+        for schedule in carried_schedules(workload, count)
+    ]
+
+
+def carried_schedules(workload: Workload, num_steps: int) -> list[Schedule]:
+    """Every budget's schedule for runs of `num_steps`: those that predict something, each once."""
+    carried = [schedule.carried(num_steps) for schedule in workload.budgets().values()]
+    return [schedule for schedule in dict.fromkeys(carried) if schedule.predicted_steps]
+
+
+def noise_levels(others: Mapping[int, Splits]) -> dict[int, torch.Tensor]:
+    """Noise levels [S + 1] by number of steps."""
+    return {count: train.sigmas for count, (train, _) in others.items()}
+
+
+def served_offsets(workload: Workload, stage: int, levels: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """[n, 2] noise-level offsets that an expert may be asked for at any number of steps from the lowest to the highest.
+
+    Full steps count too: there the error meter asks what the expert would have said. Where rounding puts a carried
+    schedule's full steps changes from one number of steps to the next, so all of them are looked at; what is
+    returned are the extreme ones, with a margin, and some of the others.
+
+    Args:
+        levels: noise levels by number of steps, of those that are recorded.
+    """
+    boundaries, history = workload.predictor.boundaries, workload.predictor.history
+    rows = []
+    for num_steps in range(min(levels), max(levels) + 1):
+        sigmas = levels[num_steps] if num_steps in levels else interpolated(levels[max(levels)], num_steps)
+        stages = stage_of_steps(sigmas, boundaries)
+        for schedule in carried_schedules(workload, num_steps):
+            steps = [step for step in range(MIXED_HISTORY, num_steps) if stages[step] == stage]
+            if steps:
+                past = [gates.history_steps(schedule, step, MIXED_HISTORY, history) for step in steps]
+                rows.append(sigmas[torch.tensor(past)] - sigmas[steps][:, None])
+    if not rows:  # nothing to predict in this noise stage, a start is still well defined
+        return torch.arange(1, MIXED_HISTORY + 1, dtype=torch.float32)[None] / max(levels)
+    offsets = torch.cat(rows).float()
+    low, high = offsets.amin(dim=0), offsets.amax(dim=0)
+    margin = MARGIN * (high - low)
+    ends = torch.stack([(low - margin).clamp_min(0.0), high + margin])
+    return torch.cat([ends, offsets[:: -(-len(offsets) // MAX_START_POINTS)]])
+
+
+def interpolated(sigmas: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """[num_steps + 1] noise levels at even places along a longer run's noise levels [S + 1]."""
+    places = torch.arange(num_steps + 1, dtype=torch.float64) * (len(sigmas) - 1) / num_steps
+    before = places.long().clamp_max(len(sigmas) - 2)
+    levels = sigmas.double()
+    return (levels[before] + (places - before) * (levels[before + 1] - levels[before])).float()
