@@ -30,8 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, its table and its report
 	python -m flows.outcome --repro $(if $(WORKLOAD),--workload $(WORKLOAD))
 
-test: $(STAMP)  ## all tests, two files at a time
-	python -m pytest -n 2 --dist loadfile
+# What starts servers and actors and kills them has the machine to itself: its waits have ends.
+test: $(STAMP)  ## all tests: the quick ones two files at a time, then those with real servers and actors
+	python -m pytest -n 2 --dist loadfile -m "not slow"
+	python -m pytest -m slow
 
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .
