@@ -56,6 +56,8 @@ def enable(
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
     pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
+    It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
+    calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
     The scheduler and the call are checked again at the first transformer call of every run, before anything
     is computed.
@@ -91,8 +93,11 @@ def enable(
     )
     rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
+    notes = _notes(loaded, chosen, pipe, transformer)
 
     def check(call: FirstCall) -> list[str]:
+        notes.clear()  # adapters come and go between the runs
+        notes.update(_notes(loaded, chosen, owner(), call.transformer))
         return [
             *_scheduler_problems(call.scheduler, manifest),
             *_weights_problems(call.transformer, allow),
@@ -110,7 +115,7 @@ def enable(
             num_branches=len(manifest.branches),
             late_start=type(pipe).__name__ not in family.pipeline_classes,
             measure=measure,
-            notes=_notes(loaded, chosen, pipe, transformer),
+            notes=notes,
         ),
     )
     _ENABLED[transformer] = _Enabled(loaded, schedule)

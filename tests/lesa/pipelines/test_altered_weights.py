@@ -74,8 +74,10 @@ def test_an_adapter_loaded_before_or_after(made: tuple[PictureCall, Bundle], tmp
     lesa.enable(call.pipe, bundle, allow=("lora",))
     call.pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
     assert torch.equal(call.run(), before)
+    assert lesa.summary(call.pipe).notes["not measured with"] == "adapters style"
     call.pipe.unload_lora_weights()
     call.run()
+    assert "not measured with" not in lesa.summary(call.pipe).notes
     lesa.disable(call.pipe)
     assert torch.equal(call.run(), plain)
 
