@@ -291,6 +291,8 @@ def _weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> l
             f"adapters: got {', '.join(names)}, expected none; unload them or pass allow=('lora',) to "
             "accept a predictor that was not measured with them"
         )
+    if getattr(transformer, "encoder_hid_proj", None) is not None:  # its weights are parameters of the transformer
+        problems.append("IP-Adapter: got one, expected none; unload it with pipe.unload_ip_adapter()")
     if is_quantized(transformer) and "quantized" not in allow:
         problems.append(
             "weights: got quantised ones, expected plain ones; pass allow=('quantized',) to accept a "

@@ -82,6 +82,41 @@ def test_an_adapter_loaded_before_or_after(made: tuple[PictureCall, Bundle], tmp
     assert torch.equal(call.run(), plain)
 
 
+def load_ip_adapter(transformer: torch.nn.Module) -> None:
+    """An IP-Adapter of random weights, by the loader that `pipe.load_ip_adapter` calls."""
+    config = transformer.config
+    text, width = config.joint_attention_dim, config.num_attention_heads * config.attention_head_dim
+    projection = {
+        "proj.weight": torch.randn(4 * text, 8),
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    layers = {}
+    for index in range(config.num_layers):
+        for name in ("k", "v"):
+            layers[f"{index}.to_{name}_ip.weight"] = torch.randn(width, text)
+            layers[f"{index}.to_{name}_ip.bias"] = torch.zeros(width)
+    state = {"image_proj": projection, "ip_adapter": layers}
+    transformer._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+
+
+def test_an_ip_adapter_loaded_before_or_after_is_refused(tmp_path: Path) -> None:
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    lesa.enable(call.pipe, bundle)
+    expected = call.run()
+    load_ip_adapter(call.pipe.transformer)
+    with pytest.raises(MismatchError, match="IP-Adapter: got one, expected none"):
+        call.run(joint_attention_kwargs={"ip_adapter_image_embeds": [torch.randn(1, 1, 8)]})
+    lesa.disable(call.pipe)
+    with pytest.raises(MismatchError, match="IP-Adapter: got one, expected none"):
+        lesa.enable(call.pipe, bundle, allow=("lora",))
+    call.pipe.unload_ip_adapter()
+    lesa.enable(call.pipe, bundle)
+    assert torch.allclose(call.run(), expected, atol=1e-6)
+
+
 def float8(call: PictureCall) -> None:
     """diffusers' own: weights rest as float8 and are cast back layer by layer."""
     call.pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
