@@ -7,8 +7,9 @@ validation prompts with fresh noise, one sample a run:
     r       correlation, over samples, of the picture's PSNR with what a ridge regression on the logarithms of the
             errors at the first full steps says of it (cross-validated in eight folds)
     giving  5th percentile when each sample gets one of the bundle's budgets such that the mean number of full steps
-            stays that of the default budget: by the true PSNR at every budget (`oracle`, which no rule can beat), and
-            by the regression on the first half of the default budget's full steps (`meter`)
+            stays that of the default budget: the cheapest one that reaches a level common to all samples, by the true
+            PSNR at every budget (`oracle`), and by the regression on the first half of the default budget's full steps
+            (`meter`). A rule made for the 5th percentile alone could give up the worst twentieth and do a little better
 Results: benchmarks/results/error_meter-<workload>.{json,md}.
 """
 

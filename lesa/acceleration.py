@@ -58,6 +58,8 @@ def enable(
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
     pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
+    It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
+    calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
     The scheduler and the call are checked again at the first transformer call of every run, before anything
     is computed. A run may have any number of steps in the bundle's `step_range`: a budget is carried to it.
@@ -95,8 +97,11 @@ def enable(
     schedule, chosen = choose()
     rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
+    notes = _notes(loaded, chosen, pipe, transformer)
 
     def check(call: FirstCall) -> list[str]:
+        notes.clear()  # adapters come and go between the runs
+        notes.update(_notes(loaded, chosen, owner(), call.transformer))
         return [
             *_scheduler_problems(call.scheduler, manifest),
             *_weights_problems(call.transformer, allow),
@@ -117,7 +122,7 @@ def enable(
             num_branches=len(manifest.branches),
             late_start=type(pipe).__name__ not in family.pipeline_classes,
             measure=measure,
-            notes=_notes(loaded, chosen, pipe, transformer),
+            notes=notes,
         ),
     )
     _ENABLED[transformer] = _Enabled(loaded, schedule)
@@ -299,6 +304,8 @@ def _weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> l
             f"adapters: got {', '.join(names)}, expected none; unload them or pass allow=('lora',) to "
             "accept a predictor that was not measured with them"
         )
+    if getattr(transformer, "encoder_hid_proj", None) is not None:  # its weights are parameters of the transformer
+        problems.append("IP-Adapter: got one, expected none; unload it with pipe.unload_ip_adapter()")
     if is_quantized(transformer) and "quantized" not in allow:
         problems.append(
             "weights: got quantised ones, expected plain ones; pass allow=('quantized',) to accept a "

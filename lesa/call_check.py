@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lesa.params import CallParams
 from lesa.run_check import FirstCall
 from lesa.tokens import Grid
 
+_CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")  # diffusers' names
 _TOLERANCE = 2.0**-7  # relative: guidance and timesteps may come in bfloat16
 
 
@@ -21,7 +23,7 @@ def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]
     there is an unconditional branch is.
     """
     given, family = call.kwargs, family_of(call.transformer)
-    problems = _timestep_problems(family, call)
+    problems = _timestep_problems(family, call) + _controlnet_problems(pipe, given)
     grid = None if family.grid is None else family.grid(given)
     if grid is not None:
         for name, got in _size(pipe, grid).items():
@@ -51,6 +53,16 @@ def _timestep_problems(family: Family, call: FirstCall) -> list[str]:
     want = float(scheduler.timesteps[step]) * family.timestep_factor
     got = float(timestep.reshape(-1)[0])
     return [] if _close(got, want) else [f"timestep: got {got:g}, the scheduler says {want:g} at step {step}"]
+
+
+def _controlnet_problems(pipe: Any, given: Mapping[str, Any]) -> list[str]:
+    """Another pipeline that shares the transformer may be the one that is called: nobody allowed that one."""
+    if getattr(pipe, "controlnet", None) is not None or all(given.get(name) is None for name in _CONTROLNET):
+        return []
+    return [
+        f"ControlNet: got its residuals, expected none from {type(pipe).__name__}; enable LESA on the pipeline "
+        "that is called"
+    ]
 
 
 def _close(value: float, expected: float) -> bool:

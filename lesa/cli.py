@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     flops.add_argument("family", nargs="?", help="a model; without one, all of them")
     flops.add_argument("--bundle", help="count this bundle's predictor and schedule, rank in proportion to width")
     flops.add_argument("--budget", help="of the bundle (default: its default)")
-    flops.add_argument("--interval", type=int, help="steps from full to full (default: the method's)")
+    flops.add_argument("--interval", type=int, help="steps from full to full (default: the model's)")
     flops.add_argument("--steps", type=int, help="sampler steps (default: the model's)")
-    flops.add_argument("--warmup", type=int, default=3, help="leading full steps (default 3)")
+    flops.add_argument("--warmup", type=int, help="leading full steps (default: the model's)")
     flops.add_argument("--json", action="store_true")
 
     bundle = commands.add_parser("bundle", help="look into a bundle, or verify it")
@@ -256,6 +256,9 @@ def _flops(arguments: argparse.Namespace) -> int:
     from lesa.schedule import Schedule
     from lesa.true_size import family_flops
 
+    uniform = (arguments.steps, arguments.interval, arguments.warmup)
+    if arguments.budget is not None and uniform != (None, None, None):
+        raise ValueError("give --budget, or --interval, --steps and --warmup")
     spec, of_bundle = None, None
     if arguments.bundle is not None:
         from lesa.acceleration import choose_schedule
@@ -269,10 +272,10 @@ def _flops(arguments: argparse.Namespace) -> int:
     results = []
     for name in names:
         schedule = of_bundle
-        if name in PRESETS and (arguments.interval is not None or arguments.steps is not None):
-            steps = arguments.steps or PRESETS[name].num_inference_steps
-            interval = 7 if arguments.interval is None else arguments.interval
-            schedule = Schedule.uniform(steps, interval, arguments.warmup)
+        if name in PRESETS and uniform != (None, None, None):
+            preset = PRESETS[name]
+            usual = (preset.num_inference_steps, preset.interval, preset.warmup_steps)
+            schedule = Schedule.uniform(*(b if a is None else a for a, b in zip(uniform, usual, strict=True)))
         results.append(family_flops(name, schedule, spec))
     if arguments.json:
         print(json.dumps([result.to_dict() for result in results], indent=2))

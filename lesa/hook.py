@@ -242,6 +242,7 @@ class LesaRootHook(ModelHook):
                 "this run does not fit the cache that is enabled on the transformer", problems
             )
         self._first_step = tick.step
+        self.statistics.notes = dict(config.notes)  # the check may have renewed them
         if tick.step:
             self.statistics.notes = {
                 **self.statistics.notes,

@@ -30,6 +30,7 @@ def add_hook(module: torch.nn.Module, hook: ModelHook, name: str, *, beneath_off
     else:
         hook.above = module.__dict__.get("_old_forward")  # names the wrapper that this hook is above
         registry.register_hook(hook, name)
+        hook.installed = module.forward
 
 
 @contextmanager
@@ -51,8 +52,18 @@ def is_above_offload(module: torch.nn.Module, name: str) -> bool:
 
 def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
     """Whether accelerate's wrapper is above the hook of that name."""
-    kept = module.__dict__.get("_old_forward")
-    return kept is not None and kept is not module._diffusers_hook.get_hook(name).above
+    kept, hook = module.__dict__.get("_old_forward"), module._diffusers_hook.get_hook(name)
+    return kept is not None and (kept is not hook.above or _is_dropped(module, hook))
+
+
+def _is_dropped(module: torch.nn.Module, hook: ModelHook) -> bool:
+    """Whether the wrapper beneath was taken off, by which accelerate drops every forward that came above it."""
+    if hook.above is None:
+        return False
+    forward = module.__dict__.get("forward")
+    while forward is not None and forward is not hook.installed:
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is None
 
 
 def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
@@ -80,7 +91,11 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
     index = registry._hook_order.index(name)
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     kept = None if outer is None or outer.original_forward is None else outer.forward
-    if _is_wrapped(module, name):
+    if _is_dropped(module, registry.hooks[name]):
+        own = module.forward
+        registry.remove_hook(name, recurse=False)
+        module.forward = own
+    elif _is_wrapped(module, name):
         with _without_offload_wrapper(module):
             registry.remove_hook(name, recurse=False)
     else:

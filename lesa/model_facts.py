@@ -44,9 +44,11 @@ def model_facts(workload: Workload) -> ModelFacts:
     folder = Path(workload.model.source)
     preset = preset_of(workload)
     if (folder / "model_index.json").is_file():
-        transformer = _from_folder(folder)
+        transformer = _from_folder(folder, FAMILIES[workload.model.family].transformer_class)
         numbers = {part.name: _numbers(part) for part in sorted(folder.iterdir()) if part.is_dir()}
         numbers = {name: count for name, count in numbers.items() if count}
+        if "transformer" not in numbers:
+            raise ValueError(f"{folder}/transformer: no weights in safetensors files")
         pixels, frames = _autoencoder(folder)
     elif preset is not None:
         transformer = meta_transformer(preset.name)
@@ -93,38 +95,52 @@ def _text_tokens(workload: Workload) -> int:
     return given or {"flux": 512, "hunyuan-video": 256}.get(workload.model.family, 512)
 
 
-def _from_folder(folder: Path) -> torch.nn.Module:
+def _from_folder(folder: Path, class_name: str) -> torch.nn.Module:
     import diffusers
 
-    config = _json(folder / "transformer/config.json")
-    name = config.get("_class_name")
-    if name not in {row.transformer_class for row in FAMILIES.values()}:
-        raise ValueError(f"{folder}: transformer {name!r} is not in the table of model families")
-    with torch.device("meta"):
-        return getattr(diffusers, name).from_config(config)
+    path = folder / "transformer/config.json"
+    config = _json(path)
+    if (name := config.get("_class_name")) != class_name:
+        raise ValueError(f"{folder}: transformer: got {name!r}, the workload's family has {class_name!r}")
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, class_name).from_config(config)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: no {class_name} can be made from it ({error})") from None
 
 
 def _autoencoder(folder: Path) -> tuple[int, int]:
     """Pixels a token (patches of 2) and frames a latent frame."""
-    config = _json(folder / "vae/config.json")
+    path = folder / "vae/config.json"
+    config = _json(path)
     if "spatial_compression_ratio" in config:
         return 2 * config["spatial_compression_ratio"], config["temporal_compression_ratio"]
     if "temperal_downsample" in config:
         return 2 * 2 ** len(config["temperal_downsample"]), _FRAMES_PER_LATENT
+    if "block_out_channels" not in config:
+        raise ValueError(f"{path}: says nothing of how much smaller the latents are than the picture")
     return 2 ** len(config["block_out_channels"]), _FRAMES_PER_LATENT
 
 
 def _numbers(part: Path) -> int:
     """Parameters in a folder's safetensors files, from their headers."""
-    count = 0
-    for path in sorted(part.glob("*.safetensors")):
+    return sum(_numbers_of_file(path) for path in sorted(part.glob("*.safetensors")))
+
+
+def _numbers_of_file(path: Path) -> int:
+    try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _MAX_HEADER:
-                raise ValueError(f"{path}: its header claims {length} bytes; not a safetensors file")
+                raise ValueError(f"its header claims {length} bytes")
             header = json.loads(file.read(length))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return count
+        header.pop("__metadata__", None)
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != whole:
+            raise ValueError(f"{path.stat().st_size} bytes, its header says {whole}")
+        return sum(math.prod(entry["shape"]) for entry in header.values())
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a torn one ({error})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def read_prompts(folder: Path, split: str) -> list[str]:
             problems.append(f"line {number} has {len(prompt)} characters, at most {MAX_PROMPT_CHARACTERS}")
         elif any(unicodedata.category(character) == "Cc" for character in prompt) or "\ufeff" in prompt:
             problems.append(f"line {number} has control characters: {prompt[:60]!r}")
-        elif prompt in seen:
-            problems.append(f"line {number} repeats line {seen[prompt]}: {prompt[:60]!r}")
+        elif (same := normalised(prompt)) in seen:
+            problems.append(f"line {number} repeats line {seen[same]}: {prompt[:60]!r}")
         else:
-            seen[prompt] = number
+            seen[same] = number
     if not prompts:
         problems.append("no prompt in it")
     if problems:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lesa.doctor import answers, public, version
 from lesa.needs import PEAK_FLOPS, UTILISATION, Needs, needs_of
@@ -126,9 +128,11 @@ def _model(workload: Workload, needs: Needs) -> list[Check]:
         remedy = "unset HF_HUB_OFFLINE, or fill the cache elsewhere and bring it (HF_HOME)"
         return [Check("hub", False, f"{source} is not in the cache and HF_HUB_OFFLINE is set", remedy)]
     hub = os.environ.get("HF_ENDPOINT", _HUB)
-    reachable = answers(hub)
+    proxy = _proxy(hub)
+    reachable = answers(hub if proxy is None else proxy)
     remedy = "connect this machine, set HTTPS_PROXY or HF_ENDPOINT, or bring a filled cache (HF_HOME)"
-    checks = [Check("hub", reachable, f"{public(hub)} is {'reachable' if reachable else 'not reachable'}", remedy)]
+    asked = public(hub) if proxy is None else f"{public(proxy)}, the proxy to {public(hub)},"
+    checks = [Check("hub", reachable, f"{asked} is {'reachable' if reachable else 'not reachable'}", remedy)]
     if needs.facts.name in _GATED:
         remedy = f"accept the licence on {_HUB}/{source}, then `hf auth login`"
         found = "an access token is set" if _has_token() else "no access token; the model's page asks for an account"
@@ -139,11 +143,12 @@ def _model(workload: Workload, needs: Needs) -> list[Check]:
 def _disk(workload: Workload, needs: Needs) -> list[Check]:
     """What each file system must take, and what it has."""
     wanted: dict[int, list[tuple[str, int, Path]]] = {}
+    locked: dict[Path, None] = {}  # may not be written to, in the order of asking
 
     def want(what: str, num_bytes: int, place: Path) -> None:
-        existing = place.absolute()
-        while not existing.exists():
-            existing = existing.parent
+        existing = _existing(place)
+        if num_bytes > 0 and not os.access(existing, os.W_OK):
+            locked[existing] = None
         if num_bytes > 0:
             wanted.setdefault(existing.stat().st_dev, []).append((what, num_bytes, existing))
 
@@ -162,6 +167,9 @@ def _disk(workload: Workload, needs: Needs) -> list[Check]:
         remedy = "free space, or lower record.token_fraction or record.train_prompts; HF_HOME moves the download"
         found = f"{_gb(total)} needed ({parts}), {_gb(free)} free under {items[0][2]}"
         checks.append(Check("disk", total * _DISK_MARGIN <= free, found, remedy))
+    if locked:
+        found = f"no right to write under {', '.join(map(str, locked))}"
+        checks.append(Check("write access", False, found, "change the owner or the mount, or work in a copy elsewhere"))
     return checks
 
 
@@ -192,6 +200,15 @@ def _offline() -> bool:
     return bool(HF_HUB_OFFLINE)
 
 
+def _proxy(uri: str) -> str | None:
+    """The proxy that the environment sets between here and a URI."""
+    parts = urlsplit(uri)
+    proxy = getproxies().get(parts.scheme)
+    if not proxy or proxy_bypass(parts.hostname or ""):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
 def _has_token() -> bool:
     from huggingface_hub import get_token
 
@@ -199,13 +216,15 @@ def _has_token() -> bool:
 
 
 def _one_device(data: Path, cache: Path) -> bool:
-    def device(path: Path) -> int:
-        path = path.absolute()
-        while not path.exists():
-            path = path.parent
-        return path.stat().st_dev
+    return _existing(data).stat().st_dev == _existing(cache).stat().st_dev
 
-    return device(data) == device(cache)
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def _size(folder: Path) -> int:

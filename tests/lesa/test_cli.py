@@ -46,6 +46,8 @@ def test_schedule_shows_the_papers_ratios(capsys):
         (["bundle", "show", "nowhere"], "cannot open the folder"),
         (["store", "verify", "nowhere"], "nowhere"),
         (["flops", "no-such-model"], "no-such-model"),
+        (["flops", "flux-dev", "--steps", "0"], "num_steps must be an integer of at least 1"),
+        (["flops", "flux-dev", "--budget", "5x"], "--budget needs --bundle"),
         (["sample", "--bundle", "x"], "at least one prompt"),
         (["sample", "a seven", "--bundle", "models:/../x"], "is not of the form"),
     ],
@@ -200,3 +202,14 @@ def test_flops_of_a_true_size(capsys):
     assert main(["flops", "flux-dev", "--interval", "7", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["step_ratio"] == 5.0 and 4.5 < result["flops_ratio"] < 5.0
+
+
+def test_flops_leaves_no_argument_out(capsys, place):
+    def full_steps(*arguments):
+        assert main(["flops", *arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)[0]["schedule"]["full_steps"]
+
+    assert full_steps("flux-dev", "--warmup", "0")[:3] == [0, 7, 14]
+    assert full_steps("flux-schnell", "--steps", "8") == [0, 3, 6]  # the model's own rule, as without arguments
+    assert main(["flops", "flux-dev", "--bundle", str(place / "bundle"), "--budget", "x", "--interval", "7"]) == 2
+    assert "give --budget, or --interval, --steps and --warmup" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,60 @@ def test_an_unknown_model_is_named(tmp_path: Path) -> None:
     broken = dataclasses.replace(strange, model=dataclasses.replace(workload.model, source=str(tmp_path)))
     with pytest.raises(ValueError, match="transformer/config.json does not exist"):
         needs_of(broken)
+
+
+def damaged_vae(folder: Path) -> None:
+    (folder / "vae/config.json").write_text("{}")
+
+
+def damaged_config(folder: Path) -> None:
+    path = folder / "transformer/config.json"
+    path.write_text(path.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": "two"'))
+
+
+def other_family(folder: Path) -> None:
+    path = folder / "transformer/config.json"
+    path.write_text(path.read_text().replace("FluxTransformer2DModel", "QwenImageTransformer2DModel"))
+
+
+def torn_header(folder: Path) -> None:
+    path = next(folder.glob("transformer/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:5])
+
+
+def torn_weights(folder: Path) -> None:
+    path = next(folder.glob("transformer/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def strange_header(folder: Path) -> None:
+    next(folder.glob("transformer/*.safetensors")).write_bytes(b"\x03" + bytes(7) + b"[1]")
+
+
+def no_weights(folder: Path) -> None:
+    next(folder.glob("transformer/*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damaged_vae, "vae/config.json: says nothing of how much smaller"),
+        (damaged_config, "transformer/config.json: no FluxTransformer2DModel can be made from it"),
+        (other_family, "got 'QwenImageTransformer2DModel', the workload's family has 'FluxTransformer2DModel'"),
+        (torn_header, "not a safetensors file, or a torn one"),
+        (torn_weights, "not a safetensors file, or a torn one .* bytes, its header says"),
+        (strange_header, "not a safetensors file, or a torn one"),
+        (no_weights, "transformer: no weights in safetensors files"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_words(
+    damage: Callable[[Path], None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_repository(tmp_path))
+    workload = load_params()
+    damage(Path(workload.model.source))
+    with pytest.raises(ValueError, match=words):
+        needs_of(workload)
 
 
 def test_numbers_are_finite() -> None:

@@ -43,6 +43,7 @@ def test_lines_come_in_file_order_and_exactly(tmp_path: Path) -> None:
         ("a\n\nb\n", "line 2 is empty"),
         ("a\n \t\n", "line 2 is empty"),
         ("a\nb\na\n", "line 3 repeats line 1: 'a'"),
+        ("a cat\nb\n A  Cat\n", "line 3 repeats line 1: ' A  Cat'"),
         ("a\x00b\n", r"line 1 has control characters: 'a\\x00b'"),
         ("a\x1b[31mb\n", "line 1 has control characters"),
         ("a\x9b31mb\n", "line 1 has control characters"),

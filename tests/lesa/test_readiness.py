@@ -29,6 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(readiness, "_has_token", lambda: False)
     monkeypatch.setattr(readiness, "_offline", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     return tmp_path
 
 
@@ -90,6 +93,26 @@ def test_offline_disk_and_local_folder(here: Path, monkeypatch: pytest.MonkeyPat
     assert not found["disk"]["ok"] and "1 GB free" in str(found["disk"]["found"])
     lightning = checks("qwen-image-lightning")["model"]
     assert not lightning["ok"] and "data/base/qwen-image-lightning is not here" in str(lightning["found"])
+
+
+def test_a_proxy_is_asked_in_the_hub_s_stead(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(readiness, "answers", lambda uri: asked.append(uri) or "proxy" in uri)
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:secret@proxy.example:3128")
+    found = checks("qwen-image")["hub"]
+    assert found["ok"] and asked == ["http://me:secret@proxy.example:3128"]
+    assert found["found"] == "http://proxy.example:3128, the proxy to https://huggingface.co, is reachable"
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
+    assert checks("qwen-image")["hub"]["ok"] and asked[-1] == "http://proxy.example:3128"
+    monkeypatch.setenv("NO_PROXY", "huggingface.co")
+    assert not checks("qwen-image")["hub"]["ok"] and asked[-1] == "https://huggingface.co"
+
+
+def test_folders_that_cannot_be_written_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "write access" not in checks("flux-dev")
+    monkeypatch.setattr(readiness.os, "access", lambda path, mode: Path(path) != here / "data")
+    found = checks("flux-dev")["write access"]
+    assert not found["ok"] and found["found"] == f"no right to write under {here / 'data'}"
 
 
 def test_a_small_local_model_needs_no_gpu(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

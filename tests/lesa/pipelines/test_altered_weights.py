@@ -74,10 +74,47 @@ def test_an_adapter_loaded_before_or_after(made: tuple[PictureCall, Bundle], tmp
     lesa.enable(call.pipe, bundle, allow=("lora",))
     call.pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
     assert torch.equal(call.run(), before)
+    assert lesa.summary(call.pipe).notes["not measured with"] == "adapters style"
     call.pipe.unload_lora_weights()
     call.run()
+    assert "not measured with" not in lesa.summary(call.pipe).notes
     lesa.disable(call.pipe)
     assert torch.equal(call.run(), plain)
+
+
+def load_ip_adapter(transformer: torch.nn.Module) -> None:
+    """An IP-Adapter of random weights, by the loader that `pipe.load_ip_adapter` calls."""
+    config = transformer.config
+    text, width = config.joint_attention_dim, config.num_attention_heads * config.attention_head_dim
+    projection = {
+        "proj.weight": torch.randn(4 * text, 8),
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    layers = {}
+    for index in range(config.num_layers):
+        for name in ("k", "v"):
+            layers[f"{index}.to_{name}_ip.weight"] = torch.randn(width, text)
+            layers[f"{index}.to_{name}_ip.bias"] = torch.zeros(width)
+    state = {"image_proj": projection, "ip_adapter": layers}
+    transformer._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
+
+
+def test_an_ip_adapter_loaded_before_or_after_is_refused(tmp_path: Path) -> None:
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    lesa.enable(call.pipe, bundle)
+    expected = call.run()
+    load_ip_adapter(call.pipe.transformer)
+    with pytest.raises(MismatchError, match="IP-Adapter: got one, expected none"):
+        call.run(joint_attention_kwargs={"ip_adapter_image_embeds": [torch.randn(1, 1, 8)]})
+    lesa.disable(call.pipe)
+    with pytest.raises(MismatchError, match="IP-Adapter: got one, expected none"):
+        lesa.enable(call.pipe, bundle, allow=("lora",))
+    call.pipe.unload_ip_adapter()
+    lesa.enable(call.pipe, bundle)
+    assert torch.allclose(call.run(), expected, atol=1e-6)
 
 
 def float8(call: PictureCall) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, CpuOffload
+from accelerate.hooks import AlignDevicesHook, CpuOffload, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
@@ -185,3 +185,28 @@ def test_lesa_outlives_whole_model_offloading_which_is_renewed_after_every_run(
     lesa.disable(call.pipe)
     assert torch.allclose(call.run(), plain, atol=1e-6)
     assert lesa.hook.is_lesa_cache_enabled(call.pipe.transformer) is False
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_offloading_beneath_lesa_that_is_taken_off(again: bool, tmp_path: Path) -> None:
+    """accelerate puts back the forwards that it had wrapped, and with them goes what LESA had put above."""
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    plain = call.run()
+    sequential(call.pipe.transformer)
+    lesa.enable(call.pipe, bundle)
+    expected = call.run()
+    remove_hook_from_module(call.pipe.transformer, recurse=True)
+    if again:
+        sequential(call.pipe.transformer)
+        with pytest.raises(MismatchError, match=r"offloading was set up after LESA.*disable LESA and enable it again"):
+            call.run()
+    else:
+        assert torch.equal(call.run(), expected)
+    lesa.disable(call.pipe)
+    assert torch.equal(call.run(), plain)
+    lesa.enable(call.pipe, bundle)
+    assert torch.equal(call.run(), expected)
+    lesa.disable(call.pipe)
+    remove_hook_from_module(call.pipe.transformer, recurse=True)
+    assert torch.equal(call.run(), plain)

@@ -133,6 +133,21 @@ def test_controlnet_s_residual_of_the_step_is_added_to_the_prediction() -> None:
     assert not torch.allclose(residuals[0], residuals[-1], atol=1e-3)
 
 
+def test_controlnet_on_a_text_pipeline_s_cache_is_refused(tmp_path: Path) -> None:
+    """Begun at step 0 and with the same tokens: only the residuals tell that another pipeline is called."""
+    call = controlnet()
+    parts = {name: part for name, part in call.pipe.components.items() if name != "controlnet"}
+    text = FluxPipeline(**parts)
+    bundle = make_bundle(text, tmp_path / "bundle", call.call)
+    lesa.enable(text, bundle)
+    with pytest.raises(MismatchError, match="ControlNet: got its residuals, expected none from FluxPipeline"):
+        call.run()
+    lesa.disable(text)
+    lesa.enable(call.pipe, bundle, allow=("pipeline",))
+    call.run()
+    assert lesa.summary(call.pipe).num_full < NUM_STEPS
+
+
 def test_kontext_predicts_the_picture_s_tokens_and_not_the_reference_s() -> None:
     call = kontext()
     schedule = Schedule.uniform(NUM_STEPS, 3)
