@@ -204,7 +204,8 @@ def changed(workload: Workload, changes: Changes) -> Workload:
 def trained(
     workload: Workload, budget: str, pipe: Any, train: Trajectories, validation: Trajectories, *, closed_loop: bool
 ) -> Predictor:
-    """A predictor whose experts of `budget` are trained; the other budgets' keep their start."""
+    """A predictor whose experts of `budget` are trained, at the call's own number of steps; others keep their start."""
+    workload = changed(workload, {"record": {"step_counts": ()}})
     ends = ends_of(pipe.transformer)
     experts = {}
     with tempfile.TemporaryDirectory() as folder:

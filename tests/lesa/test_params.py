@@ -208,6 +208,51 @@ def test_plain_sampling_is_legal(tmp_path: Path) -> None:
     assert load(tmp_path, put("schedule.budgets.5x", {"interval": 1})).budgets()["5x"].num_full == 50
 
 
+def with_counts(**record: Any) -> Callable[[dict[str, Any]], None]:
+    def change(workload: dict[str, Any]) -> None:
+        workload["record"] |= {"train_prompts": 32, "validation_prompts": 8, "step_counts": [20, 100]} | record
+
+    return change
+
+
+def test_further_numbers_of_steps(tmp_path: Path) -> None:
+    assert load(tmp_path).step_counts == (50,) and load(tmp_path).record.step_counts == ()
+    workload = load(tmp_path, with_counts())
+    assert workload.step_counts == (50, 20, 100)
+    assert workload.num_recorded(50) == {"train": 32, "validation": 8}
+    assert workload.num_recorded(20) == {"train": 32, "validation": 8}
+    few = load(tmp_path, with_counts(step_count_prompts=4))
+    assert few.num_recorded(100) == {"train": 4, "validation": 2}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"step_counts": [3]}, "record.step_counts: each must be from 4 to 10000, got [3]"),
+        ({"step_counts": [20, 10**5]}, "each must be from 4 to 10000, got [100000]"),
+        ({"step_counts": [20, 20]}, "[20, 20] has a number twice"),
+        ({"step_counts": [20, 50]}, "50 is call.num_inference_steps: list the others only"),
+        ({"step_counts": ["20"]}, "record.step_counts[0]: must be int"),
+        ({"train_prompts": 31}, "record.step_count_prompts: 32 makes 32 of record.train_prompts, which is 31"),
+        ({"validation_prompts": 7}, "record.step_count_prompts: 32 makes 8 of record.validation_prompts, which is 7"),
+        ({"step_count_prompts": 0}, "record.step_count_prompts: must be at least 1"),
+    ],
+)
+def test_further_numbers_of_steps_that_make_no_sense(tmp_path: Path, record: dict[str, Any], words: str) -> None:
+    assert any(words in problem for problem in problems(tmp_path, with_counts(**record)))
+
+
+def test_what_cannot_serve_other_numbers_of_steps_is_refused(tmp_path: Path) -> None:
+    def change(workload: dict[str, Any]) -> None:
+        with_counts()(workload)
+        workload["predictor"]["gate"] = "table"
+        workload["schedule"]["budgets"]["mixed"] = {"interval": 4}
+
+    found = "\n".join(problems(tmp_path, change))
+    assert "record.step_counts: predictor.gate table knows no other number of steps" in found
+    assert "schedule.budgets.mixed: the name is that of the experts for record.step_counts" in found
+
+
 def test_all_problems_come_together(tmp_path: Path) -> None:
     """Wrong keys, types, ranges and combinations of sound sections, each by its dotted path."""
 

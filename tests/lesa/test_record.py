@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lesa import atomic
+from lesa.jobs import recorded_elsewhere, recorded_splits
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline, sample
 from lesa.prompts import PromptError
@@ -27,6 +28,7 @@ from lesa.record import (
     transformer_arguments,
 )
 from lesa.store import StoreError, TrajectoryStore, trajectory_key
+from lesa.trajectories import load_trajectories
 from tests.tiny import SPLITS, tiny_flux, tiny_repository, write_prompts
 
 STEPS = 8
@@ -54,6 +56,78 @@ def test_the_plan_is_the_first_prompts_in_file_order(workload: Workload) -> None
     assert [item.seed - 10_000 for item in plan if item.split == "validation"] == [1, 3, 5, 7]
     assert len({item.key for item in plan}) == len(plan) == 10
     assert all(item.key == trajectory_key(item.identity) for item in plan)
+
+
+def test_further_numbers_of_steps_come_after_and_change_no_key(workload: Workload) -> None:
+    before = plan_recording(workload, SOURCE)
+    more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
+    plan = plan_recording(more, SOURCE)
+    assert plan[: len(before)] == before and {item.num_steps for item in before} == {STEPS}
+    further = plan[len(before) :]
+    assert [item.num_steps for item in further] == [5] * 4 + [12] * 4
+    assert [item.prompt for item in further[:4]] == [*SPLITS["train"][:2], *SPLITS["validation"]]
+    # The noise is that of the same prompts: no further seeds, and the same key as if the call had so many steps.
+    assert {item.seed for item in further} < {item.seed for item in before}
+    alone = plan_recording(changed(workload, "call", num_inference_steps=5), SOURCE)
+    assert further[0].key == alone[0].key and len({item.key for item in plan}) == len(plan)
+
+
+def test_an_identity_is_what_it_always_was(workload: Workload) -> None:
+    """Written out: a trajectory that was recorded before keeps its key."""
+    planned = plan_recording(workload, SOURCE)[0]
+    assert planned.key == trajectory_key(
+        {
+            **SOURCE,
+            "call": {
+                "height": 16,
+                "width": 16,
+                "num_frames": None,
+                "num_inference_steps": STEPS,
+                "guidance_scale": 3.5,
+                "true_cfg_scale": None,
+                "max_sequence_length": 16,
+            },
+            "dtype": "float32",
+            "format": 1,
+            "prompt": "a thin seven",
+            "seed": 10_000,
+            "tap": planned.identity["tap"],
+            "token_fraction": 1.0,
+        }
+    )
+
+
+def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> None:
+    pipe = load_pipeline(workload)
+    more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
+    store = TrajectoryStore.create(more.paths.trajectories)
+    size, plan = measure_size(pipe, more), plan_recording(more, describe_source(pipe))
+    keys = record_all(more, store, pipe)
+    assert store.verify() == [] and len(store.keys()) == len(keys) == 14
+    for item in plan:
+        assert store.features(item.key).shape == (item.num_steps, 1, 16, 32)
+        assert len(store.record(item.key)["sigmas"]) == item.num_steps + 1
+    taken = sum(file.stat().st_blocks * 512 for file in store.path.rglob("*") if file.is_file())
+    assert taken <= size.bytes_of(plan) + 4096 and size.bytes_of(plan) <= 1.5 * taken
+    assert size.bytes_of(plan[:6]) == size.bytes(6)
+    assert recorded_keys(more, store) == {
+        split: [item.key for item in plan if item.split == split] for split in ("train", "validation")
+    }
+    train, validation = recorded_splits(more)
+    assert len(train.sigmas) == STEPS + 1 and (len(train), len(validation)) == (4, 2)
+    elsewhere = recorded_elsewhere(more)
+    assert {count: (len(t.sigmas), len(t), len(v)) for count, (t, v) in elsewhere.items()} == {
+        5: (6, 2, 2),
+        12: (13, 2, 2),
+    }
+    with pytest.raises(ValueError, match="1 of 1 prompts have no trajectory of 6 steps"):
+        load_trajectories(store.path, ["a thin seven"], 6)
+    with pytest.raises(ValueError, match="3 different lists of noise levels"):
+        load_trajectories(store.path, ["a thin seven"])
+    with pytest.raises(PromptError, match="8 trajectories of prompts that are not recorded any more"):
+        recorded_keys(workload, store)
+    record_all(workload, store, pipe)  # the numbers of steps are taken out of the settings again
+    assert store.keys() == sorted(item.key for item in plan[:6])
 
 
 def test_appended_prompts_leave_every_other_key_as_it_was(workload: Workload, tmp_path: Path) -> None:
