@@ -121,6 +121,9 @@ class Judgement:
         if champion.fingerprint != self.candidate.manifest.fingerprint:
             self.log.info("champion %s was made for another transformer: the peers decide", champion.number)
             return None
+        if champion.is_of_an_older_schema:
+            self.log.info("champion %s is of a format not read any more: the peers decide", champion.number)
+            return None
         folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.registry)
         return load_bundle(folder, expected_digest=champion.digest)
 

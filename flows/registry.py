@@ -2,7 +2,7 @@
 
 A version is known by the digest of its bundle's manifest, so registering twice adds nothing. Aliases:
 `champion` what samplers pull, `candidate` what is being judged, `champion-<8>` the last champion made for the
-transformer whose fingerprint starts with these eight digits.
+transformer whose fingerprint starts with these eight digits, `champion-schema<n>` the last one in an older format.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from flows.connect import connect, experiment_id, find_or_create_run, state_folder
 from flows.runtime import ROOT, waiting_lock
 from lesa.atomic import sha256_file
+from lesa.manifest import SCHEMA
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"
@@ -37,6 +38,12 @@ class Version:
     @property
     def fingerprint(self) -> str:
         return self.tags.get("fingerprint", "")
+
+    @property
+    def is_of_an_older_schema(self) -> bool:
+        """Whether this version of lesa cannot read it any more, and never will."""
+        schema = self.tags.get("schema", "")
+        return schema.isdecimal() and int(schema) < SCHEMA
 
 
 class Registry:
@@ -138,7 +145,9 @@ class Registry:
                 now = self.alias(CHAMPION)
                 if (now and now.number) != (champion and champion.number):
                     continue
-                if champion is not None and champion.fingerprint:
+                if champion is not None and champion.is_of_an_older_schema:
+                    self.set_alias(f"{CHAMPION}-schema{champion.tags['schema']}", champion)
+                elif champion is not None and champion.fingerprint:
                     self.set_alias(fingerprint_alias(champion.fingerprint), champion)
                 self.set_alias(CHAMPION, candidate)
                 self.set_alias(fingerprint_alias(candidate.fingerprint), candidate)
