@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "draw pictures with a bundle, and show what was full and what was predicted",
         'lesa sample "a thin seven" "a bold two" --bundle data/bundles/flux-digits --seed 1 --out pictures\n'
         '  lesa sample "a thin seven" --bundle models:/lesa-flux-digits@champion --budget 6.25x\n'
+        '  lesa sample "a thin seven" --bundle data/bundles/flux-digits --steps 28   (where it was trained for that)\n'
         '  lesa sample "a thin seven" --bundle data/bundles/flux-digits --plain      (without acceleration)',
     )
     sample.add_argument("prompts", nargs="*", metavar="PROMPT", help="one picture each")
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)"
     )
+    sample.add_argument("--steps", type=int, help="sampler steps, in the bundle's range (default: the bundle's own)")
     sample.add_argument("--batch-size", type=int, default=16, help="pictures a pipeline call")
     sample.add_argument("--plain", action="store_true", help="every step full, the bundle's call")
     sample.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -35,6 +35,12 @@ def run_sample(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("give at least one prompt")
     bundle = load(arguments.bundle)
+    call = bundle.manifest.call
+    if arguments.steps is not None:
+        low, high = bundle.manifest.step_range
+        if (not arguments.plain and not low <= arguments.steps <= high) or arguments.steps < 1:
+            raise ValueError(f"--steps: got {arguments.steps}, the bundle serves {low} to {high}")
+        call = dataclasses.replace(call, num_inference_steps=arguments.steps)
     pipe = _pipeline(bundle, arguments)
     if not arguments.plain:
         enable(
@@ -48,7 +54,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
             allow=arguments.allow,
         )
     seeds = [arguments.seed + index for index in range(len(prompts))]
-    pictures = sample(pipe, prompts, seeds, bundle.manifest.call, batch_size=arguments.batch_size)
+    pictures = sample(pipe, prompts, seeds, call, batch_size=arguments.batch_size)
     for path in save_pictures(pictures, seeds, arguments.out):
         print(path, file=sys.stderr if arguments.json else sys.stdout)
     if not arguments.plain:

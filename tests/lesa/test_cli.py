@@ -96,6 +96,14 @@ def test_sample_writes_pictures_and_shows_the_run(place, tmp_path, capsys):
     assert (plain / "000-seed0.png").read_bytes() == (one / "000-seed0.png").read_bytes()
 
 
+def test_sample_refuses_steps_that_the_bundle_does_not_serve(place, tmp_path, capsys):
+    base = ["--bundle", str(place / "bundle"), "--base", str(place / "pipeline"), "--device", "cpu"]
+    assert main(["sample", "a thin seven", *base, "--steps", "12", "--out", str(tmp_path / "out")]) == 2
+    assert "--steps: got 12, the bundle serves 10 to 10" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["sample", "a thin seven", *base, "--steps", "4", "--plain", "--out", str(tmp_path / "out")]) == 0
+
+
 def test_sample_refuses_another_model(place, tmp_path, capsys):
     tiny_flux(tmp_path / "other", seed=1)
     arguments = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from lesa import gate as gates
 from lesa import jobs
 from lesa.bundle import Bundle, BundleError, load_bundle
 from lesa.checkpoint import save_checkpoint
+from lesa.cli import main
 from lesa.closed_loop import ExpertRule, accelerated_latents, restore
 from lesa.flops import predictor_flops
 from lesa.history import History
@@ -405,6 +407,14 @@ def test_other_noise_levels_and_calls_are_refused_together(place: Place, pipe: A
     first, second = caught.value.problems
     assert first.startswith("sigmas: got 0.9") and "at the start, expected 1" in first
     assert second == "guidance_scale: got 1, expected 3.5"
+
+
+def test_the_command_line_samples_at_another_number_of_steps(place: Place, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["sample", "a white dog", "--bundle", str(place.bundle.path), "--device", "cpu", "--json"]
+    assert main([*arguments, "--steps", "6", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["num_full"] == 3
+    assert main([*arguments, "--steps", "17", "--out", str(tmp_path / "none")]) == 2
+    assert "--steps: got 17, the bundle serves 6 to 16" in capsys.readouterr().err
 
 
 def test_the_manifest_says_the_range_and_the_card_shows_it(place: Place, tmp_path: Path) -> None:
