@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flows.gate import Decision, decide
+from flows.parallel import run_jobs
+from flows.tracking import Reporter
 from lesa.bundle import Bundle
-from lesa.evaluate import default_methods, evaluate_methods, refuse_trained, samples
+from lesa.evaluate import refuse_trained, samples
+from lesa.gate_job import GateJob, NamedBundle, measure_budget
 from lesa.params import Workload
 from lesa.prompts import read_splits
 
@@ -18,13 +22,9 @@ TUNING_PROMPTS = 16  # training prompts that peers with a threshold are tuned on
 
 
 def measure_and_decide(
-    workload: Workload,
-    pipe: Any,
-    candidate: Bundle,
-    champion: Bundle | None,
-    report: Callable[[int, dict[str, float]], None] | None = None,
+    workload: Workload, candidate: Bundle, champion: Bundle | None
 ) -> tuple[Decision, dict[str, Any]]:
-    """Samples with every method, compares, decides.
+    """Samples with every method, compares, decides; one job a budget, side by side as far as the settings allow.
 
     Args:
         candidate: the bundle as it lies on disk, not what its makers say of it.
@@ -40,38 +40,35 @@ def measure_and_decide(
     """
     splits = read_splits(workload.paths.prompts)
     chosen = splits["test"][: workload.publish.gate_prompts]
-    for bundle in filter(None, (candidate, champion)):
+    bundles = {CANDIDATE: candidate} | ({} if champion is None else {CHAMPION: champion})
+    for bundle in bundles.values():
         refuse_trained(chosen, bundle.manifest.data["training"])
     offset = fresh_offset(workload, candidate, champion)
     prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
-    budgets = {name: budget.schedule for name, budget in candidate.manifest.budgets.items()}
-    predictors = {CANDIDATE: candidate.predictor}
-    if champion is not None:
-        predictors[CHAMPION] = champion.predictor
-    settings = dataclasses.replace(workload.evaluate, converged_fraction=0.0)
     tuning = splits["train"][:TUNING_PROMPTS]
-    methods = default_methods(
-        pipe,
-        predictors,
-        budgets,
-        call=candidate.manifest.call,
-        settings=settings,
-        tuning_prompts=tuning,
-        tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
-    )
-    results = evaluate_methods(
-        pipe,
-        methods,
-        prompts,
-        seeds,
-        call=candidate.manifest.call,
-        settings=settings,
-        report=report,
-        timing=False,
+    jobs = {
+        budget: GateJob(
+            budget=budget,
+            bundles=tuple(NamedBundle(name=n, folder=b.path.resolve(), digest=b.digest) for n, b in bundles.items()),
+            prompts=prompts,
+            seeds=seeds,
+            tuning_prompts=tuning,
+            tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
+        )
+        for budget in candidate.manifest.budgets
+    }
+    measured = run_jobs(
+        measure_budget,
+        workload,
+        jobs,
+        workers=workload.publish.workers,
+        threads_per_worker=workload.publish.threads_per_worker,
+        reporter=Reporter(path=Path(os.devnull), name=f"publish {workload.name}"),
     )
     psnr: dict[str, dict[str, Sequence[float]]] = {}
-    for row in results.rows:
-        psnr.setdefault(row.method, {})[row.budget] = results.values(row.budget, row.method, "psnr").tolist()
+    for budget, values in measured.items():
+        for method, decibels in values.items():
+            psnr.setdefault(method, {})[budget] = decibels
     groups = [chosen.index(prompt) for prompt in prompts]
     decision = decide(
         psnr.get(CANDIDATE, {}),

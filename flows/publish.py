@@ -68,13 +68,13 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         created_from=revisions(root, workload.name),
         others=recorded_elsewhere(workload),
     )
-    del train, validation  # gigabytes of a real model, and not needed to judge
+    del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
     log.info("registry: %s", redact(tracking_uri(root)))
     registry = Registry(experiment_name(workload), root)
     candidate = registry.register(
         bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}
     )
-    judgement = Judgement(workload, pipe, bundle, tracking_uri(root), log)
+    judgement = Judgement(workload, bundle, tracking_uri(root), log)
     registry.set_alias(CANDIDATE, candidate)
     try:
         moved, before = registry.promote(candidate, judgement)
@@ -96,8 +96,8 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
 class Judgement:
     """Judges a candidate against whatever champion it meets; remembers the last decision."""
 
-    def __init__(self, workload: Workload, pipe: Any, candidate: Bundle, registry: str, log: Any) -> None:
-        self.workload, self.pipe, self.candidate = workload, pipe, candidate
+    def __init__(self, workload: Workload, candidate: Bundle, registry: str, log: Any) -> None:
+        self.workload, self.candidate = workload, candidate
         self.registry, self.log = registry, log
         self.decision = Decision(
             promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
@@ -108,7 +108,7 @@ class Judgement:
         try:
             bundle = self._champion_bundle(champion)
             self.decision, self.measured_on = measure_and_decide(
-                self.workload, self.pipe, self.candidate, bundle
+                self.workload, self.candidate, bundle
             )
         except ValueError as error:
             # A champion that is broken or cannot be compared is no reason to replace it unseen.

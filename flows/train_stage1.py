@@ -16,6 +16,7 @@ from flows.stage import final_values, metrics_folder, read_workload, stage_run, 
 from flows.tracking import Tracker
 from lesa.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
 from lesa.params import Workload
+from lesa.predictor import MIXED
 
 
 @flow(name="train_stage1")
@@ -29,7 +30,9 @@ def train_stage1(workload: str | None = None) -> dict[str, Any]:
 @task(name="train experts", cache_policy=NO_CACHE)
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job an expert, side by side as far as the settings allow."""
-    jobs = {str(job): job for job in list_ground_truth_jobs(workload)}
+    # Those for other numbers of steps take longest and come first.
+    listed = sorted(list_ground_truth_jobs(workload), key=lambda job: job.budget != MIXED)
+    jobs = {str(job): job for job in listed}
     done = run_jobs(
         run_ground_truth_job,
         workload,

@@ -47,8 +47,9 @@ def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:
-    """The jobs of the second training step: every budget, and the experts for other numbers of steps."""
-    return [*workload.schedule.budgets, *((MIXED,) if workload.record.step_counts else ())]
+    """The jobs of the second training step: the experts for other numbers of steps, which take longest, and every
+    budget."""
+    return [*((MIXED,) if workload.record.step_counts else ()), *workload.schedule.budgets]
 
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:

@@ -194,6 +194,8 @@ class PublishParams:
     gate_prompts: int = setting(64, low=2)  # test prompts the gate measures
     gate_seed_offset: int = setting(30_000, low=0, high=MAX_SEED)  # never the evaluation's seeds
     tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the 5th percentile may be at any budget
+    workers: int = setting(1, low=1)  # budgets judged side by side, each with a pipeline of its own
+    threads_per_worker: int = setting(1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

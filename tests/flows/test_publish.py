@@ -80,7 +80,7 @@ def decisions(monkeypatch, *answers: bool) -> list[str | None]:
     asked: list[str | None] = []
     left = list(answers)
 
-    def decide(workload, pipe, candidate, champion):
+    def decide(workload, candidate, champion):
         asked.append(champion.digest if champion else None)
         promote = left.pop(0)
         return Decision(promote=promote, reasons=("better" if promote else "worse",), numbers={}), {
@@ -204,8 +204,7 @@ def test_the_gate_measures_for_itself(workload, monkeypatch):
     decisions(monkeypatch, True)
     go(workload)
     bundle = load_bundle(workload.paths.bundle)
-    pipe = load_pipeline(workload)
-    decision, measured_on = measure_and_decide(workload, pipe, bundle, bundle)
+    decision, measured_on = measure_and_decide(workload, bundle, bundle)
     assert not decision.promote
     equal = decision.numbers["champion"]["2x"]
     assert equal["difference"] == equal["low"] == equal["high"] == 0.0
@@ -228,4 +227,4 @@ def test_prompts_that_were_trained_on_judge_nothing(workload, monkeypatch):
     splits["train"].write_text(test)
     splits["test"].write_text(train)
     with pytest.raises(ValueError, match="were trained on"):
-        measure_and_decide(workload, load_pipeline(workload), bundle, None)
+        measure_and_decide(workload, bundle, None)
