@@ -62,7 +62,8 @@ def enable(
     calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
     The scheduler and the call are checked again at the first transformer call of every run, before anything
-    is computed. A run may have any number of steps in the bundle's `step_range`: a budget is carried to it.
+    is computed. A run may have any number of steps in the bundle's `step_range`: a budget is carried to it,
+    with as many full steps as the bundle's fastest budget at least.
 
     Raises:
         MismatchError: the pipeline is not what the bundle was made for; every difference is listed, and the
@@ -204,7 +205,9 @@ def choose_schedule(
     if name not in manifest.budgets:
         raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
     schedule = manifest.budgets[name].schedule
-    return (schedule if steps == own else schedule.carried(steps)), name
+    # Never fewer full steps than some budget was measured with: below that a shorter plain run is better.
+    least = min(known.schedule.num_full for known in manifest.budgets.values())
+    return (schedule if steps == own else schedule.carried(steps, least)), name
 
 
 def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: float | None) -> str:

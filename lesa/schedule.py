@@ -71,23 +71,24 @@ class Schedule:
         """A list of full steps as given, for example a searched one."""
         return cls(num_steps, tuple(full_steps))
 
-    def carried(self, num_steps: int) -> Schedule:
+    def carried(self, num_steps: int, least: int = MIN_CARRIED) -> Schedule:
         """This schedule for a run of another number of steps: the same step ratio, the same places along the run.
 
-        `num_steps / ratio` full steps, rounded, at least three; two of them lead the run, so that whatever is
+        `num_steps / ratio` full steps, rounded, at least `least`; two of them lead the run, so that whatever is
         predicted has two full steps behind it. The others stand where interpolation between this schedule's
         places, as fractions of the run, puts them. Carried to its own number of steps, a schedule that leads with
         two full steps and has three stays as it is.
 
         Args:
             num_steps: of the other run, >= 1.
+            least: full steps that are kept however short the run is, as far as it has them.
 
         Raises:
             ValueError: `num_steps` is no number of steps.
         """
         if not _is_int(num_steps) or num_steps < 1:
             raise ValueError(f"schedule: num_steps must be an integer of at least 1, got {num_steps!r}")
-        count = min(num_steps, max(MIN_CARRIED, math.floor(num_steps / self.ratio + 0.5)))
+        count = min(num_steps, max(least, math.floor(num_steps / self.ratio + 0.5)))
         lead = list(range(min(2, count)))
         own_lead = 2 if self.full_steps[:2] == (0, 1) else 1
         places = [step / self.num_steps for step in (*self.full_steps[own_lead - 1 :], self.num_steps)]

@@ -155,6 +155,7 @@ def test_places_along_the_run_are_kept(interval: int, times: int) -> None:
 def test_carried_by_hand() -> None:
     searched = Schedule.explicit(50, (0, 1, 3, 7, 14, 21, 28, 34, 40, 45))
     assert searched.carried(100).num_full == 20
+    assert searched.carried(20, least=6).num_full == 6 and searched.carried(4, least=6).num_full == 4
     assert searched.carried(20).full_steps == (0, 1, 6, 14)
     assert searched.carried(4).full_steps == (0, 1, 2) and searched.carried(2).full_steps == (0, 1)
     assert Schedule.uniform(50, 1).carried(20).predicted_steps == ()

@@ -334,7 +334,7 @@ def test_untrained_schedules_of_the_own_number_of_steps_are_served(place: Place,
 @pytest.mark.parametrize("num_steps", [6, 9, 16])
 def test_a_run_of_another_length_is_the_carried_schedule_bound_by_hand(place: Place, pipe: Any, num_steps: int) -> None:
     plain = run(place, num_steps)
-    schedule = place.bundle.manifest.budgets["2x"].schedule.carried(num_steps)
+    schedule = place.bundle.manifest.budgets["2x"].schedule.carried(num_steps, 4)  # as many as the fastest has
     rule = place.second.bind(schedule, pipe.scheduler.sigmas.clone())
     lesa.apply_lesa_cache(
         pipe.transformer, LesaCacheConfig(schedule=schedule, rule=rule, scheduler=pipe.scheduler, measure=False)
@@ -350,6 +350,15 @@ def test_a_run_of_another_length_is_the_carried_schedule_bound_by_hand(place: Pl
     assert f"{schedule.num_full} full of {num_steps}" in str(statistics) and "lesa[mixed]" in str(statistics)
     lesa.disable(pipe)
     assert torch.equal(run(place, num_steps), plain)
+
+
+def test_a_short_run_keeps_the_full_steps_of_the_fastest_budget(place: Place, pipe: Any) -> None:
+    assert min(budget.schedule.num_full for budget in place.bundle.manifest.budgets.values()) == 4
+    lesa.enable(pipe, place.bundle, budget="2.5x")
+    run(place, 6)
+    assert lesa.summary(pipe).num_full == 4  # by its ratio it would be 2 or 3
+    run(place, 16)
+    assert lesa.summary(pipe).num_full == 6
 
 
 def test_runs_of_different_lengths_follow_each_other(place: Place, pipe: Any) -> None:
@@ -412,7 +421,7 @@ def test_other_noise_levels_and_calls_are_refused_together(place: Place, pipe: A
 def test_the_command_line_samples_at_another_number_of_steps(place: Place, tmp_path: Path, capsys: Any) -> None:
     arguments = ["sample", "a white dog", "--bundle", str(place.bundle.path), "--device", "cpu", "--json"]
     assert main([*arguments, "--steps", "6", "--out", str(tmp_path / "out")]) == 0
-    assert json.loads(capsys.readouterr().out)["num_full"] == 3
+    assert json.loads(capsys.readouterr().out)["num_full"] == 4
     assert main([*arguments, "--steps", "17", "--out", str(tmp_path / "none")]) == 2
     assert "--steps: got 17, the bundle serves 6 to 16" in capsys.readouterr().err
 
