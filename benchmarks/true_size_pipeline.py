@@ -27,7 +27,7 @@ def write_flux_pipeline(folder: Path, preset: Preset, device: torch.device) -> i
         The fewest text tokens a call may have.
     """
     language = DATA_SETS["flux-digits"]
-    tokenizer, tokenizer_2 = build_clip_tokenizer(language), build_t5_tokenizer(language)
+    tokenizer, tokenizer_2 = build_clip_tokenizer(language, language.clip_length), build_t5_tokenizer(language)
     torch.manual_seed(0)
     pooled, width = preset.config["pooled_projection_dim"], preset.config["joint_attention_dim"]
     clip = CLIPTextConfig(
@@ -75,4 +75,4 @@ def write_flux_pipeline(folder: Path, preset: Preset, device: torch.device) -> i
         transformer=build_transformer(preset, device, torch.bfloat16),
     )
     pipe.save_pretrained(folder, safe_serialization=True)
-    return language.t5_length
+    return language.text_length

@@ -5,6 +5,7 @@ python -m flows.base [--workload NAME]
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -18,28 +19,39 @@ from lesa.prompts import read_splits
 
 @flow(name="base")
 def base(workload: str | None = None) -> dict[str, Any]:
-    """Train the workload's own model and, where its data set has one, its scorer."""
+    """Train the workload's own model and, where its data set has one, its scorer; or distil it from its teacher."""
     settings = read_workload(workload)
     if settings.base is None:
+        raise ValueError(f"workloads.{settings.name}.base: absent, so there is no model to train; start with record")
+    if settings.base.teacher is not None and settings.scorer is None:
         raise ValueError(
-            f"workloads.{settings.name}.base: absent, so there is no model to train; start with record"
+            f"workloads.{settings.name}.scorer: absent; a model that learns from another is judged by that one's scorer"
         )
     prompts = read_splits(settings.paths.prompts)["train"]
-    from lesa.reference import DATA_SETS, train_base
+    from lesa.reference import DATA_SETS, STUDENTS, distil, train_base
 
+    given = settings.base
     with stage_run("base", settings, ("base", "seed", "device")) as run:
-        metrics = train_base(
-            DATA_SETS[settings.base.trainer],
-            base_dir=settings.paths.base,
-            scorer_dir=settings.paths.scorer,
-            prompts=prompts,
-            steps=settings.base.steps,
-            batch_size=settings.base.batch_size,
-            learning_rate=settings.base.learning_rate,
-            seed=settings.base.seed,
-            device=str(pick_device(settings.device)),
-            report=run.report,
-        )
+        training = {
+            "base_dir": settings.paths.base,
+            "prompts": prompts,
+            "steps": given.steps,
+            "batch_size": given.batch_size,
+            "learning_rate": given.learning_rate,
+            "seed": given.seed,
+            "device": str(pick_device(settings.device)),
+            "report": run.report,
+        }
+        if given.trainer in STUDENTS:
+            assert given.teacher is not None, "parameters are checked when they are read"
+            metrics = distil(
+                STUDENTS[given.trainer],
+                teacher_dir=Path(given.teacher),
+                scorer_dir=Path(settings.scorer or ""),
+                **training,
+            )
+        else:
+            metrics = train_base(DATA_SETS[given.trainer], scorer_dir=settings.paths.scorer, **training)
         run.note(settings.base.steps, final_values(metrics))
     write_json(metrics_folder(settings) / "base.json", metrics)
     return metrics

@@ -20,6 +20,7 @@ from lesa.stages import boundary_problems
 
 MAX_SEED = 2**32  # far below what a generator takes, so that offsets and counts can be added
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository
+STUDENTS = ("schnell-digits", "lightning-digits")  # trainers that need a teacher
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads, prompt sets, budgets
 
 
@@ -63,7 +64,15 @@ class CallParams:
 class BaseParams:
     """Training of the workload's own model; absent where the model is given."""
 
-    trainer: Literal["flux-digits", "flux-photos"]  # row of lesa.reference.DATA_SETS
+    trainer: Literal[
+        "flux-digits",
+        "flux-photos",
+        "qwen-digits",
+        "hunyuan-moving-digits",
+        "schnell-digits",
+        "lightning-digits",
+    ]  # row of lesa.reference.DATA_SETS, or of its STUDENTS
+    teacher: str | None = None  # folder of the pipeline that a student learns from
     steps: int = setting(low=1)  # optimiser steps of the transformer
     batch_size: int = setting(64, low=1)
     learning_rate: float = setting(1e-3, low=0.0)
@@ -382,6 +391,14 @@ def _model_problems(model: ModelParams) -> list[str]:
     return problems
 
 
+def _base_problems(base: BaseParams) -> list[str]:
+    if base.trainer in STUDENTS and base.teacher is None:
+        return [f"base.teacher: required, the folder of the pipeline that {base.trainer} learns from"]
+    if base.trainer not in STUDENTS and base.teacher is not None:
+        return [f"base.teacher: {base.trainer} is trained without one; leave it out"]
+    return []
+
+
 def _prompts_problems(prompts: str) -> list[str]:
     if NAME.fullmatch(prompts):
         return []
@@ -534,6 +551,7 @@ def _seed_problems(record: RecordParams, evaluate: EvaluateParams, publish: Publ
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("model",), _model_problems),
+    (("base",), _base_problems),
     (("prompts",), _prompts_problems),
     (("schedule",), _budget_problems),
     (("schedule", "call"), _step_problems),

@@ -46,6 +46,7 @@ SHEAR = {"upright": 0.0, "slanted": 0.36, "backslanted": -0.36}  # horizontal sh
 STROKE_RADIUS = {"thin": -1, "plain": 0, "bold": 1}  # erosion or dilation, in 32 x 32 master pixels
 _MASTER = 32  # the digits are kept at this size while their strokes and outline change
 _SUPERSAMPLE = 2
+LIGHT_DRAWS = 8  # random numbers a picture that `light` takes
 HELD_OUT_EVERY = 5  # every fifth underlying digit is never seen by a model or a scorer in training
 
 
@@ -119,10 +120,14 @@ def _most_typical(pixels: torch.Tensor, labels: torch.Tensor, share: float) -> t
 
 def choose_originals(bank: DigitBank, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
     """For each prompt, the index [B] of a random underlying digit of the right class."""
-    wanted = torch.tensor([DIGITS.index(LANGUAGE.parse(p)["digit"]) for p in prompts])
+    return choose(bank, torch.tensor([DIGITS.index(LANGUAGE.parse(p)["digit"]) for p in prompts]), generator)
+
+
+def choose(bank: DigitBank, wanted: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The index [B] of a random underlying digit of each wanted value [B], 0 to 9."""
     by_class = [(bank.labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
     sizes = torch.tensor([len(members) for members in by_class])
-    draws = (torch.rand(len(prompts), generator=generator, dtype=torch.float64) * sizes[wanted]).long()
+    draws = (torch.rand(len(wanted), generator=generator, dtype=torch.float64) * sizes[wanted]).long()
     table = torch.zeros(len(DIGITS), int(sizes.max()), dtype=torch.long)
     for digit, members in enumerate(by_class):
         table[digit, : len(members)] = members
@@ -150,31 +155,24 @@ def render(
     centre = torch.tensor([_offset(a["position"]) for a in asked]).reshape(num_images, 2)
     inverted = torch.tensor([a["polarity"] == POLARITIES[1] for a in asked])
     scale, angle = torch.ones(num_images), torch.zeros(num_images)
-    # Departure of paper and ink from pure black and white: [B, 3, 1, 1], and over the paper [B, 1, H, W].
     paper = ink = torch.zeros(num_images, 3, 1, 1)
-    shade = torch.zeros(num_images, 1, IMAGE_SIZE, IMAGE_SIZE)
     if jitter is not None:
-        noise = torch.rand(13, num_images, generator=generator) * 2 - 1
+        noise = torch.rand(5 + LIGHT_DRAWS, num_images, generator=generator) * 2 - 1
         centre = centre + jitter.shift * noise[:2].T
         scale = 1 + jitter.scale * noise[2]
         angle = jitter.rotation * noise[3]
         shear = shear + jitter.shear * noise[4]
-        colours = jitter.tint * (noise[5:11].T.reshape(num_images, 6, 1, 1) + 1) / 2
-        paper, ink = colours[:, :3], colours[:, 3:]
-        axis = torch.linspace(-0.5, 0.5, IMAGE_SIZE)
-        across, down = (n[:, None, None, None] for n in noise[11:13])
-        shade = jitter.shade * (across * axis + down * axis[:, None])
-    strokes = F.grid_sample(
+        paper, ink = light(noise[5:], jitter, (IMAGE_SIZE, IMAGE_SIZE))
+    ink_share = strokes(
         bank.masters[thickness, originals],
-        _sampling_grid(centre=centre, scale=scale, angle=angle, shear=shear),
-        mode="bilinear",
-        padding_mode="zeros",
-        align_corners=False,
+        size=(IMAGE_SIZE, IMAGE_SIZE),
+        glyph_size=GLYPH_SIZE,
+        centre=centre,
+        scale=scale,
+        angle=angle,
+        shear=shear,
     )
-    strokes = F.avg_pool2d(strokes, _SUPERSAMPLE)
-    brightness = torch.lerp((paper + shade).clamp(0, 1), 1 - ink, strokes)
-    brightness = torch.where(inverted[:, None, None, None], 1 - brightness, brightness)
-    return brightness * 2 - 1
+    return paint(ink_share, paper=paper, ink=ink, is_inverted=inverted)
 
 
 def draw_images(
@@ -192,18 +190,66 @@ def _offset(position: str) -> tuple[float, float]:
     return x, y
 
 
+def strokes(
+    masters: torch.Tensor,  # [B, 1, 32, 32]
+    *,
+    size: tuple[int, int],  # H, W of the picture, in pixels
+    glyph_size: float,  # pixels a side of a digit at scale 1
+    centre: torch.Tensor,  # [B, 2], x and y in pixels from the picture's middle
+    scale: torch.Tensor,  # [B]
+    angle: torch.Tensor,  # [B], radians
+    shear: torch.Tensor,  # [B], horizontal shift per unit of height
+) -> torch.Tensor:
+    """How much of each pixel is ink, [B, 1, H, W] in [0, 1], for one digit a picture."""
+    grid = _sampling_grid(size=size, glyph_size=glyph_size, centre=centre, scale=scale, angle=angle, shear=shear)
+    drawn = F.grid_sample(masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return F.avg_pool2d(drawn, _SUPERSAMPLE)
+
+
+def light(
+    noise: torch.Tensor,  # [LIGHT_DRAWS, B] in [-1, 1]
+    jitter: Jitter,
+    size: tuple[int, int],  # H, W
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Departure from black and white: of the paper [B, 3, H, W], darker to one side, and of the ink [B, 3, 1, 1]."""
+    num_images = noise.shape[1]
+    colours = jitter.tint * (noise[:6].T.reshape(num_images, 6, 1, 1) + 1) / 2
+    down_axis, across_axis = (torch.linspace(-0.5, 0.5, n) for n in size)
+    across, down = (n[:, None, None, None] for n in noise[6:8])
+    shade = jitter.shade * (across * across_axis + down * down_axis[:, None])
+    return colours[:, :3] + shade, colours[:, 3:]
+
+
+def paint(
+    ink_share: torch.Tensor,  # [B, 1, H, W]
+    *,
+    paper: torch.Tensor,  # lightness of the black, broadcast to [B, 3, H, W]
+    ink: torch.Tensor,  # darkness of the white, [B, 3, 1, 1]
+    is_inverted: torch.Tensor,  # [B] bool: black on white
+) -> torch.Tensor:
+    """RGB [B, 3, H, W] in [-1, 1] of ink on paper."""
+    brightness = torch.lerp(paper.clamp(0, 1), 1 - ink, ink_share)
+    brightness = torch.where(is_inverted[:, None, None, None], 1 - brightness, brightness)
+    return brightness * 2 - 1
+
+
 def _sampling_grid(
-    *, centre: torch.Tensor, scale: torch.Tensor, angle: torch.Tensor, shear: torch.Tensor
+    *,
+    size: tuple[int, int],
+    glyph_size: float,
+    centre: torch.Tensor,
+    scale: torch.Tensor,
+    angle: torch.Tensor,
+    shear: torch.Tensor,
 ) -> torch.Tensor:
     """Where an output pixel looks in the master: undoes scale, then shear, then rotation, then shift."""
-    size = IMAGE_SIZE * _SUPERSAMPLE
     # Pixel centres, in pixels of the final image from its middle.
-    axis = (torch.arange(size) + 0.5) / _SUPERSAMPLE - IMAGE_SIZE / 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    down, across = ((torch.arange(n * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE - n / 2 for n in size)
+    y, x = torch.meshgrid(down, across, indexing="ij")
     x = x[None] - centre[:, 0, None, None]
     y = y[None] - centre[:, 1, None, None]
     cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
     x, y = cos * x + sin * y, cos * y - sin * x
     x = x + shear[:, None, None] * y  # the top (negative y) of a slanted digit lies to the right
-    half = scale[:, None, None] * GLYPH_SIZE / 2
+    half = scale[:, None, None] * glyph_size / 2
     return torch.stack([x / half, y / half], dim=-1)

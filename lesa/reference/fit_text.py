@@ -1,4 +1,4 @@
-"""Teaches the two small text encoders to read: their outputs must tell the prompt's attributes.
+"""Teaches the small text encoders to read: what the transformer is given must tell the prompt's attributes.
 
 FLUX gives text tokens no positions, so "white on black" and "black on white" differ only by what the
 encoders make of the order of words; random encoders hardly do.
@@ -6,21 +6,24 @@ encoders make of the order of words; random encoders hardly do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
 from torch import nn
 
+from lesa.reference.architectures import Architecture, Conditioning
+from lesa.reference.data_sets import DataSet
 from lesa.reference.optim import Optimiser, Report, pick
-from lesa.reference.prompts import Language
 
 LEARNING_RATE = 2e-3
 BATCH_SIZE = 64
 
 
 def fit_text(
-    pipeline: FluxPipeline,
-    language: Language,
+    architecture: Architecture,
+    pipeline: Any,
+    data_set: DataSet,
     prompts: list[str],
     *,
     num_steps: int,
@@ -28,25 +31,26 @@ def fit_text(
     device: str,
     report: Report,
 ) -> None:
-    """Train both encoders in place on `prompts` and their short forms, then freeze them."""
+    """Train the encoders in place on `prompts` and their short forms, then freeze them."""
+    language = data_set.language
     texts = sorted({*prompts, *(language.shorten(prompt) for prompt in prompts)})
     targets = torch.tensor([language.indices(text) for text in texts]).to(device)
-    clip_ids, t5_ids = tokenize(pipeline, texts)
-    width = pipeline.text_encoder.config.hidden_size
+    encoders = nn.ModuleList(architecture.text_encoders(pipeline)).to(device).train()
+    with torch.no_grad():
+        widths = [s.shape[1] for s in _summaries(architecture.read(pipeline, data_set, texts[:1]))]
     sizes = [len(values) for values in language.values.values()]
-    heads = nn.ModuleList([nn.Linear(width, sum(sizes)) for _ in range(2)]).to(device)
-    encoders = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2]).to(device).train()
+    heads = nn.ModuleList([nn.Linear(width, sum(sizes)) for width in widths]).to(device)
     optimiser = Optimiser(
         [*encoders.parameters(), *heads.parameters()], learning_rate=LEARNING_RATE, num_steps=num_steps
     )
     generator = torch.Generator().manual_seed(seed)
     for step in range(num_steps):
         index = pick(len(texts), BATCH_SIZE, generator)
-        pooled, tokens = _encode(pipeline, clip_ids[index].to(device), t5_ids[index].to(device))
+        read = architecture.read(pipeline, data_set, [texts[i] for i in index])
         wanted = targets[index.to(device)]
         loss = torch.zeros((), device=device)
-        for logits in (heads[0](pooled), heads[1](tokens.mean(dim=1))):
-            for part, target in zip(logits.split(sizes, dim=1), wanted.T, strict=True):
+        for head, summary in zip(heads, _summaries(read), strict=True):
+            for part, target in zip(head(summary).split(sizes, dim=1), wanted.T, strict=True):
                 loss = loss + F.cross_entropy(part, target)
         optimiser.step(loss)
         if step % 50 == 0 or step == num_steps - 1:
@@ -54,25 +58,16 @@ def fit_text(
     encoders.eval().requires_grad_(False)
 
 
-def tokenize(pipeline: FluxPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of CLIP and of T5, both [B, T] padded to its tokenizer's length, as FluxPipeline pads them."""
-    clip, t5 = (
-        tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
-    )
-    return clip.input_ids, t5.input_ids
-
-
-@torch.no_grad()
-def embed(pipeline: FluxPipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the transformer is given for each text: pooled [B, C] and tokens [B, T, C]."""
-    clip_ids, t5_ids = tokenize(pipeline, texts)
-    device = pipeline.text_encoder.device
-    return _encode(pipeline, clip_ids.to(device), t5_ids.to(device))
-
-
-def _encode(
-    pipeline: FluxPipeline, clip_ids: torch.Tensor, t5_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Without attention masks, as FluxPipeline calls them.
-    return pipeline.text_encoder(clip_ids).pooler_output, pipeline.text_encoder_2(t5_ids)[0]
+def _summaries(read: Conditioning) -> list[torch.Tensor]:
+    """One vector a text, [B, P], of each output: pooled vectors as they are, tokens in the mean."""
+    masks = [value for name, value in read.items() if name.endswith("_mask")]
+    found = []
+    for name, value in read.items():
+        if value.ndim == 3 and masks:
+            weights = masks[0].to(value.dtype)[..., None]
+            found.append((value * weights).sum(dim=1) / weights.sum(dim=1))
+        elif value.ndim == 3:
+            found.append(value.mean(dim=1))
+        elif not name.endswith("_mask"):
+            found.append(value)
+    return found

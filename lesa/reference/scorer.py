@@ -35,22 +35,26 @@ class Scorer:
 
     @torch.no_grad()
     def read(self, images: torch.Tensor) -> torch.Tensor:
-        """The class [B] int64, an index of `classes`, seen in each of `images` [B, 3, H, W] in [0, 1].
+        """The class [B] int64, an index of `classes`, seen in each of `images` in [0, 1], a video's by all its frames.
 
-        Raises ValueError on images of another shape.
+        Raises ValueError on images that are not [B, 3, H, W], videos that are not [B, F, 3, H, W], of the data set's
+        size.
         """
-        size = self.data_set.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        data_set = self.data_set
+        frames = () if data_set.num_frames is None else (data_set.num_frames,)
+        wanted = (*frames, 3, data_set.height, data_set.width)
+        if tuple(images.shape[1:]) != wanted:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; "
-                f"the {_reading(self.data_set).kind} scorer reads [B, 3, {size}, {size}]"
+                f"the {_reading(data_set).kind} scorer reads [B, {', '.join(map(str, wanted))}]"
             )
         device = next(self.network.parameters()).device
-        parts = images.to(device, torch.float32).split(256)
-        return torch.cat([self.network(part).argmax(dim=1) for part in parts]).cpu()
+        parts = images.flatten(0, -4).to(device, torch.float32).split(256)
+        logits = torch.cat([self.network(part) for part in parts])
+        return logits.log_softmax(dim=1).unflatten(0, (len(images), -1)).mean(dim=1).argmax(dim=1).cpu()
 
     def agreement(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Bool [B]: whether the class seen in each image [B, 3, H, W], in [0, 1], is the one prompted."""
+        """Bool [B]: whether the class seen in each image or video, in [0, 1], is the one prompted."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts: give one prompt an image")
         return self.read(images) == targets(self.data_set, prompts)
@@ -76,13 +80,10 @@ def load_scorer(folder: Path) -> Scorer:
     data_set = known.get(card.get("kind"))
     if data_set is None:
         raise ValueError(
-            f"{folder / 'scorer.json'}: kind is {card.get('kind')!r}, not one of {', '.join(known)}: "
-            "run the base stage"
+            f"{folder / 'scorer.json'}: kind is {card.get('kind')!r}, not one of {', '.join(known)}: run the base stage"
         )
     wrong = [
-        f"{key} is {card.get(key)!r}, not {value!r}"
-        for key, value in _card(data_set).items()
-        if card.get(key) != value
+        f"{key} is {card.get(key)!r}, not {value!r}" for key, value in _card(data_set).items() if card.get(key) != value
     ]
     if wrong:
         raise ValueError(f"{folder / 'scorer.json'}: " + "; ".join(wrong))
@@ -90,15 +91,11 @@ def load_scorer(folder: Path) -> Scorer:
     try:
         network.load_state_dict(load_file(folder / "weights.safetensors"))
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder / 'weights.safetensors'} does not fit the {card['kind']} scorer: {error}"
-        ) from error
+        raise ValueError(f"{folder / 'weights.safetensors'} does not fit the {card['kind']} scorer: {error}") from error
     return Scorer(data_set, network, float(card["accuracy"]))
 
 
-def fit_scorer(
-    data_set: DataSet, *, num_steps: int, num_images: int, seed: int, device: str, report: Report
-) -> Scorer:
+def fit_scorer(data_set: DataSet, *, num_steps: int, num_images: int, seed: int, device: str, report: Report) -> Scorer:
     """Train on `num_images` real pictures of the scorer's part; judge on the held-out part.
 
     `data_set` must have a reading.
@@ -106,12 +103,10 @@ def fit_scorer(
     generator = torch.Generator().manual_seed(seed)
     prompts = data_set.language.all_prompts()
     texts = [prompts[i] for i in pick(len(prompts), num_images, generator)]
-    images = (data_set.load("scorer")(texts, generator) + 1) / 2
+    images = _one_frame((data_set.load("scorer")(texts, generator) + 1) / 2, generator)
     wanted = targets(data_set, texts)
     network = _Reader(data_set).to(device).train()
-    optimiser = Optimiser(
-        network.parameters(), learning_rate=LEARNING_RATE, num_steps=num_steps, weight_decay=0.02
-    )
+    optimiser = Optimiser(network.parameters(), learning_rate=LEARNING_RATE, num_steps=num_steps, weight_decay=0.02)
     for step in range(num_steps):
         index = pick(num_images, BATCH_SIZE, generator)
         logits = network(images[index].to(device))
@@ -124,6 +119,13 @@ def fit_scorer(
     scorer = Scorer(data_set, network, accuracy=float("nan"))
     scorer.accuracy = float(scorer.agreement(images, texts).float().mean())
     return scorer
+
+
+def _one_frame(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """[B, 3, H, W]: images as they are, a random frame of each video."""
+    if pictures.ndim == 4:
+        return pictures
+    return pictures[torch.arange(len(pictures)), pick(pictures.shape[1], len(pictures), generator)]
 
 
 def classes(data_set: DataSet) -> list[str]:
@@ -147,7 +149,7 @@ def _reading(data_set: DataSet) -> Reading:
 def _card(data_set: DataSet) -> dict[str, object]:
     return {
         "kind": _reading(data_set).kind,
-        "image_size": data_set.image_size,
+        "size": [data_set.height, data_set.width],
         "classes": classes(data_set),
     }
 
@@ -163,7 +165,7 @@ class _Reader(nn.Module):
             convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
             return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
-        num_places = (data_set.image_size // 4) ** 2
+        num_places = (data_set.height // 4) * (data_set.width // 4)
         self.layers = nn.Sequential(
             *block(1 if self.is_grey else 3, 24), *block(24, 24), nn.MaxPool2d(2),
             *block(24, 48), *block(48, 48), nn.MaxPool2d(2),

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 
-from lesa.atomic import replace_dir
+from lesa.reference.architectures import Architecture, architecture_of
 from lesa.reference.data_sets import DataSet
 from lesa.reference.fit_flow import FlowData, fit_flow
-from lesa.reference.fit_text import embed, fit_text
+from lesa.reference.fit_text import fit_text
 from lesa.reference.fit_vae import encode, fit_vae, reconstruction_psnr
-from lesa.reference.flux import DEFAULT_GUIDANCE, NUM_STEPS, build_pipeline
 from lesa.reference.optim import Report, pick
-from lesa.reference.prompts import Language
+from lesa.reference.saving import save_folders
 from lesa.reference.scorer import Scorer, fit_scorer
 
 # The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
 MAX_TEXT_STEPS = 250
 MAX_SCORER_STEPS = 800
 VAE_IMAGES = 64  # in trial runs the autoencoder sees at most this many a step of the transformer
+MAX_FRAMES = 72_000  # of all videos together
 MAX_IMAGES = 24_000  # drawn once and encoded once
 SHORT_SHARE = 0.1  # of the training texts are in short form
 MAX_JUDGED = 120  # validation prompts sampled for the reported agreement
@@ -49,11 +48,13 @@ def train_base(
     and agreement: the share of full samples of validation prompts that the scorer reads as prompted.
     Raises ValueError naming every argument out of range, before anything is written.
     """
-    _check(data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    check_training(data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     base_dir, scorer_dir = Path(base_dir), Path(scorer_dir)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        num_images = min(MAX_IMAGES, max(64, steps * batch_size))
+        architecture = architecture_of(data_set)
+        most = MAX_IMAGES if data_set.num_frames is None else MAX_FRAMES // data_set.num_frames
+        num_images = min(most, max(64, steps * batch_size))
         scorer = None
         if data_set.reading is not None:
             scorer = fit_scorer(
@@ -64,10 +65,11 @@ def train_base(
                 device=device,
                 report=report,
             )
-        pipeline, autoencoder = build_pipeline(data_set), data_set.autoencoder
+        pipeline, autoencoder = architecture.build(data_set), data_set.autoencoder
         fit_text(
+            architecture,
             pipeline,
-            data_set.language,
+            data_set,
             prompts,
             num_steps=min(MAX_TEXT_STEPS, steps),
             seed=seed + 2,
@@ -78,6 +80,7 @@ def train_base(
         chosen = pick(len(prompts), num_images, generator)
         images = data_set.load("model")([prompts[i] for i in chosen], generator)
         fit_vae(
+            architecture,
             pipeline.vae,
             images,
             num_steps=min(autoencoder.num_steps, steps * VAE_IMAGES // autoencoder.batch_size),
@@ -88,11 +91,13 @@ def train_base(
         )
         validation = data_set.language.split_prompts()["validation"]
         held_out = data_set.load("held_out")(validation, generator)
-        metrics = {"vae_psnr": reconstruction_psnr(pipeline.vae, held_out)}
+        metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
         shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
         metrics["flow_loss"] = fit_flow(
+            architecture,
             pipeline,
-            _flow_data(pipeline, data_set.language, prompts, images, chosen, shortened),
+            data_set,
+            _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened),
             num_steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -103,15 +108,17 @@ def train_base(
     if scorer is not None:
         metrics["scorer_accuracy"] = scorer.accuracy
         judged = validation[: min(MAX_JUDGED, 4 * steps)]
-        metrics["agreement"] = _agreement(pipeline.to(device), scorer, judged)
+        metrics["agreement"] = _agreement(architecture, pipeline.to(device), scorer, judged)
     pipeline.to("cpu")
-    _save(pipeline, scorer, base_dir=base_dir, scorer_dir=scorer_dir)
+    folders: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
+    if scorer is not None:
+        folders[scorer_dir] = scorer.save
+    save_folders(folders)
     return metrics
 
 
-def _check(
-    data_set: DataSet, prompts: list[str], *, steps: int, batch_size: int, learning_rate: float
-) -> None:
+def check_training(data_set: DataSet, prompts: list[str], *, steps: int, batch_size: int, learning_rate: float) -> None:
+    """Raises ValueError naming every argument out of range."""
     problems = []
     if steps < 1:
         problems.append(f"steps is {steps}: at least 1")
@@ -131,49 +138,32 @@ def _check(
 
 
 def _flow_data(
-    pipeline: FluxPipeline,
-    language: Language,
+    architecture: Architecture,
+    pipeline: Any,
+    data_set: DataSet,
     prompts: list[str],
     images: torch.Tensor,
     chosen: torch.Tensor,
     shortened: torch.Tensor,
 ) -> FlowData:
-    """Packed normalised latents of `images` and the embeddings of every text that may go with them."""
-    latents = encode(pipeline.vae, images)
-    config = pipeline.vae.config
-    latents = (latents - config.shift_factor) * config.scaling_factor
-    packed = FluxPipeline._pack_latents(latents, *latents.shape)
-    texts = [*prompts, *(language.shorten(prompt) for prompt in prompts), ""]
-    pooled, tokens = embed(pipeline, texts)
-    text_index = chosen + len(prompts) * shortened
-    return FlowData(latents=packed, text_index=text_index, pooled=pooled, tokens=tokens)
+    """Normalised latents of `images` and what the transformer is told of every text that may go with them."""
+    latents = architecture.to_transformer(pipeline, encode(architecture, pipeline.vae, images))
+    texts = [*prompts, *(data_set.language.shorten(prompt) for prompt in prompts), architecture.promptless]
+    with torch.no_grad():
+        conditioning = architecture.read(pipeline, data_set, texts)
+    return FlowData(latents=latents, text_index=chosen + len(prompts) * shortened, conditioning=conditioning)
 
 
-def _agreement(pipeline: FluxPipeline, scorer: Scorer, prompts: list[str]) -> float:
+def _agreement(architecture: Architecture, pipeline: Any, scorer: Scorer, prompts: list[str]) -> float:
     pipeline.set_progress_bar_config(disable=True)
+    call = architecture.call(scorer.data_set)
+    if not architecture.has_guidance:
+        call["negative_prompt"] = [architecture.promptless] * len(prompts)
     images = pipeline(
-        prompts,
-        height=scorer.data_set.image_size,
-        width=scorer.data_set.image_size,
-        num_inference_steps=NUM_STEPS,
-        guidance_scale=DEFAULT_GUIDANCE,
-        max_sequence_length=scorer.data_set.t5_length,
+        prompt=prompts,
         generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
         output_type="pt",
-    ).images
+        return_dict=False,
+        **call,
+    )[0]
     return float(scorer.agreement(images.cpu(), prompts).float().mean())
-
-
-def _save(pipeline: FluxPipeline, scorer: Scorer | None, *, base_dir: Path, scorer_dir: Path) -> None:
-    """Write the folders beside their places, then put them there."""
-    savers: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
-    if scorer is not None:
-        savers[scorer_dir] = scorer.save
-    partials = {folder: folder.with_name(folder.name + ".partial") for folder in savers}
-    for folder, partial in partials.items():
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        savers[folder](partial)
-    for folder, partial in partials.items():
-        replace_dir(partial, folder)

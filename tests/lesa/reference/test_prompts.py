@@ -7,10 +7,12 @@ import pytest
 from lesa.prompts import read_splits
 from lesa.reference import DATA_SETS, DataSet
 from lesa.reference.digits import LANGUAGE as DIGITS
+from lesa.reference.moving import LANGUAGE as MOVING
+from lesa.reference.numbers import LANGUAGE as NUMBERS
 from lesa.reference.photos import LANGUAGE as PHOTOS
 
 COMMITTED = Path(__file__).parents[3] / "data" / "prompts"
-SIZES = {"flux-digits": 900, "flux-photos": 1152}
+SIZES = {"flux-digits": 900, "flux-photos": 1152, "qwen-digits": 1296, "hunyuan-moving-digits": 900}
 
 
 @pytest.fixture(params=DATA_SETS.values(), ids=DATA_SETS)
@@ -28,6 +30,8 @@ def test_every_prompt_survives_parsing_and_formatting(data_set: DataSet) -> None
 def test_prompts_read_as_documented() -> None:
     assert "a thin slanted seven, top left, white on black" in DIGITS.all_prompts()
     assert "a close view of the temple, second row, far left, mirrored, warm" in PHOTOS.all_prompts()
+    assert "a thin slanted forty two, white on black" in NUMBERS.all_prompts()
+    assert "a thin slanted seven, moving left, white on black" in MOVING.all_prompts()
 
 
 def test_short_prompts_mean_the_same(data_set: DataSet) -> None:

@@ -1,5 +1,6 @@
 """What a scorer reads: classes put together from the prompt's attributes, from grey or coloured pictures."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,8 +41,27 @@ def test_agreement_compares_what_is_seen_with_what_is_asked() -> None:
     assert seen.tolist() == [True, True, False]
 
 
+def test_a_video_is_read_by_all_its_frames() -> None:
+    """Two frames that say seven, seven that say six faintly: the surer ones win."""
+
+    class ByBrightness(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            is_bright = images.mean(dim=(1, 2, 3)) > 0.5
+            return torch.where(is_bright[:, None], 20 * torch.eye(10)[7], 1 * torch.eye(10)[6])
+
+    data_set = DATA_SETS["hunyuan-moving-digits"]
+    scorer = Scorer(data_set, ByBrightness(), accuracy=0.1)
+    videos = torch.zeros(2, 9, 3, 16, 16)
+    videos[0, 3:5] = 1.0
+    assert scorer.agreement(videos, ["a seven", "a six"]).tolist() == [True, True]
+    with pytest.raises(ValueError, match=r"moving-digit-reader scorer reads \[B, 9, 3, 16, 16\]"):
+        scorer.agreement(videos[:, 0], ["a seven", "a six"])
+
+
 def test_fifty_steps_read_places_far_better_than_chance() -> None:
-    scorer = fit_scorer(
-        DATA_SETS["flux-photos"], num_steps=50, num_images=1000, seed=0, device="cpu", report=QUIET
-    )
+    scorer = fit_scorer(DATA_SETS["flux-photos"], num_steps=50, num_images=1000, seed=0, device="cpu", report=QUIET)
     assert scorer.accuracy > 10 / 48

@@ -7,13 +7,24 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from lesa import params
+from lesa.families import FAMILIES
 from lesa.params import BaseParams, load_params
-from lesa.reference import DATA_SETS, DataSet, load_scorer, train_base
+from lesa.reference import DATA_SETS, STUDENTS, DataSet, load_scorer, train_base
+from lesa.reference.architectures import architecture_of
+from lesa.reference.fit_flow import draw_sigmas
+from lesa.reference.fit_vae import encode
 
-PLAIN = {"flux-digits": "a thin seven", "flux-photos": "a view of the temple, top row, left"}
+ROOT = Path(__file__).parents[3]
+PLAIN = {
+    "flux-digits": "a thin seven",
+    "flux-photos": "a view of the temple, top row, left",
+    "qwen-digits": "a thin seventy two",
+    "hunyuan-moving-digits": "a thin seven, turning",
+}
 # Prompts that the encoders must tell apart.
 CLOSE = {
     "flux-digits": ["a two", "a three", "a two, black on white", "a two, white on black"],
@@ -22,6 +33,13 @@ CLOSE = {
         "a view of the flower, top row, left",
         "a view of the temple, top row, far left",
         "a view of the temple, top row, left, mirrored",
+    ],
+    "qwen-digits": ["a twenty three", "a thirty two", "a twenty three, black on white", "a bold twenty three"],
+    "hunyuan-moving-digits": [
+        "a two, moving left",
+        "a two, moving right",
+        "a two, black on white",
+        "a two, white on black, moving up",
     ],
 }
 WEIGHTS = (
@@ -72,36 +90,113 @@ def trained(data_set: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_the_folder_is_a_flux_pipeline(data_set: DataSet, trained: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(trained / "base")
+def test_the_folder_is_a_pipeline_of_the_family(data_set: DataSet, trained: Path) -> None:
+    architecture = architecture_of(data_set)
+    pipeline = architecture.load(trained / "base")
+    assert type(pipeline).__name__ in FAMILIES[data_set.family].pipeline_classes
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.transformer.config.guidance_embeds
-    assert pipeline.scheduler.config.use_dynamic_shifting and pipeline.scheduler.config.max_shift == 1.15
-    assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id != 2
-    assert pipeline.vae.config.scaling_factor != 1.0
-    size = data_set.image_size
-    images = pipeline(
-        [PLAIN[data_set.name], data_set.language.all_prompts()[0]],
-        height=size,
-        width=size,
-        num_inference_steps=4,
-        max_sequence_length=data_set.t5_length,
+    call = architecture.call(data_set) | {"num_inference_steps": 4}
+    pictures = pipeline(
+        prompt=[PLAIN[data_set.name], data_set.language.all_prompts()[0]],
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
-    ).images
-    assert images.shape == (2, 3, size, size) and torch.isfinite(images).all()
+        return_dict=False,
+        **call,
+    )[0]
+    assert pictures.shape == (2, *picture_shape(data_set)) and torch.isfinite(pictures).all()
     assert sorted(p.name for p in trained.iterdir()) == ["base", "scorer"]
     assert not (trained / "base" / "left over").exists()
 
 
-def test_text_reaches_both_encoders_outputs(data_set: DataSet, trained: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(trained / "base")
-    tokens, pooled, _ = pipeline.encode_prompt(CLOSE[data_set.name], max_sequence_length=data_set.t5_length)
-    assert tokens.shape == (4, data_set.t5_length, pipeline.transformer.config.joint_attention_dim)
-    for first in range(4):
-        for second in range(first):
-            assert (pooled[first] - pooled[second]).abs().max() > 1e-2
-            assert (tokens[first] - tokens[second]).abs().max() > 1e-2
+def test_latents_are_normalised_as_the_pipeline_undoes_it(data_set: DataSet, trained: Path) -> None:
+    """What the transformer learns to make, decoded by the pipeline's own call, is the picture it was made from."""
+    architecture = architecture_of(data_set)
+    pipeline = architecture.load(trained / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = data_set.load("model")([PLAIN[data_set.name]] * 2, torch.Generator().manual_seed(3))
+    latents = encode(architecture, pipeline.vae, pictures)
+    clean = architecture.to_transformer(pipeline, latents)
+    assert clean.shape[1:] == architecture.latent_shape(data_set)
+    assert 0.2 < float(clean.std()) < 5 and clean.mean().abs() < 1
+
+    class Stops(torch.nn.Module):
+        """A transformer whose one step leads from the noise to the given latents."""
+
+        def __init__(self, real: torch.nn.Module) -> None:
+            super().__init__()
+            self.real, self.config, self.dtype, self.device = real, real.config, real.dtype, real.device
+            self.cache_context = real.cache_context
+
+        def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+            return (hidden_states - clean,)
+
+    pipeline.transformer = Stops(pipeline.transformer)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    call = architecture.call(data_set) | {"num_inference_steps": 1}
+    call |= {"true_cfg_scale": 1.0} if "true_cfg_scale" in call else {}
+    made = pipeline(prompt=[PLAIN[data_set.name]] * 2, output_type="pt", return_dict=False, **call)[0]
+    with torch.no_grad():
+        decoded = architecture.from_autoencoder(pipeline.vae.decode(latents).sample)
+    assert torch.allclose(made, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-4)
+
+
+def test_the_velocity_is_the_pipelines_call(data_set: DataSet, trained: Path) -> None:
+    """The transformer is trained with the arguments that its pipeline gives it."""
+    architecture = architecture_of(data_set)
+    pipeline = architecture.load(trained / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = CLOSE[data_set.name]
+    calls: list[dict[str, torch.Tensor]] = []
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: object, args: object, kwargs: dict[str, torch.Tensor], output: tuple[torch.Tensor]) -> None:
+        calls.append(kwargs)
+        outputs.append(output[0])
+
+    hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    call = architecture.call(data_set) | {"num_inference_steps": 3}
+    call |= {"true_cfg_scale": 1.0} if "true_cfg_scale" in call else {}
+    pipeline(prompt=prompts, output_type="latent", return_dict=False, **call)
+    hook.remove()
+    with torch.no_grad():
+        conditioning = architecture.read(pipeline, data_set, prompts)
+        for given, expected, sigma in zip(calls, outputs, pipeline.scheduler.sigmas, strict=False):
+            ours = architecture.velocity(
+                pipeline,
+                data_set,
+                given["hidden_states"],
+                sigma.expand(4),
+                torch.full((4,), architecture.guidance),
+                conditioning,
+            )
+            assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_noise_levels_are_drawn_as_the_sampler_steps(data_set: DataSet, trained: Path) -> None:
+    architecture = architecture_of(data_set)
+    pipeline = architecture.load(trained / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    call = architecture.call(data_set) | {"num_inference_steps": 50}
+    pipeline(prompt=[PLAIN[data_set.name]], output_type="latent", return_dict=False, **call)
+    stepped = pipeline.scheduler.sigmas[:-1]
+    num_tokens = architecture.latent_shape(data_set)[0]
+    drawn = draw_sigmas(pipeline, 50, num_tokens, torch.Generator().manual_seed(0)).sort(descending=True).values
+    # One draw in each fiftieth, the sampler's steps at its upper end; Qwen-Image's levels are stretched to end at 0.02.
+    slack = 0.021 if data_set.family == "qwen-image" else 1e-4
+    assert (drawn <= stepped + slack).all() and (drawn[:-1] >= stepped[1:] - slack).all()
+
+
+def test_text_reaches_every_output_of_the_encoders(data_set: DataSet, trained: Path) -> None:
+    architecture = architecture_of(data_set)
+    pipeline = architecture.load(trained / "base")
+    with torch.no_grad():
+        read = architecture.read(pipeline, data_set, CLOSE[data_set.name])
+    width = pipeline.transformer.config.get("joint_attention_dim") or pipeline.transformer.config.text_embed_dim
+    assert read["encoder_hidden_states"].shape[2] == width
+    for name, value in read.items():
+        for first in range(4):
+            for second in range(first):
+                assert name.endswith("_mask") or (value[first] - value[second]).abs().max() > 1e-2, name
 
 
 def test_training_is_deterministic(data_set: DataSet, trained: Path, tmp_path: Path) -> None:
@@ -118,22 +213,22 @@ def test_without_a_reading_there_is_no_scorer(data_set: DataSet, trained: Path, 
     assert set(metrics) == {"vae_psnr", "flow_loss"}
     assert not any("scorer_loss" in values for _, values in reports)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
-    FluxPipeline.from_pretrained(tmp_path / "base")
+    architecture_of(data_set).load(tmp_path / "base")
 
 
 def test_the_scorer_judges_only_what_it_reads(data_set: DataSet, trained: Path) -> None:
     scorer = load_scorer(trained / "scorer")
-    size, prompts = data_set.image_size, CLOSE[data_set.name][:3]
+    shape, prompts = picture_shape(data_set), CLOSE[data_set.name][:3]
     assert scorer.data_set is data_set
-    agreed = scorer.agreement(torch.rand(3, 3, size, size), prompts)
+    agreed = scorer.agreement(torch.rand(3, *shape), prompts)
     assert agreed.shape == (3,) and agreed.dtype == torch.bool
-    with pytest.raises(ValueError, match=rf"reads \[B, 3, {size}, {size}\]"):
+    with pytest.raises(ValueError, match=rf"reads \[B, {', '.join(map(str, shape))}\]"):
         scorer.agreement(torch.rand(1, 3, 32, 32), prompts[:1])
     with pytest.raises(ValueError, match="2 images but 1 prompts"):
-        scorer.agreement(torch.rand(2, 3, size, size), prompts[:1])
+        scorer.agreement(torch.rand(2, *shape), prompts[:1])
 
 
-def test_a_damaged_scorer_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_scorer_is_refused(data_set: DataSet, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks scorer.json and weights.safetensors"):
         load_scorer(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((trained / "scorer" / "weights.safetensors").read_bytes())
@@ -141,12 +236,12 @@ def test_a_damaged_scorer_is_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "scorer.json").write_text(json.dumps(card | {"kind": "cat-finder"}))
     with pytest.raises(ValueError, match=r"kind is 'cat-finder', not one of digit-reader, place-reader"):
         load_scorer(tmp_path)
-    (tmp_path / "scorer.json").write_text(json.dumps(card | {"image_size": 32, "classes": ["cat"]}))
-    with pytest.raises(ValueError, match=r"image_size is 32.*classes is \['cat'\]"):
+    (tmp_path / "scorer.json").write_text(json.dumps(card | {"size": [32, 32], "classes": ["cat"]}))
+    with pytest.raises(ValueError, match=r"size is \[32, 32\].*classes is \['cat'\]"):
         load_scorer(tmp_path)
-    kinds = {"digit-reader": "place-reader", "place-reader": "digit-reader"}
-    (tmp_path / "scorer.json").write_text(json.dumps(card | {"kind": kinds[card["kind"]]}))
-    with pytest.raises(ValueError, match=r"image_size is .*classes is "):  # another data set's
+    other = "number-reader" if data_set.name != "qwen-digits" else "digit-reader"
+    (tmp_path / "scorer.json").write_text(json.dumps(card | {"kind": other}))
+    with pytest.raises(ValueError, match=r"size is .*classes is "):  # another data set's
         load_scorer(tmp_path)
 
 
@@ -169,14 +264,20 @@ def test_bad_arguments_are_refused_before_anything_is_written(data_set: DataSet,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_workload_calls_its_model_at_the_size_it_was_trained_for(data_set: DataSet) -> None:
-    root = Path(__file__).parents[3]
-    workload = load_params(root / "params.yaml", data_set.name)
+def test_a_workload_calls_its_model_as_it_was_trained(data_set: DataSet) -> None:
+    workload = load_params(ROOT / "params.yaml", data_set.name)
     assert workload.base is not None and workload.base.trainer == data_set.name
-    assert workload.prompts == data_set.name
-    assert workload.call.height == workload.call.width == data_set.image_size
-    assert workload.call.max_sequence_length == data_set.t5_length
+    assert workload.prompts == data_set.name and workload.model.family == data_set.family
+    call = architecture_of(data_set).call(data_set)
+    given = {name: value for name, value in dataclasses.asdict(workload.call).items() if value is not None}
+    assert given == call
 
 
-def test_the_settings_name_every_data_set() -> None:
-    assert get_args(get_type_hints(BaseParams)["trainer"]) == tuple(DATA_SETS)
+def test_the_settings_name_every_trainer() -> None:
+    assert get_args(get_type_hints(BaseParams)["trainer"]) == (*DATA_SETS, *STUDENTS)
+    assert params.STUDENTS == tuple(STUDENTS)
+
+
+def picture_shape(data_set: DataSet) -> tuple[int, ...]:
+    frames = () if data_set.num_frames is None else (data_set.num_frames,)
+    return (*frames, 3, data_set.height, data_set.width)
