@@ -20,6 +20,7 @@ from lesa.reference.optim import Optimiser, Report, pick
 
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 64
+JUDGED_A_STEP = 40  # held-out pictures a training step at most: a trial run needs no exact accuracy
 
 
 class Scorer:
@@ -114,7 +115,8 @@ def fit_scorer(data_set: DataSet, *, num_steps: int, num_images: int, seed: int,
         optimiser.step(loss)
         if step % 50 == 0 or step == num_steps - 1:
             report(step, {"scorer_loss": float(loss.detach())})
-    texts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)]
+    judged = torch.randperm(len(prompts), generator=generator)[: JUDGED_A_STEP * num_steps]
+    texts = [prompts[i] for i in judged]
     images = (data_set.load("held_out")(texts, generator) + 1) / 2
     scorer = Scorer(data_set, network, accuracy=float("nan"))
     scorer.accuracy = float(scorer.agreement(images, texts).float().mean())

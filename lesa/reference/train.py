@@ -15,7 +15,7 @@ from lesa.reference.fit_text import fit_text
 from lesa.reference.fit_vae import encode, fit_vae, reconstruction_psnr
 from lesa.reference.optim import Report, pick
 from lesa.reference.saving import save_folders
-from lesa.reference.scorer import Scorer, fit_scorer
+from lesa.reference.scorer import JUDGED_A_STEP, Scorer, fit_scorer
 
 # The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
 MAX_TEXT_STEPS = 250
@@ -90,7 +90,7 @@ def train_base(
             report=report,
         )
         validation = data_set.language.split_prompts()["validation"]
-        held_out = data_set.load("held_out")(validation, generator)
+        held_out = data_set.load("held_out")(validation[: JUDGED_A_STEP * steps], generator)
         metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
         shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
         metrics["flow_loss"] = fit_flow(

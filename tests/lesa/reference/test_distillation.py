@@ -26,7 +26,7 @@ def teacher(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
         base_dir=folder / "base",
         scorer_dir=folder / "scorer",
         prompts=prompts(student),
-        steps=12,
+        steps=6,
         batch_size=8,
         learning_rate=2e-3,
         seed=1,
