@@ -120,7 +120,9 @@ def lesa_schedules(workload: Workload, counts: Sequence[int], folder: Path) -> d
 def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torch.Tensor, seed: int) -> Workload:
     """The workload with the form's one budget, and as much history as its schedule allows, 3 at most."""
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
-    sizes = tuple(3 if not _problems_of_stage(schedule, 3, stages, stage) else 2 for stage in range(max(stages) + 1))
+    sizes = tuple(
+        3 if not _problems_of_stage(schedule, 3, stages, stage) else 2 for stage in range(max(stages) + 1)
+    )
     rates = PROJECTIONS[form.projection]
     budgets = {str(form.count): BudgetParams(full_steps=schedule.full_steps)}
     return dataclasses.replace(
@@ -201,7 +203,9 @@ def peers_of(
             methods += map(_on_ours, masked_methods(budget, ours[budget]))
         for order in (1, 2):
             label = f"TaylorSeer, order {order}, our searched full steps"
-            methods.append(rule_method(f"taylor{order}", budget, ours[budget], name=f"taylor{order}_ours", label=label))
+            methods.append(
+                rule_method(f"taylor{order}", budget, ours[budget], name=f"taylor{order}_ours", label=label)
+            )
     if learned:
         with torch.enable_grad():
             settings: dict[str, Any] = {"prompts": tuning, "seeds": noise, "judged": judged}

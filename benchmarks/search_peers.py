@@ -127,7 +127,9 @@ def search_peer(
     `known` has of the peer is gone on from, and replaced only by what is better. Where the result is worse than with
     fewer evaluations, the search has failed and is repeated from those steps plus one.
     """
-    blank = Searched(method=method, num_steps=tuner.num_steps, evaluations=evaluations, steps=(), psnr=0.0, runs=0)
+    blank = Searched(
+        method=method, num_steps=tuner.num_steps, evaluations=evaluations, steps=(), psnr=0.0, runs=0
+    )
     fewer = [known[m, n] for m, n in known if m == method and n < evaluations]
     below = max(fewer, key=lambda found: found.evaluations, default=None)
     before = known.get((method, evaluations))
@@ -173,7 +175,9 @@ def _searched(
             spent += 1
             return tuner.error(replace(found, steps=steps), count)
 
-        steps = search_steps(evaluate, starts, tuner.num_steps, budget_of_evaluations=budget, report=report, seed=seed)
+        steps = search_steps(
+            evaluate, starts, tuner.num_steps, budget_of_evaluations=budget, report=report, seed=seed
+        )
         return replace(found, steps=steps)
 
     found = search(blank, starts, quick_samples, quick_runs)

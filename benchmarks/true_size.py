@@ -191,7 +191,9 @@ def take_turns(
             except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
                 found[name] = {"error": _first_line(error)}
             _free(device)
-    return {name: row if "error" in row else {"seconds": spread(seconds[name]), **row} for name, row in found.items()}
+    return {
+        name: row if "error" in row else {"seconds": spread(seconds[name]), **row} for name, row in found.items()
+    }
 
 
 def look_into(pipe: Any, arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -237,9 +239,13 @@ def fresh_predictor(preset: Preset, schedule: Schedule, sigmas: torch.Tensor, tr
         model=ModelParams(family="flux", source="data/base/none"),
         call=CallParams(height=8, width=8, num_inference_steps=schedule.num_steps),
         prompts=preset.name,
-        schedule=ScheduleParams(budgets={budget: BudgetParams(full_steps=schedule.full_steps)}, default_budget=budget),
+        schedule=ScheduleParams(
+            budgets={budget: BudgetParams(full_steps=schedule.full_steps)}, default_budget=budget
+        ),
         record=RecordParams(train_prompts=1, validation_prompts=1),
-        predictor=PredictorParams(kind="per_step", history_sizes=(2, 2, 2), projection="low_rank", rank=channels // 4),
+        predictor=PredictorParams(
+            kind="per_step", history_sizes=(2, 2, 2), projection="low_rank", rank=channels // 4
+        ),
     )
     return untrained_predictor(workload, sigmas, channels)
 

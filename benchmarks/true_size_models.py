@@ -51,7 +51,9 @@ def preset_at(name: str, scale: str) -> Preset:
     frames = min(preset.grid[0], 2)
     return dataclasses.replace(
         preset,
-        config=preset.config | _SMALL[preset.transformer_class] | {"attention_head_dim": 16, "num_attention_heads": 4},
+        config=preset.config
+        | _SMALL[preset.transformer_class]
+        | {"attention_head_dim": 16, "num_attention_heads": 4},
         grid=(frames, 4, 4),
         text_tokens=8,
     )

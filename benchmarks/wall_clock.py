@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(pipe: Any, bundle: Bundle, budget: str, prompts: Sequence[str], batch: int, pairs: int) -> dict[str, float]:
+def measure(
+    pipe: Any, bundle: Bundle, budget: str, prompts: Sequence[str], batch: int, pairs: int
+) -> dict[str, float]:
     """Median, lowest and highest ratio of `pairs` pairs of calls, and their median seconds."""
     texts = [prompts[i % len(prompts)] for i in range(batch)]
     seeds = list(range(batch))

@@ -109,7 +109,9 @@ def _compare(ours: Sequence[float], theirs: Sequence[float], groups: Sequence[in
     }
 
 
-def _losses(name: str, budget: str, numbers: dict[str, float], is_default: bool, tolerance: float) -> list[str]:
+def _losses(
+    name: str, budget: str, numbers: dict[str, float], is_default: bool, tolerance: float
+) -> list[str]:
     losses = []
     if is_default and not numbers["low"] > 0:
         losses.append(

@@ -46,7 +46,9 @@ def local_environment(home: Path, port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def child(arguments: list[str], environment: dict[str, str], log: Path | None) -> Iterator[subprocess.Popen[bytes]]:
+def child(
+    arguments: list[str], environment: dict[str, str], log: Path | None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process for the block; at its end the process and all its descendants are gone."""
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(open(log, "ab")) if log else None
@@ -125,7 +127,9 @@ def run_local(port: int) -> None:
     environment = local_environment(home, port)
     log = home / "server.log"
     python = [sys.executable, "-m", "prefect"]
-    with child([*python, "server", "start", "--host", LOOPBACK, "--port", str(port)], environment, log) as server:
+    with child(
+        [*python, "server", "start", "--host", LOOPBACK, "--port", str(port)], environment, log
+    ) as server:
         wait_for_server(server, environment, log)
         prefect("work-pool", "create", POOL, "--type", "process", "--overwrite", environment=environment)
         prefect("deploy", "--all", environment=environment)
@@ -149,7 +153,9 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.local", description="Scheduled retraining on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.local", description="Scheduled retraining on this machine."
+    )
     parser.add_argument("--port", type=int, default=4200, help="port of the Prefect server on loopback")
     args = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell starts background jobs with SIGINT ignored

@@ -40,15 +40,21 @@ def show_outcome(workload: Workload) -> int:
         )
         return 1
     if champion.fingerprint != fingerprint:
-        print(f"champion: version {champion.number} was made for another transformer and does not fit this one")
+        print(
+            f"champion: version {champion.number} was made for another transformer and does not fit this one"
+        )
         return 1
     print(f'champion: version {champion.number}; lesa.enable(pipe, "models:/{name}@{CHAMPION}")')
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.outcome", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", default=None, help="section of params.yaml (default: its default_workload)")
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.outcome", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--workload", default=None, help="section of params.yaml (default: its default_workload)"
+    )
     parser.add_argument("--repro", action="store_true", help="run `dvc repro` first")
     args = parser.parse_args(argv)
     try:

@@ -71,7 +71,9 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
     log.info("registry: %s", redact(tracking_uri(root)))
     registry = Registry(experiment_name(workload), root)
-    candidate = registry.register(bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"})
+    candidate = registry.register(
+        bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}
+    )
     judgement = Judgement(workload, bundle, tracking_uri(root), log)
     registry.set_alias(CANDIDATE, candidate)
     try:
@@ -85,7 +87,9 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     )
     registry.attach(candidate, outcome)
     write_json(metrics_folder(workload) / "decision.json", outcome)
-    log.info("gate: version %s %s: %s", candidate.number, registry_word(outcome), "; ".join(outcome["reasons"]))
+    log.info(
+        "gate: version %s %s: %s", candidate.number, registry_word(outcome), "; ".join(outcome["reasons"])
+    )
     return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
 
 
@@ -95,13 +99,17 @@ class Judgement:
     def __init__(self, workload: Workload, candidate: Bundle, registry: str, log: Any) -> None:
         self.workload, self.candidate = workload, candidate
         self.registry, self.log = registry, log
-        self.decision = Decision(promote=False, reasons=("nothing to judge: it is the champion already",), numbers={})
+        self.decision = Decision(
+            promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
+        )
         self.measured_on: dict[str, Any] = {}
 
     def __call__(self, champion: Version | None) -> bool:
         try:
             bundle = self._champion_bundle(champion)
-            self.decision, self.measured_on = measure_and_decide(self.workload, self.candidate, bundle)
+            self.decision, self.measured_on = measure_and_decide(
+                self.workload, self.candidate, bundle
+            )
         except ValueError as error:
             # A champion that is broken or cannot be compared is no reason to replace it unseen.
             self.decision = Decision(promote=False, reasons=(f"not measured: {error}",), numbers={})

@@ -152,7 +152,9 @@ class Registry:
                 self.set_alias(CHAMPION, candidate)
                 self.set_alias(fingerprint_alias(candidate.fingerprint), candidate)
                 return True, champion
-        raise RuntimeError(f"the champion of {self.name} moved {attempts} times while {candidate.number} waited")
+        raise RuntimeError(
+            f"the champion of {self.name} moved {attempts} times while {candidate.number} waited"
+        )
 
     def _ensure_model(self) -> None:
         from mlflow.exceptions import MlflowException

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from flows.runtime import ROOT
 from lesa.atomic import file_lock
 
 STOP_SECONDS = 30.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints the names of its workers
 
 
 def dvc_file(workload: str, default: str, root: Path = ROOT) -> Path:
@@ -59,8 +61,8 @@ def dvc_repro(pipeline: Path, show: Callable[[str], object] = print, root: Path 
 
 
 def printable(line: str) -> str:
-    """A line for a log: of a progress bar only the last state, control characters escaped."""
-    text = line.rstrip("\r\n").rsplit("\r", 1)[-1]
+    """A line for a log: of a progress bar only the last state, without colours, control characters escaped."""
+    text = _COLOUR.sub("", line.rstrip("\r\n").rsplit("\r", 1)[-1])
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
 
 

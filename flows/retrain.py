@@ -31,7 +31,9 @@ def retrain(workload: str | None = None) -> dict[str, Any]:
         logger.warning("skipped: %s", error)
         return {"status": "skipped", "reason": str(error)}
     if code != 0:
-        raise RuntimeError(f"dvc repro {pipeline} failed with exit code {code}; its last lines are in this run's log")
+        raise RuntimeError(
+            f"dvc repro {pipeline} failed with exit code {code}; its last lines are in this run's log"
+        )
     decision = json.loads((metrics_folder(settings) / "decision.json").read_text())
     champion = Registry(experiment_name(settings)).alias(CHAMPION)
     logger.info("gate: %s: %s", "promoted" if decision["promote"] else "kept", "; ".join(decision["reasons"]))

@@ -165,7 +165,9 @@ def stage_main(
     Exit codes: 0 done, 1 failed, 2 refused (one message, no traceback), 130/143 interrupted.
     """
     parser = argparse.ArgumentParser(description=(flow.__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--workload", default=None, help="section of params.yaml (default: its default_workload)")
+    parser.add_argument(
+        "--workload", default=None, help="section of params.yaml (default: its default_workload)"
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     for name in ("prefect.flow_runs", "prefect.task_runs"):

@@ -103,7 +103,9 @@ class Spool:
             self._save()
         if orphan:
             if self.run_id:
-                client.set_terminated(self.run_id, status="KILLED", end_time=int(self.path.stat().st_mtime * 1000))
+                client.set_terminated(
+                    self.run_id, status="KILLED", end_time=int(self.path.stat().st_mtime * 1000)
+                )
             self._remove()
             return True
         return False
@@ -217,7 +219,9 @@ def main(argv: list[str] | None = None) -> int:
     """Sends what is spooled; exit code 1 when something is left."""
     parser = argparse.ArgumentParser(prog="python -m flows.sender", description="Send kept runs to MLflow.")
     parser.add_argument("--root", type=Path, default=ROOT, help="repository whose spool is sent")
-    parser.add_argument("--background", action="store_true", help="stay while runs are open (used by the flows)")
+    parser.add_argument(
+        "--background", action="store_true", help="stay while runs are open (used by the flows)"
+    )
     args = parser.parse_args(argv)
     # One slow answer must not hold up the others: the sender has its own patience and its own retries.
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(REQUEST_SECONDS)

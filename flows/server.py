@@ -79,7 +79,9 @@ def healthy(url: str, auth: str, timeout: float = 5.0) -> bool:
     """Whether the API at `url` answers and knows the password."""
     token = b64encode(auth.encode()).decode()
     request = urllib.request.Request(f"{url}/admin/version", headers={"Authorization": f"Basic {token}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # loopback never goes through a proxy
     try:
         with opener.open(request, timeout=timeout) as reply:
             return reply.status == 200

@@ -73,4 +73,8 @@ def experiment_name(workload: Workload) -> str:
 
 def final_values(values: dict[str, Any]) -> dict[str, float]:
     """The numbers of a result, as the last point of a run."""
-    return {k: float(v) for k, v in flatten(values).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {
+        k: float(v)
+        for k, v in flatten(values).items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    }

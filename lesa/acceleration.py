@@ -246,7 +246,9 @@ class _MovingRule:
         newest = history.features[0]
         place = (newest.device, newest.dtype)
         if place != self._place:
-            self._bound = self._predictor.bind(self._schedule, self._sigmas, device=newest.device, dtype=newest.dtype)
+            self._bound = self._predictor.bind(
+                self._schedule, self._sigmas, device=newest.device, dtype=newest.dtype
+            )
             self._place = place
         return self._bound(history, step)
 
@@ -283,7 +285,9 @@ def _pipeline_problems(
     return problems
 
 
-def _class_problems(got: str, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]) -> list[str]:
+def _class_problems(
+    got: str, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]
+) -> list[str]:
     expected = manifest.pipeline_class
     if got == expected:
         return []

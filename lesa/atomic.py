@@ -38,7 +38,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_COUNTER)}{PARTIAL}")
     try:
         # O_EXCL and O_NOFOLLOW: a link planted under the temporary name is an error, not a way out.
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(
+            aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -47,7 +49,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, f"{error.strerror} while writing {len(data)} bytes", str(path)) from error
+            raise OSError(
+                error.errno, f"{error.strerror} while writing {len(data)} bytes", str(path)
+            ) from error
         raise
     fsync_dir(path.parent)
 
@@ -65,7 +69,9 @@ def json_bytes(value: object, *, sort_keys: bool = True) -> bytes:
 
 def canonical_json(value: object) -> bytes:
     """The one spelling of `value` that digests are taken of: sorted keys, no spaces, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def sha256_bytes(data: bytes | bytearray | memoryview) -> str:

@@ -63,7 +63,9 @@ def paired_interval(
     """`interval` of the differences a - b of samples that share prompt and noise."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"paired values have {first.size} and {second.size} samples: pairs need the same samples")
+        raise ValueError(
+            f"paired values have {first.size} and {second.size} samples: pairs need the same samples"
+        )
     return interval(first - second, groups, resamples, seed)
 
 

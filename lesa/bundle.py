@@ -126,7 +126,9 @@ def _predictor(folder: Path, manifest: Manifest, weights: bytes) -> Predictor:
         raise BundleError(folder, [f"{WEIGHTS}: not safetensors ({error})"]) from None
     odd = sorted(name for name, value in tensors.items() if value.dtype not in _DTYPES)
     if odd:
-        raise BundleError(folder, [f"{WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}" for name in odd])
+        raise BundleError(
+            folder, [f"{WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}" for name in odd]
+        )
     try:
         predictor = Predictor(manifest.predictor, tensors)
         sigmas = torch.tensor(manifest.sigmas)
@@ -162,7 +164,9 @@ def _read_file(folder: Path, parent: int, name: str, limit: int) -> bytes:
     try:
         descriptor = os.open(name, flags, dir_fd=parent)
     except OSError as error:
-        raise BundleError(folder, [f"{name}: cannot be opened as a regular file ({error.strerror})"]) from None
+        raise BundleError(
+            folder, [f"{name}: cannot be opened as a regular file ({error.strerror})"]
+        ) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

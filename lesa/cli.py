@@ -61,8 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", default=[], help="the same, may be repeated")
     _bundle_arguments(sample)
     _schedule_choice(sample)
-    sample.add_argument("--seed", type=int, default=0, help="noise of the first picture; the next has the next")
-    sample.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="noise of the first picture; the next has the next"
+    )
+    sample.add_argument(
+        "--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)"
+    )
     sample.add_argument("--steps", type=int, help="sampler steps, in the bundle's range (default: the bundle's own)")
     sample.add_argument("--batch-size", type=int, default=16, help="pictures a pipeline call")
     sample.add_argument("--plain", action="store_true", help="every step full, the bundle's call")
@@ -82,9 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--num-prompts", type=int, default=16, help="how many of them, from the first")
     compare.add_argument("--seeds", type=int, default=2, help="noise seeds a prompt")
-    compare.add_argument("--seed", type=int, default=40_000, help="the first noise seed; training uses lower ones")
+    compare.add_argument(
+        "--seed", type=int, default=40_000, help="the first noise seed; training uses lower ones"
+    )
     compare.add_argument("--batch-size", type=int, default=32, help="pictures a pipeline call")
-    compare.add_argument("--fast", action="store_true", help="leave the threshold caches out: they need tuning")
+    compare.add_argument(
+        "--fast", action="store_true", help="leave the threshold caches out: they need tuning"
+    )
     compare.add_argument(
         "--peers", type=Path, help="also peers on steps of their own: a file of benchmarks.search_peers"
     )
@@ -100,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         "  lesa schedule --bundle data/bundles/flux-digits",
     )
     schedule.add_argument("--steps", type=int, default=50, help="sampler steps (default 50)")
-    schedule.add_argument("--interval", type=int, nargs="+", default=[], help="steps from full to full; 1 is plain")
+    schedule.add_argument(
+        "--interval", type=int, nargs="+", default=[], help="steps from full to full; 1 is plain"
+    )
     schedule.add_argument("--warmup", type=int, default=3, help="leading full steps (default 3)")
     schedule.add_argument("--cooldown", type=int, default=0, help="trailing full steps (default 0)")
     schedule.add_argument("--full-steps", type=_steps, help="the full steps themselves, with commas")
@@ -225,7 +235,9 @@ def _schedule(arguments: argparse.Namespace) -> int:
         budgets = _load_bundle(arguments.bundle).manifest.budgets
         if arguments.budget is not None and arguments.budget not in budgets:
             raise ValueError(f"budget: {arguments.budget!r} is not one of {', '.join(budgets)}")
-        rows += [(name, budget.schedule) for name, budget in budgets.items() if arguments.budget in (None, name)]
+        rows += [
+            (name, budget.schedule) for name, budget in budgets.items() if arguments.budget in (None, name)
+        ]
     elif arguments.budget is not None:
         raise ValueError("--budget needs --bundle")
     for interval in arguments.interval:

@@ -305,7 +305,9 @@ def in_loop(pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: b
     """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
     transformer = pipe.transformer
     modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
-    config = LesaCacheConfig(schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False)
+    config = LesaCacheConfig(
+        schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
+    )
     if is_lesa_cache_enabled(transformer):
         raise ValueError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
     own = [block.__dict__.get("forward") for block in modules]  # of another tool's hook

@@ -64,7 +64,9 @@ def evaluate_workload(
         tuning_seeds=tuning_seeds,
         report=report,
     )
-    prompts, seeds = samples(splits["test"][: settings.prompts], settings.seeds_per_prompt, settings.seed_offset)
+    prompts, seeds = samples(
+        splits["test"][: settings.prompts], settings.seeds_per_prompt, settings.seed_offset
+    )
     results = evaluate_methods(
         pipe,
         methods,

@@ -87,7 +87,8 @@ def base_parameters(transformer: torch.nn.Module, *, read: bool = True) -> Itera
 def _architecture(transformer: torch.nn.Module) -> dict[str, Any]:
     """Settings that differ from the class's defaults: one that a newer diffusers adds changes nothing."""
     defaults = {
-        name: parameter.default for name, parameter in inspect.signature(type(transformer).__init__).parameters.items()
+        name: parameter.default
+        for name, parameter in inspect.signature(type(transformer).__init__).parameters.items()
     }
     settings = dict(getattr(transformer, "config", {}))
     plain = {name: _plain(value) for name, value in settings.items()}

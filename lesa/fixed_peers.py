@@ -61,7 +61,9 @@ def fixed_peers(
 def searched_peers(budget: str, schedule: Schedule, searched: Sequence[Searched]) -> list[Method]:
     """The searched peers that make as many evaluations of a run as long as the schedule's."""
     fitting = [
-        found for found in searched if found.evaluations == schedule.num_full and found.num_steps == schedule.num_steps
+        found
+        for found in searched
+        if found.evaluations == schedule.num_full and found.num_steps == schedule.num_steps
     ]
     return [searched_method(budget, found) for found in fitting]
 
@@ -99,4 +101,6 @@ def searched_method(budget: str, found: Searched) -> Method:
     family = LABELS[found.method]
     # The table's label names the table's settings; those that were found stand in the row's settings.
     label = f"{family.split(',')[0] if found.options else family}, searched full steps"
-    return rule_method(found.method, budget, schedule, name=name, label=label, options=found.options, notes=notes)
+    return rule_method(
+        found.method, budget, schedule, name=name, label=label, options=found.options, notes=notes
+    )

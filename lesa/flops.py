@@ -43,7 +43,9 @@ class CallShapes:
             self.call = (_on_meta(args), _on_meta(kwargs))
 
 
-def count_transformer(transformer: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelFlops:
+def count_transformer(
+    transformer: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> ModelFlops:
     """Operations of `transformer(*args, **kwargs)` divided by the batch size of `hidden_states`.
 
     The transformer's class is built anew from its configuration on the meta device; `args` and `kwargs` may

@@ -96,7 +96,9 @@ class Taylor:
         return history.memo[order]
 
 
-def taylor_difference(features: tuple[torch.Tensor, ...], places: tuple[float, ...], order: int) -> torch.Tensor:
+def taylor_difference(
+    features: tuple[torch.Tensor, ...], places: tuple[float, ...], order: int
+) -> torch.Tensor:
     """`D_order` at the newest of `features` (newest first), as TaylorSeer accumulates it."""
     if order == 0:
         return features[0]
@@ -178,7 +180,9 @@ def taylor_sigma(schedule: Schedule, sigmas: torch.Tensor, *, order: int) -> Rul
     return Taylor(order=order, name=f"taylor{order}_sigma", history_size=order + 1, positions=positions)
 
 
-def hicache(schedule: Schedule, sigmas: torch.Tensor, *, order: int, contraction: float, name: str = "hicache") -> Rule:
+def hicache(
+    schedule: Schedule, sigmas: torch.Tensor, *, order: int, contraction: float, name: str = "hicache"
+) -> Rule:
     """HiCache; the paper's order is 2, its contraction lies between 0.5 and 0.7 (tuned for each model)."""
     return Taylor(order=order, name=name, history_size=order + 1, contraction=contraction)
 

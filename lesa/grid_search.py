@@ -83,7 +83,11 @@ def _descend(judged: Evaluate, current: Steps, num_steps: int) -> None:
     value = judged(current)
     while True:
         better = next(
-            ((move, candidate) for move, candidate in moves(current, num_steps, last) if judged(candidate) < value),
+            (
+                (move, candidate)
+                for move, candidate in moves(current, num_steps, last)
+                if judged(candidate) < value
+            ),
             None,
         )
         if better is None:

@@ -211,7 +211,9 @@ class LesaRootHook(ModelHook):
         self.statistics.num_branches = len(self.state_manager._state_cache)
         return state
 
-    def _start_run(self, module: torch.nn.Module, tick: Tick, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_run(
+        self, module: torch.nn.Module, tick: Tick, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.reset_state(module)
         clock, config = self._clock, self.config
         scheduler = clock.scheduler if isinstance(clock, SchedulerClock) else None
@@ -236,7 +238,9 @@ class LesaRootHook(ModelHook):
         if config.check is not None:
             problems += config.check(call)
         if problems:
-            raise MismatchError("this run does not fit the cache that is enabled on the transformer", problems)
+            raise MismatchError(
+                "this run does not fit the cache that is enabled on the transformer", problems
+            )
         self._first_step = tick.step
         self.statistics.notes = dict(config.notes)  # the check may have renewed them
         if tick.step:
@@ -418,7 +422,9 @@ def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> N
     transformer = unwrap_module(transformer)
     family = family_of(transformer)
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("the transformer has one of diffusers' caches enabled: call transformer.disable_cache() first")
+        raise ValueError(
+            "the transformer has one of diffusers' caches enabled: call transformer.disable_cache() first"
+        )
     if find_hook(transformer, _ROOT_HOOK) is not None:
         raise ValueError(
             "LESA is enabled on this transformer already: call lesa.disable(pipe) or "

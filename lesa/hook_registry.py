@@ -78,7 +78,9 @@ def is_alive(hook: ModelHook | None) -> bool:
     diffusers' removal of an inner hook hands the inner forward to the next outer hook as its own, which
     silences that one.
     """
-    return hook is not None and getattr(hook.fn_ref.forward, "func", None) == getattr(hook, "new_forward", None)
+    return hook is not None and getattr(hook.fn_ref.forward, "func", None) == getattr(
+        hook, "new_forward", None
+    )
 
 
 def remove_hook(module: torch.nn.Module, name: str) -> None:

@@ -89,7 +89,9 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tupl
     )
 
 
-def finish(workload: Workload, step: str, experts: Mapping[Job, Tensors], figures: Mapping[str, Figures]) -> Predictor:
+def finish(
+    workload: Workload, step: str, experts: Mapping[Job, Tensors], figures: Mapping[str, Figures]
+) -> Predictor:
     """Join all jobs' experts, save them as the step's result and drop the step's checkpoints.
 
     Args:

@@ -55,7 +55,9 @@ def make_bundle(
         },
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
-            "config": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
+            "config": {
+                name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")
+            },
         },
         "tap": TAP,
         "branches": _branches(workload, num_branches=max(train.branch) + 1),

@@ -38,7 +38,9 @@ class Method:
     leading_blocks: int = 0  # first blocks that run at every step, computed or not
     trailing_blocks: int = 0  # last ones, likewise
     held: Callable[[Any], Any] | None = field(default=None, repr=False)  # of the pipeline: see `lesa.probe.probe`
-    own_flops: Callable[[ModelFlops, torch.Tensor], float] = field(default=lambda model, sigmas: 0.0, repr=False)
+    own_flops: Callable[[ModelFlops, torch.Tensor], float] = field(
+        default=lambda model, sigmas: 0.0, repr=False
+    )
     predictor: Predictor | None = field(default=None, repr=False)  # of kind "lesa"
     settings: Mapping[str, Any] = field(default_factory=dict)  # shown in the table
 
@@ -165,7 +167,9 @@ def lesa_method(
         using=using,
         num_steps=schedule.num_steps,
         schedule=schedule,
-        own_flops=lambda model, sigmas: predictor_flops(predictor.spec, schedule, sigmas, tokens=model.tokens),
+        own_flops=lambda model, sigmas: predictor_flops(
+            predictor.spec, schedule, sigmas, tokens=model.tokens
+        ),
         predictor=predictor,
         settings={"full_steps": list(schedule.full_steps)},
     )
@@ -289,7 +293,9 @@ def _as_it_is() -> Iterator[None]:
 @contextmanager
 def _hooked(pipe: Any, schedule: Schedule, factory: RuleFactory, sigmas: torch.Tensor) -> Iterator[None]:
     # Without the error meter, which no peer has: it costs one prediction a full step.
-    config = LesaCacheConfig(schedule=schedule, rule=factory(schedule, sigmas), scheduler=pipe.scheduler, measure=False)
+    config = LesaCacheConfig(
+        schedule=schedule, rule=factory(schedule, sigmas), scheduler=pipe.scheduler, measure=False
+    )
     apply_lesa_cache(pipe.transformer, config)
     try:
         yield

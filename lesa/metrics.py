@@ -56,7 +56,9 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     images, reference = _pair(images, reference)
     batch, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(f"ssim needs pictures of at least {SSIM_WINDOW} pixels a side, got {height} x {width}")
+        raise ValueError(
+            f"ssim needs pictures of at least {SSIM_WINDOW} pixels a side, got {height} x {width}"
+        )
     x, y = (t.reshape(-1, 1, height, width) for t in (images, reference))
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     count = SSIM_WINDOW**2
@@ -84,7 +86,9 @@ def relative_l1(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
         ValueError: for different shapes.
     """
     if features.shape != reference.shape:
-        raise ValueError(f"features of shape {tuple(features.shape)} and reference of {tuple(reference.shape)}")
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} and reference of {tuple(reference.shape)}"
+        )
     difference = (features.double() - reference.double()).abs().mean(dim=(-2, -1))
     scale = reference.double().abs().mean(dim=(-2, -1))
     return torch.where(difference == 0, torch.zeros_like(scale), difference / scale)

@@ -348,7 +348,9 @@ class Predictor:
             by_step = fold_step_weights(self.step_tensors(variant), parts, stages, alphas)
             parts = {stage: projections.without_channel_part(tensors) for stage, tensors in parts.items()}
         experts = {
-            stage: {name: tensor.to(device=device, dtype=dtype) for name, tensor in projections.fold(tensors).items()}
+            stage: {
+                name: tensor.to(device=device, dtype=dtype) for name, tensor in projections.fold(tensors).items()
+            }
             for stage, tensors in parts.items()
         }
         return BoundPredictor(

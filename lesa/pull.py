@@ -16,7 +16,9 @@ from lesa.bundle import load_bundle
 from lesa.manifest import BundleError
 
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
-_URI = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))")
+_URI = re.compile(
+    r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))"
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,7 +48,11 @@ def pull(uri: str, tracking_uri: str | None = None) -> Path:
     client_class = _client_class()
     try:
         client = client_class(tracking_uri=registry, registry_uri=registry)
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        version = (
+            client.get_model_version_by_alias(name, alias)
+            if alias
+            else client.get_model_version(name, number)
+        )
         digest = str(dict(version.tags).get(DIGEST_TAG, ""))
         if not _DIGEST.fullmatch(digest):
             raise PullError(
@@ -149,7 +155,9 @@ def _cache() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PullError(f"{folder} can be written by others: chmod 700 it, or set LESA_CACHE to a private folder")
+        raise PullError(
+            f"{folder} can be written by others: chmod 700 it, or set LESA_CACHE to a private folder"
+        )
     return folder
 
 

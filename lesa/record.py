@@ -86,7 +86,9 @@ def describe_source(pipe: Any) -> dict[str, Any]:
         "text": _text_digest(pipe),
         "transformer": type(pipe.transformer).__name__,
     }
-    plain: dict[str, Any] = json.loads(atomic.canonical_json(described))  # tuples become the lists they are stored as
+    plain: dict[str, Any] = json.loads(
+        atomic.canonical_json(described)
+    )  # tuples become the lists they are stored as
     return plain
 
 
@@ -153,7 +155,9 @@ def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
     return {split: splits[split][: counts[split]] for split in RECORDED_SPLITS}
 
 
-def _identity(workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int) -> dict[str, Any]:
+def _identity(
+    workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
+) -> dict[str, Any]:
     return {
         **source,
         "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},

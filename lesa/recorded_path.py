@@ -51,7 +51,9 @@ class RecordedPath:
         # Backwards from the final latents: x_s = x_S - sum of the moves from s on.
         ahead = torch.flip(torch.cumsum(torch.flip(moves, (0,)), dim=0), (0,))
         latents = torch.cat([-ahead, torch.zeros_like(moves[:1])])
-        return cls(sigmas=data.sigmas, features=features, temb=temb, velocities=velocities, latents=latents, ends=ends)
+        return cls(
+            sigmas=data.sigmas, features=features, temb=temb, velocities=velocities, latents=latents, ends=ends
+        )
 
     @property
     def num_steps(self) -> int:

@@ -199,7 +199,9 @@ def _page(results: Results, pictures: Sequence[tuple[str, str, str]]) -> str:
             parts.append(f"<h2>{html.escape(heading)}</h2>")
             section = heading
         alt = html.escape(caption, quote=True)
-        parts.append(f'<figure><img src="{name}" alt="{alt}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+        parts.append(
+            f'<figure><img src="{name}" alt="{alt}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -233,7 +235,9 @@ def _measured(results: Results) -> str:
         f", {call['num_frames']} frames" if call.get("num_frames") else ""
     )
     guidance = [
-        f"{name.replace('_', ' ')} {call[name]:g}" for name in ("guidance_scale", "true_cfg_scale") if call.get(name)
+        f"{name.replace('_', ' ')} {call[name]:g}"
+        for name in ("guidance_scale", "true_cfg_scale")
+        if call.get(name)
     ]
     facts = [
         ("Samples", f"{counts['samples']} of {counts['prompts']} held-out prompts, a noise seed each"),

@@ -185,7 +185,8 @@ class Results:
             for name in _learned(self.at(budget)):
                 gains = self.differences(budget, name)
                 budgets[budget][name]["psnr_gain"] = {
-                    other: {"mean": gain.mean, "low": gain.low, "high": gain.high} for other, gain in gains.items()
+                    other: {"mean": gain.mean, "low": gain.low, "high": gain.high}
+                    for other, gain in gains.items()
                 }
         return _plain({"counts": dict(self.counts), "plain": self.plain(), "budgets": budgets})
 

@@ -22,9 +22,13 @@ RULE_OPTIONS: dict[str, list[dict[str, Any]]] = {
         for contraction in (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)
     ],
     "spectrum": [
-        {"blend": blend, "ridge": ridge} for blend in (0.25, 0.4, 0.5, 0.6, 0.75, 1.0) for ridge in (0.01, 0.1, 1.0)
+        {"blend": blend, "ridge": ridge}
+        for blend in (0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
+        for ridge in (0.01, 0.1, 1.0)
     ],
-    "dmd": [{"rank": rank, "history": history} for history in (4, 6) for rank in (1, 2, 3, 5) if rank < history],
+    "dmd": [
+        {"rank": rank, "history": history} for history in (4, 6) for rank in (1, 2, 3, 5) if rank < history
+    ],
 }
 
 

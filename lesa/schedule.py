@@ -41,7 +41,9 @@ class Schedule:
             raise ValueError("schedule: " + "; ".join(problems))
 
     @classmethod
-    def uniform(cls, num_steps: int, interval: int, warmup_steps: int = 3, cooldown_steps: int = 0) -> Schedule:
+    def uniform(
+        cls, num_steps: int, interval: int, warmup_steps: int = 3, cooldown_steps: int = 0
+    ) -> Schedule:
         """`{0 .. W-1} U {W + kN}`, plus the last `cooldown_steps`: LESA's rule with W = 3 (10 full of 50 at N = 7).
 
         Args:

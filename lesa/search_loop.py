@@ -200,7 +200,9 @@ def write_journal(path: Path, key: str, runs: dict[tuple[int, ...], float]) -> N
     atomic.write_json(path, {"key": key, "runs": [[list(steps), error] for steps, error in runs.items()]})
 
 
-def neighbours(schedule: Schedule, generator: torch.Generator, move: Sequence[int] | None = None) -> Iterator[Schedule]:
+def neighbours(
+    schedule: Schedule, generator: torch.Generator, move: Sequence[int] | None = None
+) -> Iterator[Schedule]:
     """Schedules with one full step moved, or all from one on, near moves first, in a drawn order.
 
     Args:

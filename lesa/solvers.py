@@ -240,7 +240,9 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
 def even_grid(num_steps: int, num_evaluations: int) -> tuple[int, ...]:
     """`num_evaluations` steps of a run of `num_steps`, as even as integers allow, the first being 0."""
     if not 1 <= num_evaluations <= num_steps:
-        raise ValueError(f"evaluations must be from 1 to the {num_steps} steps of the run, got {num_evaluations}")
+        raise ValueError(
+            f"evaluations must be from 1 to the {num_steps} steps of the run, got {num_evaluations}"
+        )
     return tuple(round(i * num_steps / num_evaluations) for i in range(num_evaluations))
 
 
@@ -265,7 +267,9 @@ def solver(pipe: Any, grid: Sequence[int], name: str, num_evaluations: int | Non
     elif grid and SOLVERS[name].grid_size(count) != len(grid):
         problems.append(f"{count} evaluations need a grid of {SOLVERS[name].grid_size(count)} steps, got {len(grid)}")
     if not isinstance(plain, FlowMatchEulerDiscreteScheduler):
-        problems.append(f"{type(plain).__name__} does not integrate a flow: only flow-matching Euler is replaced")
+        problems.append(
+            f"{type(plain).__name__} does not integrate a flow: only flow-matching Euler is replaced"
+        )
     elif plain.config.stochastic_sampling or plain.config.invert_sigmas:
         problems.append("the scheduler samples stochastically or inverts its noise levels")
     if problems:

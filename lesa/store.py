@@ -65,7 +65,9 @@ class Trajectory:
     timesteps: torch.Tensor  # float32 [S], the scheduler's
     context: dict[str, torch.Tensor]  # what training needs beside it; any shapes
     token_index: torch.Tensor | None = None  # int64 [L] increasing, which tokens were kept; None: all
-    call_kwargs: list[dict[str, Any]] = field(default_factory=list)  # a branch each: arguments that are no tensors
+    call_kwargs: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # a branch each: arguments that are no tensors
 
 
 def trajectory_key(identity: Mapping[str, Any]) -> str:
@@ -113,11 +115,15 @@ class TrajectoryStore:
         """The store at `path`; StoreError if there is none or its version is another."""
         path = Path(path)
         if not (path / "zarr.json").exists():
-            raise StoreError(f"{path} is not a trajectory store (it has no zarr.json); run the record stage first")
+            raise StoreError(
+                f"{path} is not a trajectory store (it has no zarr.json); run the record stage first"
+            )
         got = form.read_metadata(path / "zarr.json")
         expected = form.group_metadata(_ROOT)
         if got != expected:
-            raise StoreError(f"{path}: got {form.short(got)}, this version reads {form.short(expected)}; record anew")
+            raise StoreError(
+                f"{path}: got {form.short(got)}, this version reads {form.short(expected)}; record anew"
+            )
         return cls(path)
 
     def __contains__(self, key: str) -> bool:
@@ -202,7 +208,9 @@ class TrajectoryStore:
             raise StoreError(f"trajectory {key}: record has {sorted(attributes)}, expected {list(_RECORD)}")
         identity = attributes["identity"]
         if attributes["format"] != FORMAT:
-            raise StoreError(f"trajectory {key}: format {attributes['format']!r}, this version reads {FORMAT}")
+            raise StoreError(
+                f"trajectory {key}: format {attributes['format']!r}, this version reads {FORMAT}"
+            )
         if not isinstance(identity, dict) or trajectory_key(identity) != key or attributes["key"] != key:
             raise StoreError(f"trajectory {key}: its identity does not hash to its key; record it again")
         for name in ("prompt", "seed"):
@@ -217,7 +225,9 @@ class TrajectoryStore:
         shape = form.positive_shape(key, metadata, 4)
         form.compare(key, "features", metadata, form.features_metadata(shape))
         if len(record["timesteps"]) != shape[0]:
-            raise StoreError(f"trajectory {key}: {shape[0]} steps of features, {len(record['timesteps'])} timesteps")
+            raise StoreError(
+                f"trajectory {key}: {shape[0]} steps of features, {len(record['timesteps'])} timesteps"
+            )
         self._check_size(key, "features/c/0/0/0/0", form.features_bytes(shape))
         values = form.read_array(key, self.path / key / "features")
         form.check_digest(key, "features", values, record)
@@ -279,14 +289,18 @@ class TrajectoryStore:
     def _check_size(self, key: str, file: str, expected: int) -> None:
         got = (self.path / key / file).lstat().st_size
         if got != expected:
-            raise StoreError(f"trajectory {key}: {file} has {got} bytes, its shape makes {expected}; record it again")
+            raise StoreError(
+                f"trajectory {key}: {file} has {got} bytes, its shape makes {expected}; record it again"
+            )
 
 
 def _check_trajectory(key: str, trajectory: Trajectory) -> None:
     features, tap = trajectory.features, trajectory.identity.get("tap")
     problems = []
     if features.dtype != torch.bfloat16 or features.ndim != 4 or features.numel() == 0:
-        problems.append(f"features must be bfloat16 [S, R, L, C], got {features.dtype} {list(features.shape)}")
+        problems.append(
+            f"features must be bfloat16 [S, R, L, C], got {features.dtype} {list(features.shape)}"
+        )
     else:
         finite = torch.isfinite(features).flatten(1).all(dim=1)
         if not finite.all():
@@ -295,7 +309,9 @@ def _check_trajectory(key: str, trajectory: Trajectory) -> None:
         if trajectory.sigmas.shape != (features.shape[0] + 1,):
             problems.append(f"sigmas must be [{features.shape[0] + 1}], got {list(trajectory.sigmas.shape)}")
         if trajectory.timesteps.shape != (features.shape[0],):
-            problems.append(f"timesteps must be [{features.shape[0]}], got {list(trajectory.timesteps.shape)}")
+            problems.append(
+                f"timesteps must be [{features.shape[0]}], got {list(trajectory.timesteps.shape)}"
+            )
         kept = trajectory.token_index
         if kept is not None and kept.shape != (features.shape[2],):
             problems.append(f"token_index must be [{features.shape[2]}], got {list(kept.shape)}")

@@ -78,7 +78,9 @@ def unpack(key: str, values: np.ndarray, layout: Mapping[str, Any]) -> dict[str,
             raise StoreError(f"trajectory {key}: layout of {name} is {short(place)}")
         size = math.prod(shape)
         if offset + size > flat.numel():
-            raise StoreError(f"trajectory {key}: {name} ends at {offset + size}, the context at {flat.numel()}")
+            raise StoreError(
+                f"trajectory {key}: {name} ends at {offset + size}, the context at {flat.numel()}"
+            )
         context[name] = flat[offset : offset + size].reshape(shape).to(_DTYPES[place["dtype"]])
         offset += size
     if offset != flat.numel():
@@ -95,7 +97,9 @@ def check_digest(key: str, name: str, values: np.ndarray, record: Mapping[str, A
     expected = digests.get(name) if isinstance(digests, dict) else None
     got = digest(values)
     if got != expected:
-        raise StoreError(f"trajectory {key}: {name} has digest {got}, its record says {expected}; record it again")
+        raise StoreError(
+            f"trajectory {key}: {name} has digest {got}, its record says {expected}; record it again"
+        )
 
 
 # Metadata: the only documents this module writes, so the only ones it reads.
@@ -156,7 +160,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
             text = file.read(MAX_METADATA_BYTES + 1)
         if len(text) > MAX_METADATA_BYTES:
             raise StoreError(f"{path}: larger than {MAX_METADATA_BYTES} bytes")
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from None
     except StoreError:
@@ -222,7 +228,9 @@ def read_array(key: str, folder: Path) -> np.ndarray:
     try:
         return np.asarray(array[...])
     except ValueError as error:
-        raise StoreError(f"trajectory {key}: {_damage(array, folder.name)}: {error}; record it again") from None
+        raise StoreError(
+            f"trajectory {key}: {_damage(array, folder.name)}: {error}; record it again"
+        ) from None
 
 
 def _damage(array: Any, name: str) -> str:

@@ -309,7 +309,8 @@ def draw_case(batch: torch.Generator, count: int) -> int:
 def training_key(workload: Workload, step: str, job: str, data: str) -> str:
     """Identity of a training run: everything that its result depends on."""
     sections = {
-        name: dataclasses.asdict(getattr(workload, name)) for name in ("predictor", "schedule", "call", "model", step)
+        name: dataclasses.asdict(getattr(workload, name))
+        for name in ("predictor", "schedule", "call", "model", step)
     }
     for name in ("workers", "threads_per_worker"):  # checkpoint_every stays: it says when the best is looked for
         sections[step].pop(name, None)  # how it runs, not what comes out

@@ -122,3 +122,4 @@ def trajectories_digest(*sets: Trajectories) -> str:
 def draw(generator: torch.Generator, count: int, size: int) -> list[int]:
     """`size` distinct indices below `count` (all of them where there are fewer)."""
     return torch.randperm(count, generator=generator)[:size].tolist()
+

@@ -73,7 +73,9 @@ class FamilyFlops:
         )
 
 
-def family_flops(name: str, schedule: Schedule | None = None, spec: PredictorSpec | None = None) -> FamilyFlops:
+def family_flops(
+    name: str, schedule: Schedule | None = None, spec: PredictorSpec | None = None
+) -> FamilyFlops:
     """Operations of a published model under a schedule.
 
     Args:

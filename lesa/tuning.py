@@ -52,7 +52,9 @@ class Bench:
     reference: torch.Tensor  # pictures of the plain run
 
     @classmethod
-    def of(cls, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: CallParams, batch_size: int) -> Bench:
+    def of(
+        cls, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: CallParams, batch_size: int
+    ) -> Bench:
         """With the plain run's pictures and noise levels."""
         reference = sample(pipe, prompts, seeds, call, batch_size=batch_size)
         return cls(
@@ -138,7 +140,9 @@ def tune_caches(
         usual, equal_time = found.values()
         chosen += [usual[budget].method(cache, "", budget) for budget in ours]
         if any(equal_time[budget].trial.method.settings != usual[budget].trial.method.settings for budget in ours):
-            chosen += [equal_time[budget].method(f"{cache}_equal_time", ", equal time", budget) for budget in ours]
+            chosen += [
+                equal_time[budget].method(f"{cache}_equal_time", ", equal time", budget) for budget in ours
+            ]
     return chosen
 
 

@@ -32,7 +32,9 @@ class Optimiser:
         warmup: float = 0.05,  # share of num_steps
         clip: float = 1.0,  # largest norm of the whole gradient
     ) -> None:
-        adam = torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        adam = torch.optim.AdamW(
+            list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
         self.optimisers: list[torch.optim.Optimizer] = [adam]
         matrices = list(matrices)
         if matrices:

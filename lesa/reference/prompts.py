@@ -109,7 +109,9 @@ class Language:
 
     def all_prompts(self) -> list[str]:
         """All full prompts, in the order of `values`."""
-        return [self.format(dict(zip(self.values, chosen, strict=True))) for chosen in product(*self.values.values())]
+        return [
+            self.format(dict(zip(self.values, chosen, strict=True))) for chosen in product(*self.values.values())
+        ]
 
     def vocabulary(self) -> list[str]:
         """The words of the full prompts, and the comma, sorted."""

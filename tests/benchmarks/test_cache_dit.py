@@ -165,3 +165,5 @@ def test_it_is_tuned_like_the_other_caches(cache_dit: Any, monkeypatch: pytest.M
             fixed = {row.name: row for row in masked_methods("b", BUDGETS[method.budget])}[f"{method.name}_fixed"]
             assert method.settings["tuning_psnr"] >= bench.trial(fixed).psnr - 1e-3
         assert bench.trial(method).computed == method.settings["tuning_computed_steps"]
+
+

@@ -46,7 +46,8 @@ def test_every_workload_has_its_pipeline_file(tmp_path):
     [
         ("plain\n", "plain"),
         ("  10%\r 50%\r100%\n", "100%"),
-        ("red \x1b[31m alarm\x07\n", "red \\x1b[31m alarm\\x07"),
+        ("red \x1b[1;31malarm\x1b[0m\x07\n", "red alarm\\x07"),
+        ("up \x1b[2A\n", "up \\x1b[2A"),
         ("tab\there\n", "tab\there"),
     ],
 )

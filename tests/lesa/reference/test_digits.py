@@ -30,7 +30,9 @@ def ink(bank: DigitBank = BANK, **changes: str) -> torch.Tensor:
 def centroid(strokes: torch.Tensor) -> tuple[float, float]:
     axis = torch.arange(16.0) - 7.5
     mass = strokes.sum(dim=(1, 2))
-    return float(((strokes.sum(1) * axis).sum(1) / mass).mean()), float(((strokes.sum(2) * axis).sum(1) / mass).mean())
+    return float(((strokes.sum(1) * axis).sum(1) / mass).mean()), float(
+        ((strokes.sum(2) * axis).sum(1) / mass).mean()
+    )
 
 
 def test_thickness_changes_the_amount_of_ink() -> None:
