@@ -86,6 +86,18 @@ def test_what_is_written_is_what_comes_out(tmp_path: Path) -> None:
         workload.seed = 3
 
 
+def test_only_students_have_a_teacher(tmp_path: Path) -> None:
+    base = {"trainer": "schnell-digits", "steps": 5}
+    assert problems(tmp_path, put("base", base)) == [
+        "workloads.toy.base.teacher: required, the folder of the pipeline that schnell-digits learns from"
+    ]
+    load(tmp_path, put("base", base | {"teacher": "data/base/flux-digits"}))
+    base |= {"trainer": "qwen-digits", "teacher": "data/base/flux-digits"}
+    assert problems(tmp_path, put("base", base)) == [
+        "workloads.toy.base.teacher: qwen-digits is trained without one; leave it out"
+    ]
+
+
 HUB = {"family": "flux", "source": "someone/model"}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lesa.plots import method_grid
 from lesa.report import write_report
 from tests.bundles import NUM_STEPS
 from tests.evaluation import BUDGETS, results
@@ -82,3 +83,17 @@ def test_writing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     write_report(results(), tmp_path)
     for name in ("metrics.json", "results.json", "samples.npz", "alpha.csv", "psnr_vs_ratio.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_video_is_shown_by_its_first_middle_and_last_frame(tmp_path: Path) -> None:
+    """Beside each other, and wide pictures get wide panels."""
+    frames = {key: pictures[:, None].repeat(1, 9, 1, 1, 1) for key, pictures in results().pictures.items()}
+    for pictures in frames.values():
+        pictures[:, 4] = 0.0
+        pictures[:, -1] = 1.0
+    videos = dataclasses.replace(results(), pictures=frames)
+    method_grid(videos, next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "videos.png")
+    method_grid(results(), next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "pictures.png")
+    wide, plain = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("videos", "pictures"))
+    assert wide.shape[1] > 1.5 * plain.shape[1]
+    assert (wide == 0).sum() > (plain == 0).sum() + 500, "the middle frame is black"
