@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("workloads", nargs="+", help="sections of params.yaml, run before")
     parser.add_argument("--summary", action="store_true", help="a line a budget, from the files kept before")
+    parser.add_argument("--suffix", default="", help="kept as reference-<workload><suffix>: another setting's run")
     given = parser.parse_args(arguments)
     try:
         if given.summary:
@@ -155,8 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for document in documents:
-        write_json(RESULTS / f"reference-{document['workload']}.json", document)
-        write_bytes(RESULTS / f"reference-{document['workload']}.md", table(document).encode())
+        name = f"reference-{document['workload']}{given.suffix}"
+        write_json(RESULTS / f"{name}.json", document)
+        write_bytes(RESULTS / f"{name}.md", table(document).encode())
         print(table(document))
     return 0
 

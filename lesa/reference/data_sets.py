@@ -125,7 +125,7 @@ DATA_SETS = {
             height=digits.IMAGE_SIZE,
             width=digits.IMAGE_SIZE,
             num_frames=moving.NUM_FRAMES,
-            autoencoder=Autoencoder(latent_channels=8, norm_groups=4, num_steps=600, batch_size=8),
+            autoencoder=Autoencoder(latent_channels=8, norm_groups=4, num_steps=750, batch_size=8),
             load=partial(_load_digits, moving.draw_videos),
             reading=Reading(kind="moving-digit-reader", attributes=("digit",), is_grey=True),
         ),
