@@ -6,10 +6,12 @@ import pytest
 import torch
 from diffusers import MagCacheConfig
 
+from lesa import tuning
 from lesa.cache_search import mag_cache_steps, magnitude_ratios, tuned_caches
 from lesa.methods import lesa_method, mag_cache_method
 from lesa.pipelines import sample
 from lesa.probe import probe
+from lesa.schedule import Schedule
 from tests.bundles import CALL, NUM_STEPS, extrapolating
 from tests.evaluation import BUDGETS, pipeline, sigmas
 
@@ -78,3 +80,16 @@ def test_caches_are_tuned_to_no_fewer_steps_than_ours() -> None:
     assert len(seen) >= len(methods)
     with pipe.transformer.cache_context("cond"):
         assert not pipe.transformer.is_cache_enabled
+
+
+def test_a_cache_that_skips_nothing_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where our run takes as long as the plain one, timing noise included, the peer still skips a step."""
+    monkeypatch.setattr(tuning, "_seconds", lambda bench, methods, repeats: [1.0, 1.01, *[0.5] * (len(methods) - 1)])
+    pipe = pipeline()
+    schedule = Schedule.explicit(NUM_STEPS, [step for step in range(NUM_STEPS) if step != 4])
+    predictor = extrapolating(pipe.transformer.inner_dim, sigmas(), schedule)
+    ours = {"1.11x": lesa_method("1.11x", predictor, schedule)}
+    methods = tuned_caches(pipe, ours, call=CALL, prompts=PROMPTS, seeds=SEEDS, batch_size=2, repeats=1)
+    mag = next(method for method in methods if method.name == "mag_cache")
+    assert mag.settings["target_computed_steps"] == schedule.num_full == NUM_STEPS - 1
+    assert mag.settings["tuning_computed_steps"] == NUM_STEPS - 1
