@@ -32,7 +32,7 @@ def base(workload: str | None = None) -> dict[str, Any]:
 
     given = settings.base
     with stage_run("base", settings, ("base", "seed", "device")) as run:
-        training = {
+        training: dict[str, Any] = {
             "base_dir": settings.paths.base,
             "prompts": prompts,
             "steps": given.steps,

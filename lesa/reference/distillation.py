@@ -15,6 +15,7 @@ Shape legend: N trajectories, K student steps, B batch; "..." is a latent as the
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +24,11 @@ from typing import Any
 import torch
 
 from lesa import metrics
+from lesa.families import FAMILIES
 from lesa.reference.architectures import Conditioning, architecture_of
 from lesa.reference.fit_flow import flow_optimiser, update_average
 from lesa.reference.optim import Report, pick
+from lesa.reference.sampling import full_call, sample_pictures
 from lesa.reference.saving import save_folders
 from lesa.reference.scorer import load_scorer
 from lesa.reference.students import Student
@@ -61,8 +64,9 @@ def distil(
     """
     check_training(student.data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     scorer = load_scorer(scorer_dir)
-    if not Path(teacher_dir).is_dir():
-        raise FileNotFoundError(f"{teacher_dir} is not a folder: run the base stage of the teacher")
+    if scorer.data_set is not student.data_set:
+        raise ValueError(f"{scorer_dir} reads {scorer.data_set.name}, {student.name} draws {student.data_set.name}")
+    _check_teacher(student, Path(teacher_dir))
     architecture = architecture_of(student.data_set)
     teacher = architecture.load(teacher_dir).to(device)
     with torch.random.fork_rng():
@@ -88,12 +92,9 @@ def distil(
             generator=generator,
             report=report,
         )
-    judged = student.data_set.language.split_prompts()["validation"][: min(MAX_JUDGED, 4 * steps)]
-    ours = _sample(pipeline, judged, {**architecture.call(student.data_set), **_call(student)})
-    guided = architecture.call(student.data_set)
-    if not architecture.has_guidance:
-        guided["negative_prompt"] = [architecture.promptless] * len(judged)
-    theirs = _sample(teacher, judged, guided)
+    judged = student.data_set.language.split_prompts()["validation"][: min(MAX_JUDGED, steps)]
+    ours = sample_pictures(pipeline, judged, _call(student))
+    theirs = sample_pictures(teacher, judged, full_call(student.data_set, len(judged)))
     pipeline.to("cpu")
     save_folders({base_dir: pipeline.save_pretrained})
     return {
@@ -104,27 +105,25 @@ def distil(
     }
 
 
+def _check_teacher(student: Student, folder: Path) -> None:
+    try:
+        found = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is no pipeline folder: run the base stage of the teacher") from None
+    known = FAMILIES[student.data_set.family].pipeline_classes
+    if found not in known:
+        raise ValueError(f"{folder} is a {found}, {student.name} learns from {' or '.join(known)}")
+
+
 def _call(student: Student) -> dict[str, Any]:
-    return {"num_inference_steps": student.num_steps, **student.call}
-
-
-def _sample(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    pictures: torch.Tensor = pipeline(
-        prompt=prompts,
-        generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
-        output_type="pt",
-        return_dict=False,
-        **call,
-    )[0]
-    return pictures.cpu()
+    call = architecture_of(student.data_set).call(student.data_set)
+    return {**call, "num_inference_steps": student.num_steps, **student.call}
 
 
 def _sigmas(student: Student, pipeline: Any, prompt: str) -> torch.Tensor:
     """[K + 1], the noise levels that the student's own call steps through, zero at the end."""
-    call = {**architecture_of(student.data_set).call(student.data_set), **_call(student)}
     pipeline.set_progress_bar_config(disable=True)
-    pipeline(prompt=[prompt], output_type="latent", return_dict=False, **call)
+    pipeline(prompt=[prompt], output_type="latent", return_dict=False, **_call(student))
     sigmas: torch.Tensor = pipeline.scheduler.sigmas.float()
     assert len(sigmas) == student.num_steps + 1
     return sigmas

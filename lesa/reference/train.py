@@ -14,8 +14,9 @@ from lesa.reference.fit_flow import FlowData, fit_flow
 from lesa.reference.fit_text import fit_text
 from lesa.reference.fit_vae import encode, fit_vae, reconstruction_psnr
 from lesa.reference.optim import Report, pick
+from lesa.reference.sampling import full_call, sample_pictures
 from lesa.reference.saving import save_folders
-from lesa.reference.scorer import JUDGED_A_STEP, Scorer, fit_scorer
+from lesa.reference.scorer import JUDGED_A_STEP, fit_scorer
 
 # The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
 MAX_TEXT_STEPS = 250
@@ -108,7 +109,8 @@ def train_base(
     if scorer is not None:
         metrics["scorer_accuracy"] = scorer.accuracy
         judged = validation[: min(MAX_JUDGED, 4 * steps)]
-        metrics["agreement"] = _agreement(architecture, pipeline.to(device), scorer, judged)
+        pictures = sample_pictures(pipeline.to(device), judged, full_call(data_set, len(judged)))
+        metrics["agreement"] = float(scorer.agreement(pictures, judged).float().mean())
     pipeline.to("cpu")
     folders: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
     if scorer is not None:
@@ -152,18 +154,3 @@ def _flow_data(
     with torch.no_grad():
         conditioning = architecture.read(pipeline, data_set, texts)
     return FlowData(latents=latents, text_index=chosen + len(prompts) * shortened, conditioning=conditioning)
-
-
-def _agreement(architecture: Architecture, pipeline: Any, scorer: Scorer, prompts: list[str]) -> float:
-    pipeline.set_progress_bar_config(disable=True)
-    call = architecture.call(scorer.data_set)
-    if not architecture.has_guidance:
-        call["negative_prompt"] = [architecture.promptless] * len(prompts)
-    images = pipeline(
-        prompt=prompts,
-        generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
-        output_type="pt",
-        return_dict=False,
-        **call,
-    )[0]
-    return float(scorer.agreement(images.cpu(), prompts).float().mean())

@@ -1,6 +1,7 @@
 """Students: they start as their guided teacher, learn chords of its flow, and leave a pipeline of their own."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_student_is_a_pipeline_and_learns(student: Student, teacher: Path, tmp
     teachers = architecture.load(teacher / "base")
     assert pipeline.scheduler.config != teachers.scheduler.config
     assert torch.equal(pipeline.vae.decoder.conv_in.weight, teachers.vae.decoder.conv_in.weight)
-    longer = learn(student, teacher, tmp_path / "longer", steps=40)
+    longer = learn(student, teacher, tmp_path / "longer", steps=24)
     assert longer["chord_loss"] < 0.9 * first["chord_loss"]
     learn(student, teacher, tmp_path / "again")
     weights = functools.partial(Path.joinpath, tmp_path)
@@ -132,24 +133,36 @@ def test_a_student_is_a_pipeline_and_learns(student: Student, teacher: Path, tmp
 
 
 def test_nothing_is_written_where_arguments_or_teacher_are_wrong(
-    student: Student, teacher: Path, tmp_path: Path
+    student: Student, teacher: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.raises(ValueError, match=r"steps is 0"):
         learn(student, teacher, tmp_path / "out", steps=0)
     with pytest.raises(ValueError, match="run the base stage"):
         learn(student, tmp_path / "nobody", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="run the base stage of the teacher"):
-        distil(
-            student,
-            teacher_dir=tmp_path / "nobody",
-            scorer_dir=teacher / "scorer",
-            base_dir=tmp_path / "out",
-            prompts=prompts(student),
-            steps=1,
-            batch_size=2,
-            learning_rate=1e-3,
-            seed=0,
-            device="cpu",
-            report=lambda step, values: None,
-        )
+    with pytest.raises(FileNotFoundError, match="no pipeline folder: run the base stage of the teacher"):
+        learn_from(student, tmp_path / "nobody", teacher / "scorer", tmp_path / "out")
+    other = next(each for each in STUDENTS.values() if each is not student)
+    with pytest.raises(ValueError, match=rf"reads {student.data_set.name}, {other.name} draws {other.data_set.name}"):
+        learn_from(other, teacher / "base", teacher / "scorer", tmp_path / "out")
+    card = json.loads((teacher / "base" / "model_index.json").read_text()) | {"_class_name": "WanPipeline"}
+    stranger = tmp_path_factory.mktemp("stranger")
+    (stranger / "model_index.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=rf"is a WanPipeline, {student.name} learns from "):
+        learn_from(student, stranger, teacher / "scorer", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def learn_from(student: Student, teacher: Path, scorer: Path, folder: Path) -> None:
+    distil(
+        student,
+        teacher_dir=teacher,
+        scorer_dir=scorer,
+        base_dir=folder,
+        prompts=prompts(student),
+        steps=1,
+        batch_size=2,
+        learning_rate=1e-3,
+        seed=0,
+        device="cpu",
+        report=lambda step, values: None,
+    )
