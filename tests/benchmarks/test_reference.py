@@ -13,6 +13,8 @@ from tests.evaluation import results
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    for folder in ("reports", "metrics"):
+        (tmp_path / "data" / folder / "tiny").mkdir(parents=True)
     write_json(tmp_path / "data/reports/tiny/results.json", results().to_json())
     write_json(tmp_path / "data/metrics/tiny/base.json", {"agreement": 0.9666, "vae_psnr": 30.0984})
     write_json(tmp_path / "data/metrics/tiny/decision.json", {"promote": True})
