@@ -14,6 +14,8 @@ def card(manifest: Manifest) -> str:
     data = manifest.data
     model: Mapping[str, Any] = data["model"]
     revision = f" at {model['revision']}" if model["revision"] else ""
+    is_video = data["call"].get("num_frames") is not None
+    result, made = ("video", "frames") if is_video else ("image", "images")
     lines = [
         f"# LESA predictor for `{manifest.workload}`",
         "",
@@ -22,9 +24,10 @@ def card(manifest: Manifest) -> str:
         "",
         "```python",
         "import lesa",
+        f"from diffusers import {manifest.pipeline_class}",
         f'pipe = {manifest.pipeline_class}.from_pretrained("{model["source"]}")',
         'lesa.enable(pipe, "path/to/this/folder")',
-        "image = pipe(prompt, **lesa.call_kwargs(pipe)).images[0]",
+        f"{result} = pipe(prompt, **lesa.call_kwargs(pipe)).{made}[0]",
         "```",
         "",
         "## Fits",

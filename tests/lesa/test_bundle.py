@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from lesa.atomic import sha256_file, tree_digest
 from lesa.bundle import load_bundle, write_bundle
+from lesa.card import card
 from lesa.manifest import NAME, BundleError, Manifest
 from lesa.schedule import Schedule
 from tests.attacks.hostile import ATTACKS, edit, reweigh
@@ -58,8 +60,17 @@ def test_round_trip(pipe, good):
     assert bundle.manifest.budgets["1.67x"].schedule == Schedule.uniform(10, 3)
     assert bundle.digest == sha256_file(good / MANIFEST)
     assert sorted(path.name for path in good.iterdir()) == ["README.md", MANIFEST, WEIGHTS]
-    card = (good / "README.md").read_text()
-    assert "FluxPipeline" in card and "1.67x (default) | 6 of 10" in card
+    text = (good / "README.md").read_text()
+    assert "FluxPipeline" in text and "1.67x (default) | 6 of 10" in text
+
+
+def test_the_card_says_how_to_call_the_pipeline(good):
+    manifest = load_bundle(good).manifest
+    assert "from diffusers import FluxPipeline\n" in card(manifest)
+    assert "image = pipe(prompt, **lesa.call_kwargs(pipe)).images[0]" in card(manifest)
+    call = manifest.data["call"] | {"num_frames": 9}
+    video = dataclasses.replace(manifest, data=manifest.data | {"call": call})
+    assert "video = pipe(prompt, **lesa.call_kwargs(pipe)).frames[0]" in card(video)
 
 
 def test_the_same_predictor_makes_the_same_bytes(pipe, good, tmp_path):
