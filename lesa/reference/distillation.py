@@ -14,7 +14,6 @@ Shape legend: N trajectories, K student steps, B batch; "..." is a latent as the
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import partial
 from itertools import pairwise
@@ -26,7 +25,7 @@ import torch
 from lesa import metrics
 from lesa.families import FAMILIES
 from lesa.reference.architectures import Conditioning, architecture_of
-from lesa.reference.fit_flow import flow_optimiser, update_average
+from lesa.reference.fit_flow import train_transformer
 from lesa.reference.optim import Report, pick
 from lesa.reference.sampling import full_call, sample_pictures
 from lesa.reference.saving import save_folders
@@ -180,11 +179,8 @@ def _fit(
 ) -> float:
     """Train the student's transformer in place, leaving the moving average of its weights there."""
     architecture = architecture_of(student.data_set)
-    transformer = pipeline.transformer.train().requires_grad_(True)
-    average = copy.deepcopy(transformer).requires_grad_(False)
-    optimiser = flow_optimiser(transformer, learning_rate=learning_rate, num_steps=num_steps)
-    recent: list[float] = []
-    for step in range(num_steps):
+
+    def loss_at(step: int) -> torch.Tensor:
         index = pick(len(states), batch_size, generator)
         # Every level as often as any other in a batch.
         level = torch.arange(batch_size) % student.num_steps
@@ -193,14 +189,13 @@ def _fit(
         chord = (there - here) / (lower - sigma).reshape(-1, *[1] * (here.ndim - 1))
         given = {name: value[chosen[index]] for name, value in conditioning.items()}
         predicted = architecture.velocity(pipeline, student.data_set, here, sigma, sigma, given)
-        loss = (predicted - chord).square().mean()
-        optimiser.step(loss)
-        update_average(average, transformer, step)
-        value = float(loss.detach())
-        if step >= int(0.9 * num_steps):
-            recent.append(value)
-        if step % 20 == 0 or step == num_steps - 1:
-            report(step, {"chord_loss": value, "learning_rate": optimiser.learning_rate})
-    transformer.load_state_dict(average.state_dict())
-    transformer.eval().requires_grad_(False)
-    return sum(recent) / len(recent)
+        return (predicted - chord).square().mean()
+
+    return train_transformer(
+        pipeline.transformer.train().requires_grad_(True),
+        loss_at,
+        name="chord_loss",
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        report=report,
+    )

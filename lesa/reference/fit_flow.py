@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,6 @@ def fit_flow(
     for linear in _modulations(transformer).values():
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-    average = copy.deepcopy(transformer).requires_grad_(False)
-    optimiser = flow_optimiser(transformer, learning_rate=learning_rate, num_steps=num_steps)
     conditioning = {name: value.to(device) for name, value in data.conditioning.items()}
     empty = len(next(iter(conditioning.values()))) - 1
 
@@ -87,8 +86,8 @@ def fit_flow(
     generator = torch.Generator().manual_seed(seed)
     num_unguided = round(UNGUIDED_SHARE * batch_size) if architecture.has_guidance else batch_size
     num_dropped = round(PROMPT_DROPOUT * num_unguided)
-    recent: list[float] = []
-    for step in range(num_steps):
+
+    def loss_at(step: int) -> torch.Tensor:
         index = pick(len(data.latents), batch_size, generator)
         clean = data.latents[index].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
@@ -112,14 +111,38 @@ def fit_flow(
                 promptless = velocity(noisy[guided], sigma[guided], ones, rows)
             share = (1 / guidance[guided]).reshape(-1, *[1] * (clean.ndim - 1))
             mixture = torch.cat([predicted[:num_unguided], share * predicted[guided] + (1 - share) * promptless])
-        loss = (mixture - (noise - clean)).square().mean()
+        return (mixture - (noise - clean)).square().mean()
+
+    return train_transformer(
+        transformer, loss_at, name="flow_loss", num_steps=num_steps, learning_rate=learning_rate, report=report
+    )
+
+
+def train_transformer(
+    transformer: nn.Module,
+    loss_at: Callable[[int], torch.Tensor],  # of a step
+    *,
+    name: str,  # of the loss, in reports
+    num_steps: int,
+    learning_rate: float,
+    report: Report,
+) -> float:
+    """Minimise a loss over all weights in place, leaving their moving average there, frozen.
+
+    Returns the mean loss of the last tenth of the steps.
+    """
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    optimiser = _optimiser(transformer, learning_rate=learning_rate, num_steps=num_steps)
+    recent: list[float] = []
+    for step in range(num_steps):
+        loss = loss_at(step)
         optimiser.step(loss)
-        update_average(average, transformer, step)
+        _update_average(average, transformer, step)
         value = float(loss.detach())
         if step >= int(0.9 * num_steps):
             recent.append(value)
         if step % 20 == 0 or step == num_steps - 1:
-            report(step, {"flow_loss": value, "learning_rate": optimiser.learning_rate})
+            report(step, {name: value, "learning_rate": optimiser.learning_rate})
     transformer.load_state_dict(average.state_dict())
     transformer.eval().requires_grad_(False)
     return sum(recent) / len(recent)
@@ -142,7 +165,7 @@ def time_shift(scheduler: Any, num_tokens: int) -> float:
     return math.exp(calculate_shift(num_tokens, *lengths, config.base_shift, config.max_shift))
 
 
-def flow_optimiser(transformer: nn.Module, *, learning_rate: float, num_steps: int) -> Optimiser:
+def _optimiser(transformer: nn.Module, *, learning_rate: float, num_steps: int) -> Optimiser:
     """Muon for the blocks' matrices, AdamW for everything else."""
     modulation = {f"{name}.weight" for name in _modulations(transformer)}
     named = list(transformer.named_parameters())
@@ -170,7 +193,6 @@ def _modulations(transformer: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Move the average of the weights towards `model` after this step, faster at the beginning."""
+def _update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     decay = min(MAX_EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
