@@ -151,7 +151,8 @@ def method_grid(
         shown = (images - plain).abs() * gain if gain else images
         columns.append((results.row(budget, name).label, shown))
     size, left, above = 0.9, 1.35, 1.4  # inches
-    width, height = left + size * _aspect(plain[0]) * len(columns) + 0.45, above + size * len(indices)
+    across, down = _panel(plain[0])
+    width, height = left + size * across * len(columns) + 0.45, above + size * down * len(indices)
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(len(indices), len(columns), squeeze=False)
     figure.subplots_adjust(
@@ -185,10 +186,10 @@ def prompt_grid(results: Results, indices: Sequence[int], path: Path) -> None:
     """Plain-run pictures with their prompts; green where the scorer reads what was asked, red where not."""
     images = results.pictures["", "plain"]
     read = results.samples["", "plain"].get("agreement")
-    aspect = _aspect(images[0])
-    columns = max(2, round(8 / aspect))
+    across, down = _panel(images[0])
+    columns = round(8 / across)
     lines = math.ceil(len(indices) / columns)
-    figure = Figure(figsize=(1.45 * aspect * columns, 1.95 * lines), layout="constrained")
+    figure = Figure(figsize=(1.45 * across * columns, (0.5 + 1.45 * down) * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
     for axis in panels[len(indices) :]:
         axis.set_axis_off()
@@ -256,16 +257,17 @@ def _tick_full_steps(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
-    """[H, W, 3] of a picture [3, H, W]; of a video [F, 3, H, W] its first, middle and last frame side by side."""
+    """[H, W, 3] of a picture [3, H, W]; of a video [F, 3, H, W] its first, middle and last frame, downwards."""
     if image.ndim == 4:
-        image = torch.cat([image[0], image[len(image) // 2], image[-1]], dim=2)
+        image = torch.cat([image[0], image[len(image) // 2], image[-1]], dim=1)
     return image.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def _aspect(image: torch.Tensor) -> float:
-    """Width over height of what `_pixels` shows."""
+def _panel(image: torch.Tensor) -> tuple[float, float]:
+    """Width and height of what `_pixels` shows, the shorter side as 1."""
     height, width, _ = _pixels(image).shape
-    return float(width / height)
+    shorter = min(height, width)
+    return width / shorter, height / shorter
 
 
 def _wrapped(prompt: str, width: int = 22) -> str:

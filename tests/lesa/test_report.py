@@ -86,7 +86,7 @@ def test_writing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_video_is_shown_by_its_first_middle_and_last_frame(tmp_path: Path) -> None:
-    """Beside each other, and wide pictures get wide panels."""
+    """Downwards, and tall pictures get tall panels."""
     frames = {key: pictures[:, None].repeat(1, 9, 1, 1, 1) for key, pictures in results().pictures.items()}
     for pictures in frames.values():
         pictures[:, 4] = 0.0
@@ -94,6 +94,6 @@ def test_a_video_is_shown_by_its_first_middle_and_last_frame(tmp_path: Path) -> 
     videos = dataclasses.replace(results(), pictures=frames)
     method_grid(videos, next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "videos.png")
     method_grid(results(), next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "pictures.png")
-    wide, plain = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("videos", "pictures"))
-    assert wide.shape[1] > 1.5 * plain.shape[1]
-    assert (wide == 0).sum() > (plain == 0).sum() + 500, "the middle frame is black"
+    tall, plain = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("videos", "pictures"))
+    assert tall.shape[0] > 1.5 * plain.shape[0] and tall.shape[1] == plain.shape[1]
+    assert (tall == 0).sum() > (plain == 0).sum() + 500, "the middle frame is black"
