@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 
+from lesa.adaptive import adaptive_problems, fallback_of
 from lesa.bundle import Bundle, load_bundle
 from lesa.call_check import call_problems
 from lesa.families import family_of
 from lesa.fingerprint import adapters, fingerprint, is_quantized
-from lesa.history import History
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.manifest import Manifest
+from lesa.moving_rule import MovingRule
 from lesa.other_steps import OtherSteps
-from lesa.predictor import BoundPredictor, Predictor
 from lesa.run_check import FirstCall, MismatchError
 from lesa.run_statistics import RunStatistics
 from lesa.schedule import Schedule
@@ -52,12 +52,16 @@ def enable(
     max_loss_db: float | None = None,  # the fastest budget that measured at most so much below the bundle's best
     allow: Collection[str] = (),  # "lora", "quantized", "pipeline": accept what the bundle was not measured with
     measure: bool = True,  # at full steps, measure what the predictor would have been off by
+    adaptive: bool = False,  # go on with a slower budget where that error exceeds the bound it was calibrated to
 ) -> None:
     """Accelerate a diffusers pipeline with a bundle made for its model.
 
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
     pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
+    With `adaptive`, a run whose errors stay within their bounds is the same as without. One that leaves them, as with
+    an adapter that changes much, goes on with the bundle's next slower budget. The worst sample of a batch decides for
+    all. Features of that budget's history are kept beside the own ones: up to twice the memory.
     It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
     calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
@@ -69,7 +73,8 @@ def enable(
         MismatchError: the pipeline is not what the bundle was made for; every difference is listed, and the
             pipeline is as it was.
         BundleError: the bundle is broken.
-        ValueError: a schedule that the predictor cannot serve, or an argument out of range.
+        ValueError: a schedule that the predictor cannot serve, an argument out of range, or `adaptive` with what has
+            no bounds (a schedule that is no budget, an older bundle) or no slower budget.
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown or isinstance(allow, str):
@@ -96,14 +101,21 @@ def enable(
         max_loss_db=max_loss_db,
     )
     schedule, chosen = choose()
-    rule = _MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
+    fallback = None
+    if adaptive:
+        if not measure:
+            raise ValueError("adaptive: needs measure=True, since the measured errors decide")
+        fallback = fallback_of(loaded, chosen)
+    rule = MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
-    notes = _notes(loaded, chosen, pipe, transformer)
+    adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
+    notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
 
     def check(call: FirstCall) -> list[str]:
         notes.clear()  # adapters come and go between the runs
-        notes.update(_notes(loaded, chosen, owner(), call.transformer))
+        notes.update(_notes(loaded, chosen, owner(), call.transformer) | adaptive_note)
         return [
+            *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
             *_scheduler_problems(call.scheduler, manifest),
             *_weights_problems(call.transformer, allow),
             *call_problems(owner(), manifest.call, call),
@@ -116,9 +128,10 @@ def enable(
             rule=rule,
             scheduler=lambda: getattr(owner(), "scheduler", None),
             sigmas=manifest.sigmas,
-            other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], _MovingRule)
-            if loaded.predictor.spec.step_counts
+            other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], MovingRule)
+            if loaded.predictor.spec.step_counts and not adaptive
             else None,
+            fallback=fallback,
             check=check,
             num_branches=len(manifest.branches),
             late_start=type(pipe).__name__ not in family.pipeline_classes,
@@ -228,29 +241,6 @@ def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: fl
         known = ", ".join(f"{name}: {psnr:.2f} dB" for name, psnr in measured.items())
         raise ValueError(f"min_psnr: no budget measured {wanted:.2f} dB ({known})")
     return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, -measured[name]))
-
-
-class _MovingRule:
-    """A predictor on one schedule that follows the features to their device and precision."""
-
-    def __init__(self, predictor: Predictor, schedule: Schedule, sigmas: torch.Tensor) -> None:
-        self._predictor, self._schedule, self._sigmas = predictor, schedule, sigmas
-        self._place = (torch.device("cpu"), torch.float32)
-        self._bound: BoundPredictor = predictor.bind(schedule, sigmas)
-        self.name = self._bound.name
-        self.history_size = self._bound.history_size
-        self.keeps_predictions = self._bound.keeps_predictions
-        self.stages, self.sizes = self._bound.stages, self._bound.sizes
-
-    def __call__(self, history: History, step: int) -> torch.Tensor:
-        newest = history.features[0]
-        place = (newest.device, newest.dtype)
-        if place != self._place:
-            self._bound = self._predictor.bind(
-                self._schedule, self._sigmas, device=newest.device, dtype=newest.dtype
-            )
-            self._place = place
-        return self._bound(history, step)
 
 
 def _load(bundle: str | Path) -> Bundle:

@@ -52,6 +52,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
             min_psnr=arguments.min_psnr,
             max_loss_db=arguments.max_loss_db,
             allow=arguments.allow,
+            adaptive=arguments.adaptive,
         )
     seeds = [arguments.seed + index for index in range(len(prompts))]
     pictures = sample(pipe, prompts, seeds, call, batch_size=arguments.batch_size)

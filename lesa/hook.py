@@ -21,6 +21,7 @@ from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from diffusers.utils.torch_utils import unwrap_module
 
 from lesa.clock import Clock, SchedulerClock, Tick, TimestepClock
+from lesa.fallback import Fallback
 from lesa.families import BlockList, blocks, family_of
 from lesa.forecast import Rule
 from lesa.history import History
@@ -57,6 +58,7 @@ class LesaCacheConfig:
     num_branches: int | None = None  # transformer calls a step; None takes what comes
     late_start: bool = False  # let a run begin where the scheduler's `begin_index` says, as from another picture
     measure: bool = True  # at full steps, record what the rule would have been off by
+    fallback: Fallback | None = None  # what a run with too large errors changes over to; for runs on `schedule` alone
     guard: bool = True  # run in full where the prediction is not finite or jumps in size
     notes: Mapping[str, str] = field(default_factory=dict)  # facts for the summary
 
@@ -70,6 +72,8 @@ class LesaCacheConfig:
             problems.append(f"timesteps: got {len(self.timesteps)}, expected {self.schedule.num_steps}")
         if self.sigmas is not None and len(self.sigmas) != self.schedule.num_steps + 1:
             problems.append(f"sigmas: got {len(self.sigmas)}, expected {self.schedule.num_steps + 1}")
+        if self.fallback is not None and not (self.measure and self.other_steps is None):
+            problems.append("fallback needs measure and no other_steps")
         if self.num_branches is not None and self.num_branches < 1:
             problems.append(f"num_branches must be at least 1, got {self.num_branches}")
         if problems:
@@ -82,10 +86,17 @@ class LesaBranchState(BaseState):
     def __init__(self, history_size: int) -> None:
         self.history = History(history_size)
         self.norm: torch.Tensor | None = None  # of the newest feature
+        self.other: History | None = None  # features at the full steps of a schedule that may be changed over to
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         self.history.reset()
-        self.norm = None
+        self.norm = self.other = None
+
+    @property
+    def nbytes(self) -> int:
+        own = {id(feature) for feature in self.history.features}
+        others = () if self.other is None else self.other.features
+        return self.history.nbytes + sum(feature.nbytes for feature in others if id(feature) not in own)
 
 
 class LesaCallState:
@@ -130,11 +141,14 @@ class LesaRootHook(ModelHook):
 
     def _follow(self, schedule: Schedule, rule: Rule) -> None:
         """Take up what the run that begins does; no branch of another run is left then."""
+        self._keep_to(schedule, rule)
+        self.state_manager._init_args = (max(rule.history_size, 1),)
+        self.statistics = RunStatistics(rule=rule.name, schedule=schedule, notes=dict(self.config.notes))
+
+    def _keep_to(self, schedule: Schedule, rule: Rule) -> None:
         self.schedule, self.rule = schedule, rule
         self._full_steps = frozenset(schedule.full_steps)
         self._stages: Sequence[int] | None = getattr(rule, "stages", None)
-        self.state_manager._init_args = (max(rule.history_size, 1),)
-        self.statistics = RunStatistics(rule=rule.name, schedule=schedule, notes=dict(self.config.notes))
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._call.active:
@@ -175,6 +189,8 @@ class LesaRootHook(ModelHook):
             self._start_run(module, tick, args, kwargs)
             self._started = entered
         state = self._branch(tick.branch)
+        if (fallback := self.config.fallback) is not None and tick.step == fallback.change:
+            self._change_over(fallback, state)
         is_full = tick.step in self._full_steps or not self._has_its_history(tick.step)
         planned = "full" if is_full else "predicted"
         if planned == "predicted":
@@ -185,6 +201,15 @@ class LesaRootHook(ModelHook):
         stage = None if self._stages is None else int(self._stages[tick.step])
         self.statistics.record(tick.step, planned, kind, stage)
         return tick, state, entered
+
+    def _change_over(self, fallback: Fallback, state: LesaBranchState) -> None:
+        """Go on with the slower schedule, whose full step this is; the first branch changes it for all."""
+        if self.schedule is not fallback.slower:
+            self._keep_to(fallback.slower, fallback.rule)
+            self.statistics.change = fallback.change
+            self.statistics.notes = {**self.statistics.notes, "changed over": fallback.words}
+        assert state.other is not None
+        state.history, state.other = state.other, None
 
     def _take_compiled(self, module: torch.nn.Module) -> None:
         """Keep skipped calls out of compiled modules: each kind would be compiled once more to do nothing.
@@ -235,6 +260,9 @@ class LesaRootHook(ModelHook):
             expected_sigmas=expected_sigmas,
         )
         problems += _hook_problems(module)
+        if config.fallback is not None:
+            config.fallback.begin()
+            problems += _fallback_problems(module, tick.step)
         if config.check is not None:
             problems += config.check(call)
         if problems:
@@ -294,9 +322,10 @@ class LesaRootHook(ModelHook):
         record = self.statistics.steps[-1]
         history, rule = state.history, self.rule
         if self._call.skip:
+            newest = self._call.prediction
+            assert newest is not None
             if rule.keeps_predictions:
-                assert self._call.prediction is not None
-                history.push(tick.step, self._call.prediction)
+                history.push(tick.step, newest)
                 state.norm = None
         else:
             feature = self._call.feature
@@ -305,16 +334,22 @@ class LesaRootHook(ModelHook):
             feature = feature[:, : self._num_tokens]  # what the pipeline keeps of an editing model's tokens
             enough = len(history.features) >= self._history_needed(tick.step)
             if self.config.measure and enough and self._has_its_history(tick.step):
-                record._errors.append(_relative_l1(rule(history, tick.step), feature))
+                errors = _relative_l1(rule(history, tick.step), feature)
+                record._errors.append(errors)
+                if self.config.fallback is not None and self.config.fallback.watches(tick.step):
+                    self.config.fallback.observe(tick.step, float(errors.max()))
             if tick.step in self._full_steps or rule.keeps_predictions:
                 # Other full steps stay out: a bound rule counts on the schedule's own anchors.
-                history.push(tick.step, _alone(feature))
+                feature = _alone(feature)
+                history.push(tick.step, feature)
                 state.norm = None
-        states = self.state_manager._state_cache.values()
-        held = sum(branch.history.nbytes for branch in states)
+            newest = feature
+        self._keep_for_fallback(tick.step, state, newest)
+        held = sum(branch.nbytes for branch in self.state_manager._state_cache.values())
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, held)
         if tick.step == self.schedule.num_steps - 1:
-            history.reset()  # nothing is predicted after the last step
+            state.reset()  # nothing is predicted after the last step
+            states = self.state_manager._state_cache.values()
             self.statistics.finished = not any(branch.history.steps for branch in states)
         if self._event is not None:
             end = torch.cuda.Event(enable_timing=True)
@@ -323,6 +358,16 @@ class LesaRootHook(ModelHook):
         now = time.perf_counter()
         record.seconds += now - entered
         self.statistics.seconds = now - self._started
+
+
+    def _keep_for_fallback(self, step: int, state: LesaBranchState, feature: torch.Tensor) -> None:
+        """Keep the feature of a full step of the slower schedule, predicted where it was not computed."""
+        fallback = self.config.fallback
+        if fallback is None or self.schedule is fallback.slower or not fallback.slower.is_full(step):
+            return
+        if state.other is None:
+            state.other = History(max(fallback.rule.history_size, 1))
+        state.other.push(step, feature)
 
 
 class LesaBlockHook(ModelHook):
@@ -493,6 +538,15 @@ def _hook_problems(transformer: torch.nn.Module) -> list[str]:
     return problems
 
 
+def _fallback_problems(transformer: torch.nn.Module, first_step: int) -> list[str]:
+    problems = []
+    if getattr(transformer, "_parallel_config", None) is not None:
+        problems.append("adaptive: not with context parallelism, where every device would decide for itself")
+    if first_step:
+        problems.append("adaptive: not for runs that begin in the middle of the schedule")
+    return problems
+
+
 def _hooked_modules(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
     """Name, module and hook of everything that predicted steps skip and that has weights."""
     family = family_of(transformer)
@@ -539,6 +593,7 @@ def _norm(value: torch.Tensor) -> torch.Tensor:
 
 
 def _relative_l1(said: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """[B] of two features [B, L, C]."""
     with torch.no_grad():
-        scale = true.abs().mean(dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-        return (said - true).abs().mean(dtype=torch.float32) / scale
+        scale = true.abs().mean(dim=(1, 2), dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+        return (said - true).abs().mean(dim=(1, 2), dtype=torch.float32) / scale

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lesa.bundle import Bundle, write_bundle
+from lesa.error_bounds import calibrated_bounds
 from lesa.families import FAMILIES, TAP
 from lesa.fingerprint import fingerprint
+from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.predictor import Predictor
 from lesa.prompts import prompt_digests, prompts_digest
@@ -69,6 +71,9 @@ def make_bundle(
                 "full_steps": list(schedule.full_steps),
                 "interval": workload.schedule.budgets[name].interval,
                 "quality": dict(quality.get(name, {})),
+                "error_bounds": calibrated_bounds(
+                    pipe, workload, schedule, MovingRule(predictor, schedule, validation.sigmas), validation
+                ),
             }
             for name, schedule in workload.budgets().items()
         },

@@ -18,7 +18,8 @@ from lesa.params import CallParams
 from lesa.predictor import PredictorSpec
 from lesa.schedule import Schedule
 
-SCHEMA = 3  # 2: variants name their full steps; weights of each step. 3: a range of steps
+SCHEMA = 4  # 2: variants name their full steps; weights of each step. 3: a range of steps. 4: error bounds
+READ = (3, SCHEMA)  # a bundle of schema 3 serves as before, and cannot be adaptive
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads and budgets
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
@@ -74,6 +75,7 @@ class Budget:
     schedule: Schedule
     interval: int | None  # None for an explicit list of full steps
     quality: Mapping[str, Any]  # psnr_mean, psnr_p5, ... in dB
+    error_bounds: tuple[float | None, ...] = ()  # relative L1, of each full step; None where none was calibrated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +109,11 @@ class Manifest:
             BundleError: every problem.
         """
         schema = data.get("schema")
-        if schema != SCHEMA or isinstance(schema, bool):
+        if schema not in READ or not _is_int(schema):
             newer = isinstance(schema, int) and schema > SCHEMA
             remedy = "update lesa to read it" if newer else "make the bundle again"
-            raise BundleError(where, [f"schema: got {schema!r}, this version reads {SCHEMA}: {remedy}"])
+            known = " and ".join(map(str, READ))
+            raise BundleError(where, [f"schema: got {schema!r}, this version reads {known}: {remedy}"])
         reader = _Reader(data)
         reader.keys("", data, _KEYS)
         fields = _read(reader)
@@ -266,8 +269,10 @@ def _budgets(reader: _Reader, steps: int) -> dict[str, Budget]:
         if not isinstance(entry, Mapping):
             reader.problems.append(f"{where}: must be an object")
             continue
-        reader.keys(where, entry, ("full_steps", "interval", "quality"))
+        has_bounds = ("error_bounds",) if reader.data["schema"] > 3 else ()
+        reader.keys(where, entry, ("full_steps", "interval", "quality", *has_bounds))
         full_steps, interval = entry.get("full_steps"), entry.get("interval")
+        bounds = entry.get("error_bounds", [])
         if not (interval is None or (_is_int(interval) and interval >= 1)):
             reader.problems.append(f"{where}.interval: must be an integer of at least 1 or null")
         if not isinstance(entry.get("quality"), Mapping):
@@ -280,7 +285,17 @@ def _budgets(reader: _Reader, steps: int) -> dict[str, Budget]:
         except ValueError as error:
             reader.problems.append(f"{where}.full_steps: {error}")
             continue
-        result[name] = Budget(schedule=schedule, interval=interval, quality=entry.get("quality") or {})
+        if has_bounds and not _are_bounds(bounds, schedule):
+            reader.problems.append(
+                f"{where}.error_bounds: must be a list of a number above zero or null for each of the full steps"
+            )
+            continue
+        result[name] = Budget(
+            schedule=schedule,
+            interval=interval,
+            quality=entry.get("quality") or {},
+            error_bounds=tuple(bounds if has_bounds else [None] * schedule.num_full),
+        )
     return result
 
 
@@ -290,6 +305,14 @@ def _predictor(reader: _Reader) -> PredictorSpec | None:
     except (ValueError, TypeError) as error:
         reader.problems.append(str(error))
         return None
+
+
+def _are_bounds(value: Any, schedule: Schedule) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == schedule.num_full
+        and all(bound is None or (_is_number(bound) and bound > 0) for bound in value)
+    )
 
 
 def _are_branches(value: Any) -> bool:

@@ -25,9 +25,17 @@ class StepRecord:
 
     @property
     def error(self) -> float | None:
-        """Relative L1 distance of what the rule would have said from the feature; None if not measured."""
+        """Relative L1 distance of what the rule would have said from the feature; None if not measured.
+
+        The mean over samples and guidance branches.
+        """
         # Kept on the device until asked for: reading it in the run would wait for the device at each step.
         return float(torch.stack(self._errors).mean()) if self._errors else None
+
+    @property
+    def sample_errors(self) -> torch.Tensor | None:
+        """[B] of the error, the worst guidance branch of each sample; None if not measured."""
+        return torch.stack(self._errors).amax(dim=0).cpu() if self._errors else None
 
     @property
     def device_seconds(self) -> float:
@@ -52,6 +60,7 @@ class RunStatistics:
     peak_bytes: int = 0  # features and derived tensors kept for prediction, all branches, at the most
     seconds: float = 0.0  # from the first transformer call to the end of the last one
     finished: bool = False
+    change: int | None = None  # step from which on a slower schedule held, where errors were beyond their bounds
     notes: Mapping[str, str] = field(default_factory=dict)  # facts shown above the table
 
     def record(self, step: int, planned: str, kind: str, stage: int | None) -> StepRecord:
@@ -97,6 +106,7 @@ class RunStatistics:
             ],
             "num_full": self.num_full,
             "num_fallbacks": self.num_fallbacks,
+            "change": self.change,
             "ratio": self.ratio,
             "peak_bytes": self.peak_bytes,
             "seconds": self.seconds,

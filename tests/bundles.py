@@ -93,6 +93,7 @@ def manifest_for(
                 "full_steps": list(Schedule.uniform(num_steps, interval).full_steps),
                 "interval": interval,
                 "quality": {"psnr_mean": 24.0 + Schedule.uniform(num_steps, interval).num_full, "psnr_p5": 25.0},
+                "error_bounds": [None] * Schedule.uniform(num_steps, interval).num_full,
             }
             for name, interval in BUDGETS.items()
         },

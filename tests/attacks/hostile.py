@@ -187,7 +187,7 @@ def spell(folder: Path, old: str, new: str) -> None:
 
 @attack("appears twice")
 def key_twice(folder: Path) -> None:
-    spell(folder, '"schema": 3', '"schema": 3, "schema": 3')
+    spell(folder, '"schema": 4', '"schema": 4, "schema": 4')
 
 
 @attack("NaN is not a number")
@@ -212,7 +212,7 @@ def endless_integer(folder: Path) -> None:
 
 @attack("-0 is not an integer")
 def negative_zero(folder: Path) -> None:
-    spell(folder, '"schema": 3', '"schema": -0')
+    spell(folder, '"schema": 4', '"schema": -0')
 
 
 @attack("nested deeper")
@@ -255,9 +255,9 @@ def terminal_escape(folder: Path) -> None:
     edit(folder, lambda document: document.update(license="\x1b[2J"))
 
 
-@attack("schema: got 4, this version reads 3: update lesa")
+@attack("schema: got 5, this version reads 3 and 4: update lesa")
 def from_the_future(folder: Path) -> None:
-    edit(folder, lambda document: document.update(schema=4))
+    edit(folder, lambda document: document.update(schema=5))
 
 
 @attack("workload: must be a name")

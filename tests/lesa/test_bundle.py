@@ -153,7 +153,7 @@ def test_every_problem_is_listed(spoiled):
 
 
 def test_a_budget_that_the_predictor_cannot_serve_is_refused(spoiled):
-    edit(spoiled, lambda document: document["budgets"]["1.67x"].update(full_steps=[0, 5]))
+    edit(spoiled, lambda document: document["budgets"]["1.67x"].update(full_steps=[0, 5], error_bounds=[None, 0.1]))
     assert "needs 2 full steps before step 1" in refusal(spoiled)
 
 

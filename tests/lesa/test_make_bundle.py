@@ -85,11 +85,15 @@ def test_the_manifest_says_what_it_fits(made: Made) -> None:
     assert manifest["model"]["pipeline_class"] == "FluxPipeline"
     assert manifest["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
     assert manifest["scheduler"]["config"]["shift"] == 3.0
+    # Predicted steps follow full steps 3 and 6 alone.
+    bounds = manifest["budgets"]["2x"]["error_bounds"][3:]
     assert manifest["budgets"]["2x"] == {
         "full_steps": [0, 1, 2, 3, 6],
         "interval": 3,
         "quality": QUALITY["2x"],
+        "error_bounds": [None, None, None, *bounds],
     }
+    assert all(0 < bound < 1 for bound in bounds)
     assert manifest["default_budget"] == "2x" and manifest["num_inference_steps"] == 8
     train, validation = recorded_splits(made.workload)
     assert manifest["sigmas"] == train.sigmas.tolist()

@@ -1,0 +1,83 @@
+"""Bounds of the error meter, calibrated on validation trajectories: what `adaptive=True` compares a run with.
+
+The accelerated sampler runs the prompts and noise of the validation trajectories, and the relative L1 error at each
+full step is taken of every sample. Over samples its logarithm is close to normal, so the bound is that of a
+log-normal: mean + z deviations, wider for the few samples it rests on, with z such that of runs like these a share of
+`ALARMS` is expected to have an error beyond its bound. Errors along the recorded trajectories would not do: on the
+drifted states of an accelerated run they are some percent larger, which is as much as samples differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+from lesa.forecast import Rule
+from lesa.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
+from lesa.params import Workload
+from lesa.pipelines import sample
+from lesa.schedule import Schedule
+from lesa.trajectories import Trajectories
+
+ALARMS = 0.02  # of runs of one sample: at 5x, and half a dozen further full steps each, 0.1 full steps in the mean
+_LEAST_DEVIATION = 0.02  # of the logarithm: a handful of samples that agree by chance must not make a tight bound
+
+
+def meter_errors(
+    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories
+) -> dict[int, list[float]]:
+    """Relative L1 error at each full step that has one, of every validation sample (its worst guidance branch)."""
+    rows = [row for row, branch in enumerate(validation.branch) if branch == 0]
+    found: dict[int, list[float]] = {}
+    size = workload.evaluate.batch_size
+    for first in range(0, len(rows), size):
+        chunk = rows[first : first + size]
+        # The guard stays on: a run that it interferes with is as the user's would be.
+        apply_lesa_cache(
+            pipe.transformer,
+            LesaCacheConfig(schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler),
+        )
+        try:
+            sample(
+                pipe,
+                [validation.prompts[row] for row in chunk],
+                [validation.seeds[row] for row in chunk],
+                workload.call,
+                batch_size=size,
+            )
+            records = cache_state(pipe.transformer).steps
+        finally:
+            remove_lesa_cache(pipe.transformer)
+        for record in records:
+            if record.sample_errors is not None and schedule.is_full(record.step):
+                found.setdefault(record.step, []).extend(record.sample_errors.tolist())
+    return found
+
+
+def bounds_of(
+    errors: Mapping[int, Sequence[float]], schedule: Schedule, alarms: float = ALARMS
+) -> dict[int, float]:
+    """The bound of each full step that predicted steps follow; empty where fewer than two samples were measured."""
+    watched = {
+        step: [math.log(max(error, 1e-12)) for error in errors[step]]
+        for step, end in zip(schedule.full_steps, (*schedule.full_steps[1:], schedule.num_steps), strict=True)
+        if end - step > 1 and len(errors.get(step, ())) > 1
+    }
+    if not watched:
+        return {}
+    z = NormalDist().inv_cdf(1 - min(alarms / len(watched), 0.5))
+    bounds = {}
+    for step, logarithms in watched.items():
+        spread = max(stdev(logarithms), _LEAST_DEVIATION) * math.sqrt(1 + 1 / len(logarithms))
+        bounds[step] = math.exp(fmean(logarithms) + z * spread)
+    return bounds
+
+
+def calibrated_bounds(
+    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories
+) -> list[float | None]:
+    """The bound of each full step as a manifest has it; None where the step decides nothing."""
+    bounds = bounds_of(meter_errors(pipe, workload, schedule, rule, validation), schedule)
+    return [bounds.get(step) for step in schedule.full_steps]
