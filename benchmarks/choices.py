@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.changes import Changes, changed
+from benchmarks.learned_boundaries import learned_boundaries
+from benchmarks.lesa_schedules import lesa_schedules
 from lesa.atomic import write_bytes, write_json
 from lesa.bootstrap import paired_interval
 from lesa.closed_loop import train_budget
@@ -40,7 +43,6 @@ from lesa.schedules import with_schedules
 from lesa.training import assemble, ground_truth_jobs, new_expert, train_expert
 from lesa.trajectories import Trajectories
 
-Changes = Mapping[str, Mapping[str, Any]]
 RESULTS = Path("benchmarks/results")
 SEED_OFFSET = 80_000  # noise of the validation prompts here: nothing else uses it
 FIRST = "LESA form"
@@ -64,6 +66,10 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 UNIFORM = "uniform schedule"
 NO_LOOP = "ground-truth step alone"
+LEARNED = "boundaries learned from the trajectories"
+PAPER = "as the paper"
+DEFAULT = "weights of each step, schedule searched for them (default)"
+FASTER = "the default, step weights learn twice as fast"
 SETTINGS: dict[str, Changes] = {
     FIRST: {},
     UNIFORM: {},
@@ -76,6 +82,7 @@ SETTINGS: dict[str, Changes] = {
     "one stage": {"predictor": {"boundaries": (), "history_sizes": (2,)}},
     "two stages": {"predictor": {"boundaries": (0.6,), "history_sizes": (2, 2)}},
     "five stages": {"predictor": {"boundaries": (0.88, 0.72, 0.52, 0.27), "history_sizes": (2,) * 5}},
+    LEARNED: {},
     "K = 2, 3, 3": {"predictor": {"history_sizes": (2, 3, 3)}},
     "projection: dense": DENSE,
     "projection: per channel": PER_CHANNEL,
@@ -87,13 +94,21 @@ SETTINGS: dict[str, Changes] = {
         **PER_CHANNEL,
         "predictor": {"kind": "per_step", "projection": "per_channel"},
     },
-    "as the paper: steps, random, L1, drifted states, dense, uniform": {
-        "predictor": {"history": "steps", "start": "random", "projection": "dense"},
+    DEFAULT: {"predictor": {"kind": "per_step"}},
+    FASTER: {"predictor": {"kind": "per_step"}, "closed_loop": {"step_learning_rate": 0.06}},
+    PAPER: {
+        "predictor": {
+            "history": "steps",
+            "history_sizes": (4, 8, 8),
+            "start": "random",
+            "projection": "dense",
+        },
         "ground_truth": {"loss": "feature", "learning_rate": 1e-3},
         "closed_loop": {"gradient": "drifted_states", "learning_rate": 1e-4},
     },
 }
-ON_UNIFORM = (UNIFORM, "as the paper: steps, random, L1, drifted states, dense, uniform")
+ON_UNIFORM = (UNIFORM, PAPER)
+ON_OWN = (DEFAULT, FASTER)  # on the schedule that the search stage found for the workload's kind
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = kept / f"{budget}-{list(SETTINGS).index(name)}-{seed}.json"
             if place.exists():
                 continue
-            setting = row_settings(workload, budget, name, seed)
+            setting = row_settings(workload, budget, name, seed, train)
             started = time.perf_counter()
             predictor = trained(setting, budget, pipe, train, validation, closed_loop=name != NO_LOOP)
             seconds = time.perf_counter() - started
@@ -139,7 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {
         "workload": workload.name,
         "budget": budget,
-        "schedule": workload.budgets()[budget].to_dict(),
+        "schedule": row_schedule(workload, budget, FIRST).to_dict(),
+        "schedule_of_the_default": workload.budgets()[budget].to_dict(),
+        "boundaries": list(workload.predictor.boundaries),
+        "learned_boundaries": list(row_settings(workload, budget, LEARNED, 0, train).predictor.boundaries),
         "samples": len(prompts),
         "split": "validation",
         "training_seeds": options.seeds,
@@ -154,17 +172,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def row_settings(workload: Workload, budget: str, name: str, seed: int) -> Workload:
+def row_settings(workload: Workload, budget: str, name: str, seed: int, train: Trajectories) -> Workload:
     """The workload of one row: the LESA form, the row's changes, its schedule and its training seed."""
-    steps = workload.call.num_inference_steps
-    schedule = workload.budgets()[budget]
-    if name in ON_UNIFORM:
-        rules = (Schedule.uniform(steps, interval) for interval in range(1, steps))
-        schedule = next(rule for rule in rules if rule.num_full == schedule.num_full)
-    fixed = BudgetParams(full_steps=schedule.full_steps)
-    changes: Changes = {"schedule": {"budgets": {budget: fixed}, "default_budget": budget}}
+    schedule = row_schedule(workload, budget, name)
+    changes: dict[str, Mapping[str, Any]] = {
+        "schedule": {"budgets": {budget: BudgetParams(full_steps=schedule.full_steps)}, "default_budget": budget}
+    }
+    if name == LEARNED:
+        stages = len(LESA["predictor"]["history_sizes"])
+        changes["predictor"] = {"boundaries": learned_boundaries(train, schedule, stages)}
     setting = changed(changed(changed(workload, LESA), SETTINGS[name]), changes)
     return dataclasses.replace(setting, seed=seed)
+
+
+def row_schedule(workload: Workload, budget: str, name: str) -> Schedule:
+    """The row's full steps, as many for all: searched for the LESA form where the row's name says nothing else."""
+    own, steps = workload.budgets()[budget], workload.call.num_inference_steps
+    if name in ON_OWN:
+        return own
+    if name in ON_UNIFORM:
+        rules = (Schedule.uniform(steps, interval) for interval in range(1, steps))
+        return next(rule for rule in rules if rule.num_full == own.num_full)
+    return lesa_schedules(workload, [own.num_full])[own.num_full]
 
 
 def gathered(
@@ -193,12 +222,6 @@ def gathered(
             "seconds": round(float(np.mean([record["seconds"] for record in found[name]])), 1),
         }
     return rows
-
-
-def changed(workload: Workload, changes: Changes) -> Workload:
-    """The workload with some settings of some sections replaced."""
-    sections = {name: dataclasses.replace(getattr(workload, name), **values) for name, values in changes.items()}
-    return dataclasses.replace(workload, **sections)
 
 
 def trained(

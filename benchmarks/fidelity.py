@@ -24,8 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.cache_dit_peer import masked_methods, reported_missing
-from benchmarks.choices import changed, trained
+from benchmarks.changes import changed
+from benchmarks.choices import trained
 from benchmarks.learned_peers import learned_peers
+from benchmarks.lesa_schedules import lesa_schedules
 from benchmarks.monotone import warned
 from lesa.atomic import write_bytes, write_json
 from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
@@ -40,7 +42,6 @@ from lesa.prompts import prompt_digests, read_splits
 from lesa.results import Results
 from lesa.schedule import Schedule, history_problems
 from lesa.schedules import with_schedules
-from lesa.search_jobs import cheapest_starts, run_search_job
 from lesa.searched import load_searched
 from lesa.stages import stage_of_steps
 
@@ -96,27 +97,6 @@ def schedule_of(workload: Workload, place: str, count: int) -> Schedule:
     raise ValueError(f"no interval gives {count} full steps of {steps}")
 
 
-def lesa_schedules(workload: Workload, counts: Sequence[int], folder: Path) -> dict[int, Schedule]:
-    """Searched schedules that serve the LESA form, whose experts want two full steps first; kept in a file."""
-    path = folder.parent / "lesa_schedules.json"
-    steps = workload.call.num_inference_steps
-    known = json.loads(path.read_text()) if path.exists() else {}
-    missing = [count for count in counts if str(count) not in known]
-    if missing:
-        budgets = {str(count): BudgetParams(num_full=count) for count in missing}
-        setting = dataclasses.replace(
-            changed(workload, {"predictor": {"kind": "lesa", "history_sizes": (2, 2, 2)}}),
-            schedule=dataclasses.replace(workload.schedule, budgets=budgets, default_budget=str(missing[0])),
-        )
-        for job in cheapest_starts(setting, None, lambda *_: None):
-            schedule, figures = run_search_job(setting, job, lambda *_: None)
-            known[job.budget] = list(schedule.full_steps)
-            print(f"LESA form, {job.budget}: {known[job.budget]} {figures}", file=sys.stderr, flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
-    return {count: Schedule.explicit(steps, known[str(count)]) for count in counts}
-
-
 def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torch.Tensor, seed: int) -> Workload:
     """The workload with the form's one budget, and as much history as its schedule allows, 3 at most."""
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
@@ -148,7 +128,7 @@ def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -
     """Train what is not there yet."""
     train_set, validation = recorded_splits(workload)
     pipe = load_pipeline(workload)
-    by_count = lesa_schedules(workload, sorted({f.count for f in chosen if f.kind == "lesa"}), folder)
+    by_count = lesa_schedules(workload, sorted({f.count for f in chosen if f.kind == "lesa"}))
     for form in chosen:
         place = folder / f"{form.name}-{form.count}"
         own = form.kind == "lesa" and form.place == "searched"

@@ -8,6 +8,7 @@ import torch
 
 from lesa.bundle import Bundle
 from lesa.fallback import Fallback
+from lesa.manifest import Manifest
 from lesa.moving_rule import MovingRule
 from lesa.schedule import Schedule
 
@@ -22,15 +23,12 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
     if chosen not in manifest.budgets:
         raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
     budget = manifest.budgets[chosen]
-    slower = [name for name, b in manifest.budgets.items() if b.schedule.num_full > budget.schedule.num_full]
-    if not slower:
-        raise ValueError(f"adaptive: {chosen} is the slowest budget of this bundle, with none to change over to")
+    name = slower_budget(manifest, chosen)
     if not any(budget.error_bounds):
         raise ValueError(
             f"adaptive: budget {chosen!r} of this bundle has no error bounds; publish the bundle again, with at least "
             "two validation trajectories"
         )
-    name = min(slower, key=lambda other: manifest.budgets[other].schedule.num_full)
     schedule = manifest.budgets[name].schedule
     return Fallback(
         budget.schedule,
@@ -39,6 +37,17 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
         MovingRule(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
         name,
     )
+
+
+def slower_budget(manifest: Manifest, name: str) -> str:
+    """The next slower budget; `ValueError` for the slowest one and for none."""
+    if name not in manifest.budgets:
+        raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
+    full = {other: budget.schedule.num_full for other, budget in manifest.budgets.items()}
+    slower = [other for other, count in full.items() if count > full[name]]
+    if not slower:
+        raise ValueError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
+    return min(slower, key=full.__getitem__)
 
 
 def adaptive_problems(scheduler: Any, schedule: Schedule) -> list[str]:

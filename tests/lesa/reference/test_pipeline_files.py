@@ -8,7 +8,8 @@ import yaml
 
 ROOT = Path(__file__).parents[3]
 TEACHERS = {"schnell-digits": "flux-digits", "lightning-digits": "qwen-digits"}
-WORKLOADS = ("flux-photos", "qwen-digits", "hunyuan-moving-digits", *TEACHERS)
+PAPER = "flux-digits-paper"  # other settings on the model of flux-digits
+WORKLOADS = ("flux-photos", "qwen-digits", "hunyuan-moving-digits", *TEACHERS, PAPER)
 
 
 def written(name: str) -> dict[str, Any]:
@@ -22,7 +23,12 @@ def test_it_has_the_default_workloads_stages(name: str) -> None:
     if teacher := TEACHERS.get(name):  # prompts and scorer are the teacher's
         for kind in ("prompts", "scorers"):
             text = text.replace(f"data/{kind}/{name}", f"data/{kind}/{teacher}")
+    if name == PAPER:
+        for kind in ("base", "prompts", "scorers"):
+            text = text.replace(f"data/{kind}/{name}", f"data/{kind}/flux-digits")
     expected = yaml.safe_load(text)
+    if name == PAPER:
+        del expected["stages"]["base"]
     for stage in expected["stages"].values():
         stage["wdir"] = "../../.."  # the repository's root
     if teacher:
