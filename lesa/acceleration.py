@@ -137,6 +137,7 @@ def enable(
             late_start=type(pipe).__name__ not in family.pipeline_classes,
             measure=measure,
             notes=notes,
+            bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
         ),
     )
     _ENABLED[transformer] = _Enabled(loaded, schedule)

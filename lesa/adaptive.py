@@ -24,7 +24,7 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
         raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
     budget = manifest.budgets[chosen]
     name = slower_budget(manifest, chosen)
-    if not any(budget.error_bounds):
+    if not budget.bounds:
         raise ValueError(
             f"adaptive: budget {chosen!r} of this bundle has no error bounds; publish the bundle again, with at least "
             "two validation trajectories"
@@ -32,7 +32,7 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
     schedule = manifest.budgets[name].schedule
     return Fallback(
         budget.schedule,
-        {s: b for s, b in zip(budget.schedule.full_steps, budget.error_bounds, strict=True) if b is not None},
+        budget.bounds,
         schedule,
         MovingRule(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
         name,

@@ -61,6 +61,7 @@ class LesaCacheConfig:
     fallback: Fallback | None = None  # what a run with too large errors changes over to; for runs on `schedule` alone
     guard: bool = True  # run in full where the prediction is not finite or jumps in size
     notes: Mapping[str, str] = field(default_factory=dict)  # facts for the summary
+    bounds: Mapping[int, float] = field(default_factory=dict)  # errors at full steps of `schedule`, for the summary
 
     def __post_init__(self) -> None:
         problems = []
@@ -143,7 +144,10 @@ class LesaRootHook(ModelHook):
         """Take up what the run that begins does; no branch of another run is left then."""
         self._keep_to(schedule, rule)
         self.state_manager._init_args = (max(rule.history_size, 1),)
-        self.statistics = RunStatistics(rule=rule.name, schedule=schedule, notes=dict(self.config.notes))
+        bounds = self.config.bounds if schedule is self.config.schedule else {}
+        self.statistics = RunStatistics(
+            rule=rule.name, schedule=schedule, notes=dict(self.config.notes), bounds=bounds
+        )
 
     def _keep_to(self, schedule: Schedule, rule: Rule) -> None:
         self.schedule, self.rule = schedule, rule

@@ -75,7 +75,13 @@ class Budget:
     schedule: Schedule
     interval: int | None  # None for an explicit list of full steps
     quality: Mapping[str, Any]  # psnr_mean, psnr_p5, ... in dB
-    error_bounds: tuple[float | None, ...] = ()  # relative L1, of each full step; None where none was calibrated
+    error_bounds: tuple[float | None, ...]  # relative L1, of each full step; None where none was calibrated
+
+    @property
+    def bounds(self) -> dict[int, float]:
+        """Full step -> its error bound."""
+        pairs = zip(self.schedule.full_steps, self.error_bounds, strict=True)
+        return {step: bound for step, bound in pairs if bound is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

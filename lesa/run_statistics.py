@@ -62,6 +62,7 @@ class RunStatistics:
     finished: bool = False
     change: int | None = None  # step from which on a slower schedule held, where errors were beyond their bounds
     notes: Mapping[str, str] = field(default_factory=dict)  # facts shown above the table
+    bounds: Mapping[int, float] = field(default_factory=dict)  # largest error a full step's worst sample should have
 
     def record(self, step: int, planned: str, kind: str, stage: int | None) -> StepRecord:
         """The record of `step`; a full call in any branch makes the step full."""
@@ -70,6 +71,13 @@ class RunStatistics:
         elif kind == "full":
             self.steps[-1].kind = "full"
         return self.steps[-1]
+
+    def is_beyond(self, record: StepRecord) -> bool:
+        """Whether the error of a step's worst sample is beyond its bound, before any change of schedule."""
+        bound, errors = self.bounds.get(record.step), record.sample_errors
+        if bound is None or errors is None or (self.change is not None and record.step >= self.change):
+            return False
+        return not float(errors.max()) <= bound  # NaN is beyond everything
 
     @property
     def num_full(self) -> int:
@@ -100,6 +108,7 @@ class RunStatistics:
                     "planned": record.planned,
                     "stage": record.stage,
                     "error": record.error,
+                    "beyond_bound": self.is_beyond(record),
                     "seconds": record.device_seconds,
                 }
                 for record in self.steps
@@ -120,10 +129,16 @@ class RunStatistics:
         for record in self.steps:
             stage = "-" if record.stage is None else str(record.stage)
             error = "-" if record.error is None else f"{record.error:.4f}"
+            error += "!" if self.is_beyond(record) else ""
             kind = record.kind + ("*" if record.kind != record.planned else "")
             lines.append(f"{record.step:>4}  {kind:<9}  {stage:>5}  {error:<8}  {record.device_seconds:.4f}")
         if self.num_fallbacks:
             lines.append("* planned as predicted; run in full because the prediction was unusable")
+        if any(map(self.is_beyond, self.steps)):
+            lines.append(
+                "! beyond its bound: the run is not like those the predictor was measured with; consider a slower "
+                "budget, adaptive=True, or training on such runs"
+            )
         lines.append(
             f"{self.num_full} full of {len(self.steps)}: {self.ratio:.2f}x, "
             f"{self.peak_bytes / 1e6:.2f} MB kept, {self.seconds:.2f} s"

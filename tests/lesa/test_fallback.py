@@ -183,6 +183,23 @@ def test_a_run_beyond_a_bound_goes_on_with_the_next_slower_budget(pipe, bounded)
     assert "changed over: to 1.43x at step 5" in str(statistics)
 
 
+def test_the_summary_says_which_errors_are_beyond_their_bounds(pipe, bounded) -> None:
+    lesa.enable(pipe, bounded([None, None, None, 9.0, 1e-9, None]))
+    picture(pipe)
+    statistics = lesa.summary(pipe)
+    assert [r.step for r in statistics.steps if statistics.is_beyond(r)] == [6] and statistics.change is None
+    assert [s["step"] for s in statistics.to_dict()["steps"] if s["beyond_bound"]] == [6]
+    assert "! beyond its bound: the run is not like those" in str(statistics)
+    lesa.disable(pipe)
+    lesa.enable(pipe, bounded([None, None, None, 9.0, 9.0, None]))
+    picture(pipe)
+    assert "!" not in str(lesa.summary(pipe))
+    lesa.disable(pipe)
+    lesa.enable(pipe, bounded([None, None, None, 9.0, 1e-9, None]), interval=5)  # no budget: nothing is known of it
+    picture(pipe)
+    assert "!" not in str(lesa.summary(pipe))
+
+
 def test_adaptive_is_refused_where_it_cannot_be(pipe, bounded, folder: Path) -> None:
     bundle = bounded([None, None, None, 9.0, 9.0, None])
     for arguments, words in (
