@@ -78,6 +78,7 @@ def bounds_of(
 def calibrated_bounds(
     pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories
 ) -> list[float | None]:
-    """The bound of each full step as a manifest has it; None where the step decides nothing."""
+    """The bound of each full step as a manifest has it, in three digits; None where the step decides nothing."""
     bounds = bounds_of(meter_errors(pipe, workload, schedule, rule, validation), schedule)
-    return [bounds.get(step) for step in schedule.full_steps]
+    # Rounded, so that the last bits of another machine's arithmetic do not make another bundle of the same predictor.
+    return [float(f"{bounds[step]:.3g}") if step in bounds else None for step in schedule.full_steps]

@@ -216,10 +216,11 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     at_gate = workload.publish.gate_prompts * judged.seeds_per_prompt
     every_method = METHODS * sum(accelerated.values())
     tuning = TUNING * sum(accelerated.values())
+    bounds = record.validation_prompts * record.seeds_per_prompt * sum(accelerated.values())
     return {
         "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
         "search": workload.search.evaluations * workload.search.samples * searched,
         "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
         "evaluate": samples * (run + every_method) + converged + tuning,
-        "publish": at_gate * (run + every_method) + tuning,
+        "publish": at_gate * (run + every_method) + tuning + bounds,
     }
