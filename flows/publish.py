@@ -67,6 +67,7 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         evaluation=evaluation_facts(workload),
         created_from=revisions(root, workload.name),
         others=recorded_elsewhere(workload),
+        say=log.info,
     )
     del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
     log.info("registry: %s", redact(tracking_uri(root)))

@@ -59,11 +59,14 @@ def meter_errors(
 def bounds_of(
     errors: Mapping[int, Sequence[float]], schedule: Schedule, alarms: float = ALARMS
 ) -> dict[int, float]:
-    """The bound of each full step that predicted steps follow; empty where fewer than two samples were measured."""
+    """The bound of each full step that predicted steps follow.
+
+    A step with fewer than two samples, or with an error that is no number, has none.
+    """
     watched = {
         step: [math.log(max(error, 1e-12)) for error in errors[step]]
         for step, end in zip(schedule.full_steps, (*schedule.full_steps[1:], schedule.num_steps), strict=True)
-        if end - step > 1 and len(errors.get(step, ())) > 1
+        if end - step > 1 and len(errors.get(step, ())) > 1 and all(map(math.isfinite, errors[step]))
     }
     if not watched:
         return {}

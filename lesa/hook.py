@@ -363,7 +363,6 @@ class LesaRootHook(ModelHook):
         record.seconds += now - entered
         self.statistics.seconds = now - self._started
 
-
     def _keep_for_fallback(self, step: int, state: LesaBranchState, feature: torch.Tensor) -> None:
         """Keep the feature of a full step of the slower schedule, predicted where it was not computed."""
         fallback = self.config.fallback
@@ -371,7 +370,7 @@ class LesaRootHook(ModelHook):
             return
         if state.other is None:
             state.other = History(max(fallback.rule.history_size, 1))
-        state.other.push(step, feature)
+        state.other.push(step, _alone(feature))
 
 
 class LesaBlockHook(ModelHook):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.predictor import Predictor
 from lesa.prompts import prompt_digests, prompts_digest
+from lesa.schedule import Schedule
 from lesa.step_counts import Splits
 from lesa.trajectories import Trajectories, trajectories_digest
 
@@ -31,6 +32,7 @@ def make_bundle(
     evaluation: Mapping[str, Any],
     created_from: Mapping[str, Any],
     others: Mapping[int, Splits] | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Bundle:
     """Write the bundle of a workload.
 
@@ -41,8 +43,15 @@ def make_bundle(
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
         others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.
+        say: told of each budget before its error bounds are measured, in as many accelerated runs as `validation` has.
     """
     further = [data for count in sorted(others or {}) for data in (others or {})[count]]
+
+    def bounds(name: str, schedule: Schedule) -> list[float | None]:
+        say(f"error bounds of budget {name}: accelerated runs of the validation prompts")
+        rule = MovingRule(predictor, schedule, validation.sigmas)
+        return calibrated_bounds(pipe, workload, schedule, rule, validation)
+
     manifest = {
         "workload": workload.name,
         "created_from": dict(created_from),
@@ -71,9 +80,7 @@ def make_bundle(
                 "full_steps": list(schedule.full_steps),
                 "interval": workload.schedule.budgets[name].interval,
                 "quality": dict(quality.get(name, {})),
-                "error_bounds": calibrated_bounds(
-                    pipe, workload, schedule, MovingRule(predictor, schedule, validation.sigmas), validation
-                ),
+                "error_bounds": bounds(name, schedule),
             }
             for name, schedule in workload.budgets().items()
         },

@@ -121,6 +121,7 @@ def test_bounds_are_a_log_normal_s() -> None:
     z = float(normal.icdf(torch.tensor(1 - ALARMS)))
     expected = math.exp(-2 + z * float(logarithms.std()) * math.sqrt(1 + 1 / 32))
     assert bounds[3] == pytest.approx(expected, rel=1e-4)
+    assert bounds_of({3: [0.1, 0.1, float("nan")]}, schedule) == {}
     assert bounds_of({3: [0.1]}, schedule) == {}  # one sample tells nothing of the spread
     assert bounds_of({3: [0.1, 0.1]}, schedule)[3] > 0.1  # two that agree do not make it nothing
     wide = bounds_of({3: errors[3], 8: errors[8]}, Schedule.explicit(11, (0, 3, 8)))
