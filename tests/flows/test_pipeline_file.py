@@ -38,19 +38,23 @@ PLUMBING = {
 
 # Sources that a stage imports but that have no part in its result.
 READING = {"store", "store_format"}  # what is read is held to its digest
+ADAPTIVE = {"fallback"}  # of `lesa.enable(adaptive=True)` alone; the hook imports it
 NOT_RUN = {
     "base": set(),
     "record": set(),
     # Training, whose loop it runs in without training.
     "search": READING
+    | ADAPTIVE
     | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
     | {"projection", "step_counts", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
+    | ADAPTIVE
     | {"closed_loop", "clock", "dmd", "families", "forecast", "history", "hook", "hook_registry", "pipelines"}
     | {"tokens"},
-    "train_stage2": READING | {"dmd", "forecast"},  # training-free rules
+    "train_stage2": READING | ADAPTIVE | {"dmd", "forecast"},  # training-free rules
     "evaluate": READING  # training, and the bundles that `lesa compare` reads
+    | ADAPTIVE
     | {
         "bundle",
         "checkpoint",
@@ -65,7 +69,7 @@ NOT_RUN = {
         "training",
         "trajectories",
     },
-    "publish": READING,
+    "publish": READING | ADAPTIVE,
 }
 
 
