@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 import lesa
+from benchmarks.keep import keep
 from lesa.adaptive import slower_budget
-from lesa.atomic import write_bytes, write_json
 from lesa.bootstrap import paired_interval
 from lesa.bundle import Bundle, load_bundle
+from lesa.evaluate import refuse_trained
 from lesa.metrics import psnr
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline, sample
@@ -249,16 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = load_bundle(options.bundle)
         workload = load_params(workload=bundle.manifest.workload)
         prompts = read_splits(workload.paths.prompts)["test"][: options.prompts]
+        refuse_trained(prompts, bundle.manifest.data["training"])
         budget = options.budget or bundle.manifest.default_budget
         document = study(workload, bundle, budget, prompts, options.seeds, options.strengths)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     out = options.out or RESULTS / f"adaptive-{document['workload']}-{budget}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, document, sort_keys=False)
     text = table(document)
-    write_bytes(out.with_suffix(".md"), text.encode())
+    keep(out, document, text)
     print(text)
     return 0
 

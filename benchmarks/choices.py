@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks.changes import Changes, changed
+from benchmarks.keep import keep
 from benchmarks.learned_boundaries import learned_boundaries
 from benchmarks.lesa_schedules import lesa_schedules
-from lesa.atomic import write_bytes, write_json
+from lesa.atomic import write_json
 from lesa.bootstrap import paired_interval
 from lesa.closed_loop import train_budget
 from lesa.ends import ends_of
@@ -164,10 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "training_trajectories": len(train),
         "torch_threads": torch.get_num_threads(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"about": about, "rows": rows}, sort_keys=False)
     text = table(about, rows)
-    write_bytes(out.with_suffix(".md"), text.encode())
+    keep(out, {"about": about, "rows": rows}, text)
     print(text)
     return 0
 

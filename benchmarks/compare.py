@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.cache_dit_peer import masked_methods, reported_missing
 from benchmarks.cache_dit_search import tuned_cache_dit
+from benchmarks.keep import keep
 from benchmarks.learned_peers import learned_peers
 from benchmarks.monotone import warned
 from benchmarks.peers import external_peers
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-linca", action="store_true", help="leave LinCa out, which takes longest to train")
     parser.add_argument("--no-external", action="store_true", help="leave diffusers' own TaylorSeer and cache-dit out")
     parser.add_argument("--json", action="store_true", help="print every number as JSON")
+    parser.add_argument("--out", type=Path, help="also keep them: this .json file, and a .md table beside it")
     options = parser.parse_args(arguments)
     try:
         bundle = load_bundle(options.bundle)
@@ -77,8 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     document = results.to_json() | {"warnings": warned(results)}
+    if options.out is not None:
+        keep(options.out, document, markdown(document))
     print(json.dumps(document, indent=2) if options.json else format_table(results))
     return 0
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The document as it is kept beside its JSON: one table a budget, best first."""
+    counts = document["counts"]
+    lines = [
+        f"{counts['samples']} samples of {counts['prompts']} held-out prompts; PSNR in dB to the plain run, 95% "
+        f"intervals over prompts; wall clock against plain calls of {counts['batch_size']} samples."
+    ]
+    for budget in dict.fromkeys(row["budget"] for row in document["rows"]):
+        own = (budget, "lesa", "psnr")
+        gains = {d["against"]: d for d in document["differences"] if (d["budget"], d["method"], d["metric"]) == own}
+        lines += [
+            "",
+            f"| {budget} | computed steps | PSNR | 5th percentile | LESA minus this | wall clock |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        rows = [row for row in document["rows"] if row["budget"] == budget]
+        for row in sorted(rows, key=lambda row: -row["psnr"]["mean"]):
+            psnr, gain, clock = row["psnr"], gains.get(row["method"]), row["wall_clock_ratio"]
+            lines.append(
+                f"| {row['label']} | {row['computed_steps']:g} | {psnr['mean']:.2f} [{psnr['low']:.2f}, "
+                f"{psnr['high']:.2f}] | {psnr['p5']:.2f} | "
+                + ("" if gain is None else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]")
+                + f" | {'-' if clock is None else format(clock, '.2f') + 'x'} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def _further(

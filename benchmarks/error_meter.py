@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lesa
-from lesa.atomic import write_bytes, write_json
+from benchmarks.keep import keep
 from lesa.bundle import Bundle, load_bundle
 from lesa.metrics import psnr
 from lesa.params import load_params
@@ -200,10 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **analyse(found, full, manifest.default_budget),
     }
     out = options.out or RESULTS / f"error_meter-{manifest.workload}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, document, sort_keys=False)
     text = table(document)
-    write_bytes(out.with_suffix(".md"), text.encode())
+    keep(out, document, text)
     print(text)
     return 0
 

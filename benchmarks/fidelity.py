@@ -26,10 +26,10 @@ import torch
 from benchmarks.cache_dit_peer import masked_methods, reported_missing
 from benchmarks.changes import changed
 from benchmarks.choices import trained
+from benchmarks.keep import keep
 from benchmarks.learned_peers import learned_peers
 from benchmarks.lesa_schedules import lesa_schedules
 from benchmarks.monotone import warned
-from lesa.atomic import write_bytes, write_json
 from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
 from lesa.fingerprint import fingerprint
 from lesa.fixed_peers import fixed_peers
@@ -357,10 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{form.name}-{form.count}": load_figures(folder / f"{form.name}-{form.count}") for form in chosen
         }
         text = table(results, better_taylor(results), by_heart, same_prompts)
-        RESULTS.mkdir(parents=True, exist_ok=True)
         out = RESULTS / f"fidelity-{workload.name}-{'-'.join(map(str, options.counts))}.json"
-        write_json(out, document, sort_keys=False)
-        write_bytes(out.with_suffix(".md"), text.encode())
+        keep(out, document, text)
         values = {f"{b}/{m}": v["psnr"].tolist() for (b, m), v in results.samples.items() if "psnr" in v}
         np.savez_compressed(folder / f"{out.stem}.npz", **{key: np.asarray(value) for key, value in values.items()})
         print(text)

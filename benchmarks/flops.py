@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from lesa.atomic import write_bytes, write_json
+from benchmarks.keep import keep
 from lesa.presets import PRESETS
 from lesa.schedule import Schedule
 from lesa.true_size import FamilyFlops, family_flops
@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "part of what an accelerated run costs. Kept: features, what is derived from them, one budget's weights.\n\n"
         f"{table(rows)}\n"
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.out.with_suffix(".json"), record, sort_keys=False)
-    write_bytes(options.out.with_suffix(".md"), text.encode())
+    keep(options.out.with_suffix(".json"), record, text)
     print(table(rows))
     return 0
 

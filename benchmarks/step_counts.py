@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 import lesa
+from benchmarks.keep import keep
 from lesa.acceleration import choose_schedule
-from lesa.atomic import write_bytes, write_json
 from lesa.bootstrap import interval, paired_interval
 from lesa.bundle import Bundle, load_bundle
 from lesa.evaluate import refuse_trained
@@ -77,10 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch_threads": torch.get_num_threads(),
     }
     out = options.out or RESULTS / f"step-counts-{manifest.workload}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"about": about, "rows": rows}, sort_keys=False)
     head = f"{manifest.workload}: {len(texts)} samples of {len(prompts)} held-out prompts, PSNR in dB to the plain run"
-    write_bytes(out.with_suffix(".md"), f"{head}\n\n{table(rows)}\n".encode())
+    keep(out, {"about": about, "rows": rows}, f"{head}\n\n{table(rows)}\n")
     return 0
 
 

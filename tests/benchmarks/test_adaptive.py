@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from lesa.jobs import recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import load_params
 from lesa.pipelines import load_pipeline
+from lesa.prompts import prompt_digests
 from lesa.record import record_all
 from lesa.store import TrajectoryStore
 from lesa.training import untrained_predictor
+from tests.attacks.hostile import edit
 from tests.tiny import SPLITS, tiny_repository
 
 BUNDLE = "data/bundles/tiny"
@@ -71,11 +74,15 @@ def test_adapters_raise_the_alarm_and_the_model_as_it_is_does_not(place: Path) -
 
 
 def test_what_cannot_be_measured_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(BUNDLE, "data/bundles/seen")
+    seen = prompt_digests(["a dog"])
+    edit(Path("data/bundles/seen"), lambda document: document["training"].update(prompt_digests=seen))
     for arguments, words in (
         ([BUNDLE, "--budget", "1.3x"], "slowest budget"),
         ([BUNDLE, "--budget", "9x"], "budget: '9x' is not one of"),
         ([BUNDLE, "--seeds", "0"], "--prompts and --seeds must be at least 1"),
         (["data/bundles/none"], "data/bundles/none"),
+        (["data/bundles/seen"], "1 of 4 prompts were trained on"),
     ):
         assert adaptive.main([*arguments, "--out", "a/c.json"]) == 2
         assert words in capsys.readouterr().err

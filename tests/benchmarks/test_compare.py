@@ -112,10 +112,14 @@ def test_the_comparison_has_every_peer_and_their_steps(
     found = load_searched(PEERS)
     capsys.readouterr()
     arguments = [str(place.bundle), "--prompts", "2", "--seeds", "1", "--peers", str(PEERS), "--no-linca", "--json"]
-    assert compare.main(arguments) == 0
+    assert compare.main([*arguments, "--out", "kept/found.json"]) == 0
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     rows = {row["method"]: row for row in document["rows"]}
+    assert json.loads(Path("kept/found.json").read_text()) == document
+    lines = Path("kept/found.md").read_text().splitlines()
+    assert lines[0].startswith("2 samples of 2 held-out prompts") and len(lines) == 4 + len(rows)
+    assert all(any(line.startswith(f"| {row['label']} |") for line in lines) for row in rows.values())
     assert document["warnings"] == []  # one budget: nothing to do worse with
     expected = {"lesa", "taylor1", "unipc2", "spectrum_blend", "hicache_tuned", "spectrum_tuned", "l2p"}
     expected |= {"l2p_full_steps", "teacache", "first_block_cache", "mag_cache", "taylor1_searched", "heun_searched"}
