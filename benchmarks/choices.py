@@ -34,6 +34,7 @@ from lesa.closed_loop import train_budget
 from lesa.ends import ends_of
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
 from lesa.jobs import recorded_splits
+from lesa.measuring import samples
 from lesa.metrics import psnr
 from lesa.params import BudgetParams, Workload, load_params
 from lesa.pipelines import load_pipeline, sample
@@ -120,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", help="default: the workload's default budget")
     parser.add_argument("--only", action="append", choices=list(SETTINGS), help="rows beside the first")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training")
-    parser.add_argument("--prompts", type=int, default=64, help="validation prompts, from the first")
+    parser.add_argument("--prompts", type=int, default=32, help="validation prompts, from the first")
+    parser.add_argument("--samples", type=int, default=2, help="of each prompt, with fresh noise")
     parser.add_argument("--part", default="0/1", help="train only every n-th row: part/n; the last to end writes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
@@ -131,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept.mkdir(parents=True, exist_ok=True)
     names = [FIRST, *(options.only or [n for n in SETTINGS if n != FIRST])]
     train, validation = recorded_splits(workload)
-    prompts = read_splits(workload.paths.prompts)["validation"][: options.prompts]
-    seeds = [SEED_OFFSET + i for i in range(len(prompts))]
+    chosen = read_splits(workload.paths.prompts)["validation"][: options.prompts]
+    prompts, seeds = samples(chosen, options.samples, SEED_OFFSET)
     pipe = load_pipeline(workload)
     reference = sample(pipe, prompts, seeds, workload.call)
     part, parts = map(int, options.part.split("/"))
@@ -160,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "boundaries": list(workload.predictor.boundaries),
         "learned_boundaries": list(row_settings(workload, budget, LEARNED, 0, train).predictor.boundaries),
         "samples": len(prompts),
+        "prompts": len(chosen),
         "split": "validation",
         "training_seeds": options.seeds,
         "training_trajectories": len(train),
@@ -272,8 +275,8 @@ def table(about: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> st
     """The rows as Markdown."""
     count = len(about["schedule"]["full_steps"])
     lines = [
-        f"{about['workload']}, {count} full steps, {about['samples']} validation prompts, mean over "
-        f"{len(about['training_seeds'])} training seeds.",
+        f"{about['workload']}, {count} full steps, {about['samples']} samples of {about['prompts']} validation "
+        f"prompts, mean over {len(about['training_seeds'])} training seeds.",
         "",
         f"| row | PSNR, dB | of each seed | 5th percentile | minus {FIRST} [95%] | training, s |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,6 +1,6 @@
 """What the error meter knows of a picture's error, and what full steps given by need could make of it.
 
-python -m benchmarks.error_meter data/bundles/flux-digits --prompts 160 --seeds 2
+python -m benchmarks.error_meter data/bundles/flux-digits --prompts 32 --seeds 10
 
 At each full step the meter compares the feature with what the predictor would have said. This asks two things of it on
 validation prompts with fresh noise, one sample a run:
@@ -174,8 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.error_meter", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=int, default=160, help="validation prompts, from the first")
-    parser.add_argument("--seeds", type=int, default=2, help="of each prompt")
+    parser.add_argument("--prompts", type=int, default=32, help="validation prompts, from the first")
+    parser.add_argument("--seeds", type=int, default=10, help="of each prompt")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     try:

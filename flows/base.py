@@ -14,7 +14,7 @@ from flows.runtime import stage_main
 from flows.stage import final_values, metrics_folder, read_workload, stage_run
 from lesa.atomic import write_json
 from lesa.pipelines import pick_device
-from lesa.prompts import read_splits
+from lesa.prompts import BASE_SPLIT, PromptError, read_splits
 
 
 @flow(name="base")
@@ -27,14 +27,20 @@ def base(workload: str | None = None) -> dict[str, Any]:
         raise ValueError(
             f"workloads.{settings.name}.scorer: absent; a model that learns from another is judged by that one's scorer"
         )
-    prompts = read_splits(settings.paths.prompts)["train"]
+    splits = read_splits(settings.paths.prompts)
+    if BASE_SPLIT not in splits:
+        path = settings.paths.prompts / f"{BASE_SPLIT}.txt"
+        raise PromptError(
+            f"prompts: {path} does not exist; a model that is trained here needs prompts of its own, "
+            "which no predictor is trained on"
+        )
     from lesa.reference import DATA_SETS, STUDENTS, distil, train_base
 
     given = settings.base
     with stage_run("base", settings, ("base", "seed", "device")) as run:
         training: dict[str, Any] = {
             "base_dir": settings.paths.base,
-            "prompts": prompts,
+            "prompts": splits[BASE_SPLIT],
             "steps": given.steps,
             "batch_size": given.batch_size,
             "learning_rate": given.learning_rate,

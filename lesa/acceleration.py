@@ -25,7 +25,7 @@ from lesa.moving_rule import MovingRule
 from lesa.other_steps import OtherSteps
 from lesa.run_check import FirstCall, MismatchError
 from lesa.run_statistics import RunStatistics
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, least_full
 
 ALLOWANCES = ("lora", "quantized", "pipeline")
 REGISTRY_PREFIX = "models:/"
@@ -219,8 +219,7 @@ def choose_schedule(
     if name not in manifest.budgets:
         raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
     schedule = manifest.budgets[name].schedule
-    # Never fewer full steps than some budget was measured with: below that a shorter plain run is better.
-    least = min(known.schedule.num_full for known in manifest.budgets.values())
+    least = least_full(known.schedule for known in manifest.budgets.values())
     return (schedule if steps == own else schedule.carried(steps, least)), name
 
 

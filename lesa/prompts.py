@@ -1,4 +1,8 @@
-"""Prompt sets: a folder with train.txt, validation.txt and test.txt, a prompt a line, disjoint."""
+"""Prompt sets: a folder with train.txt, validation.txt and test.txt, a prompt a line, disjoint.
+
+A set whose model is trained here has base.txt too, that model's own prompts. None of them trains a predictor: what it
+learns from must be as new to the model as what it will serve, or it learns features that are easier than those.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
+BASE_SPLIT = "base"  # only where the model is trained here
 MAX_PROMPT_CHARACTERS = 4000  # far beyond what any text encoder reads
 
 
@@ -51,13 +56,14 @@ def read_prompts(folder: Path, split: str) -> list[str]:
 
 
 def read_splits(folder: Path) -> dict[str, list[str]]:
-    """All three splits, checked to be disjoint.
+    """All three splits, and the model's own prompts where base.txt lies beside them, checked to be disjoint.
 
     Raises:
         PromptError: any problem of a file, or prompts that stand in two splits.
     """
     splits, problems = {}, []
-    for split in SPLITS:
+    has_base = (Path(folder) / f"{BASE_SPLIT}.txt").exists()
+    for split in (*((BASE_SPLIT,) if has_base else ()), *SPLITS):
         try:
             splits[split] = read_prompts(folder, split)
         except PromptError as error:

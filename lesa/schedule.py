@@ -138,6 +138,14 @@ class Schedule:
         return f"{self.num_full} full of {self.num_steps}: {self.ratio:.2f}x"
 
 
+def least_full(budgets: Iterable[Schedule]) -> int:
+    """Full steps that every budget of a bundle keeps at any number of steps: as many as the fastest has at its own.
+
+    With fewer than a budget was measured with, a shorter plain run is better.
+    """
+    return min(schedule.num_full for schedule in budgets)
+
+
 def picture(schedule: Schedule) -> str:
     """One character a step, `#` full and `.` predicted, in groups of ten."""
     marks = "".join("#" if schedule.is_full(step) else "." for step in range(schedule.num_steps))

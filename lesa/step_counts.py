@@ -15,7 +15,7 @@ import torch
 from lesa import gate as gates
 from lesa.params import Workload
 from lesa.predictor import MIXED, MIXED_HISTORY
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, least_full
 from lesa.stages import stage_of_steps
 from lesa.trajectories import Trajectories
 
@@ -62,8 +62,10 @@ def training_cases(
 
 
 def carried_schedules(workload: Workload, num_steps: int) -> list[Schedule]:
-    """Every budget's schedule for runs of `num_steps`: those that predict something, each once."""
-    carried = [schedule.carried(num_steps) for schedule in workload.budgets().values()]
+    """Every budget's schedule for runs of `num_steps` as it is served: those that predict something, each once."""
+    budgets = workload.budgets().values()
+    least = least_full(budgets)
+    carried = [schedule.carried(num_steps, least) for schedule in budgets]
     return [schedule for schedule in dict.fromkeys(carried) if schedule.predicted_steps]
 
 

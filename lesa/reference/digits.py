@@ -36,7 +36,7 @@ LANGUAGE = Language(
         "position": "centre",
         "polarity": "white on black",
     },
-    split_sizes={"train": 540, "validation": 160, "test": 200},
+    split_sizes={"base": 284, "train": 384, "validation": 32, "test": 200},
 )
 
 IMAGE_SIZE = 16  # pixels a side

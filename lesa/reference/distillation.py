@@ -91,7 +91,8 @@ def distil(
             generator=generator,
             report=report,
         )
-    judged = student.data_set.language.split_prompts()["validation"][: min(MAX_JUDGED, steps)]
+    splits = student.data_set.language.split_prompts()
+    judged = [*splits["train"], *splits["validation"]][: min(MAX_JUDGED, steps)]
     ours = sample_pictures(pipeline, judged, _call(student))
     theirs = sample_pictures(teacher, judged, full_call(student.data_set, len(judged)))
     pipeline.to("cpu")

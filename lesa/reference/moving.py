@@ -37,7 +37,7 @@ LANGUAGE = Language(
         "motion": "moving right",
         "polarity": "white on black",
     },
-    split_sizes={"train": 540, "validation": 160, "test": 200},
+    split_sizes={"base": 540, "train": 128, "validation": 32, "test": 200},
 )
 
 NUM_FRAMES = 9

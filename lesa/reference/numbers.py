@@ -26,7 +26,7 @@ LANGUAGE = Language(
         "polarity": digits.POLARITIES,
     },
     defaults={"thickness": "plain", "slant": "upright", "polarity": "white on black"},
-    split_sizes={"train": 800, "validation": 208, "test": 288},
+    split_sizes={"base": 800, "train": 160, "validation": 48, "test": 288},
 )
 
 HEIGHT = 16

@@ -33,7 +33,7 @@ LANGUAGE = Language(
         "tone": TONES,
     },
     defaults={"zoom": "medium", "mirror": "unmirrored", "tone": "natural"},
-    split_sizes={"train": 692, "validation": 172, "test": 288},
+    split_sizes={"base": 692, "train": 140, "validation": 32, "test": 288},
 )
 
 IMAGE_SIZE = 24  # pixels a side

@@ -16,7 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-Split = Literal["train", "validation", "test"]
+# What the model itself is trained on, and then what a predictor is trained, chosen and judged on.
+Split = Literal["base", "train", "validation", "test"]
 Attributes = dict[str, str]  # a value for every attribute of a language
 
 

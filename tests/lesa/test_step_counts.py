@@ -130,9 +130,9 @@ def run(place: Place, num_steps: int, seed: int = 3) -> torch.Tensor:
 
 def test_cases_are_every_schedule_at_every_number_of_steps_once(place: Place) -> None:
     cases = training_cases(place.workload, MIXED, *place.train, place.others)
-    # At six steps both budgets have three full ones, in the same places.
+    # At six steps both budgets have four full ones, as many as the faster one has, in the same places.
     found = [(case.schedule.num_steps, case.schedule.num_full) for case in cases]
-    assert found == [(6, 3), (10, 5), (10, 4), (16, 8), (16, 6)]
+    assert found == [(6, 4), (10, 5), (10, 4), (16, 8), (16, 6)]
     assert len({case.schedule for case in cases}) == len(cases)
     for case in cases:
         assert len(case.train.sigmas) == case.schedule.num_steps + 1 and case.judged == 2
@@ -211,7 +211,7 @@ def test_the_gradient_through_a_run_of_another_length_is_the_slope(place: Place,
         restore(expert, place.first, MIXED_VARIANT, stage)
     rule = ExpertRule(
         experts=experts,
-        schedule=workload.budgets()["2x"].carried(num_steps),
+        schedule=workload.budgets()["2x"].carried(num_steps, 4),
         sigmas=train.sigmas,
         boundaries=workload.predictor.boundaries,
         sizes=(2, 2),
@@ -252,7 +252,7 @@ def test_the_start_is_extrapolation_in_sigma_at_any_number_of_steps(place: Place
     )
     for num_steps in (6, 9, 13, 16):
         sigmas = interpolated(place.others[16][0].sigmas, num_steps)
-        schedule = place.workload.budgets()["2x"].carried(num_steps)
+        schedule = place.workload.budgets()["2x"].carried(num_steps, 4)
         alphas = start.alphas(schedule, sigmas)
         for step in schedule.predicted_steps:
             dt = gates.offsets(sigmas, step, schedule.anchors(step, 2))[None]
@@ -269,7 +269,7 @@ def test_the_start_is_extrapolation_in_sigma_at_any_number_of_steps(place: Place
 
 def test_trained_experts_predict_as_the_bound_rule_does(place: Place) -> None:
     """Training's own batched prediction, and alpha = KAN(dt) dt_0 / (dt_1 - dt_0) from the exported tensors."""
-    splits, schedule = place.others[16], place.workload.budgets()["2.5x"].carried(16)
+    splits, schedule = place.others[16], place.workload.budgets()["2.5x"].carried(16, 4)
     sigmas, channels = splits[0].sigmas, splits[0].channels
     stages = stage_of_steps(sigmas, place.workload.predictor.boundaries)
     rule = place.second.bind(schedule, sigmas)

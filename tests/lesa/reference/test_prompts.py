@@ -100,8 +100,8 @@ def test_every_place_of_the_photographs_is_trained_and_tested() -> None:
         name: {tuple(PHOTOS.indices(prompt, ("photo", "zoom", "row", "column"))) for prompt in prompts}
         for name, prompts in splits.items()
     }
-    assert len(places["train"]) == 2 * 3 * 4 * 6
-    assert places["test"] <= places["train"] and len(splits["test"]) >= 260
+    assert len(places["base"]) == 2 * 3 * 4 * 6
+    assert places["test"] <= places["base"] and len(splits["test"]) >= 260
 
 
 def test_committed_files_are_the_split(data_set: DataSet, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def train(
         data_set,
         base_dir=folder / "base",
         scorer_dir=folder / "scorer",
-        prompts=data_set.language.split_prompts()["train"][:40],
+        prompts=data_set.language.split_prompts()["base"][:40],
         steps=steps,
         batch_size=8,
         learning_rate=1e-3,
