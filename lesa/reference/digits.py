@@ -18,7 +18,7 @@ from lesa.reference.prompts import Language
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 THICKNESSES = ("thin", "plain", "bold")
 SLANTS = ("upright", "slanted", "backslanted")
-POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
+POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right", "top", "bottom", "left", "right")
 POLARITIES = ("white on black", "black on white")
 
 LANGUAGE = Language(
@@ -36,12 +36,12 @@ LANGUAGE = Language(
         "position": "centre",
         "polarity": "white on black",
     },
-    split_sizes={"base": 284, "train": 384, "validation": 32, "test": 200},
+    split_sizes={"base": 900, "train": 400, "validation": 64, "test": 256},
 )
 
 IMAGE_SIZE = 16  # pixels a side
 GLYPH_SIZE = 11.0  # pixels a side of the 8 x 8 original once drawn
-CORNER_OFFSET = 2.2  # pixels from the centre to a corner's place, on each axis
+CORNER_OFFSET = 2.2  # pixels from the centre to a corner's or a side's place, on each axis
 SHEAR = {"upright": 0.0, "slanted": 0.36, "backslanted": -0.36}  # horizontal shift per unit of height
 STROKE_RADIUS = {"thin": -1, "plain": 0, "bold": 1}  # erosion or dilation, in 32 x 32 master pixels
 _MASTER = 32  # the digits are kept at this size while their strokes and outline change

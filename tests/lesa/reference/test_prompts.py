@@ -12,7 +12,7 @@ from lesa.reference.numbers import LANGUAGE as NUMBERS
 from lesa.reference.photos import LANGUAGE as PHOTOS
 
 COMMITTED = Path(__file__).parents[3] / "data" / "prompts"
-SIZES = {"flux-digits": 900, "flux-photos": 1152, "qwen-digits": 1296, "hunyuan-moving-digits": 900}
+SIZES = {"flux-digits": 1620, "flux-photos": 1152, "qwen-digits": 1296, "hunyuan-moving-digits": 900}
 
 
 @pytest.fixture(params=DATA_SETS.values(), ids=DATA_SETS)
@@ -76,9 +76,9 @@ def test_a_bad_prompt_is_refused_with_every_problem_named() -> None:
 
 
 def test_bad_attributes_are_refused_with_every_problem_named() -> None:
-    with pytest.raises(ValueError, match=r"no thickness.*unknown attribute 'size'.*digit 'ten'.*position 'left'"):
+    with pytest.raises(ValueError, match=r"no thickness.*unknown attribute 'size'.*digit 'ten'.*position 'middle'"):
         DIGITS.format(
-            {"digit": "ten", "slant": "upright", "position": "left", "polarity": "black on white", "size": "big"}
+            {"digit": "ten", "slant": "upright", "position": "middle", "polarity": "black on white", "size": "big"}
         )
 
 
