@@ -61,9 +61,13 @@ def test_position_moves_the_digit() -> None:
         "top right": (1, -1),
         "bottom left": (-1, 1),
         "bottom right": (1, 1),
+        "top": (0, -1),
+        "bottom": (0, 1),
+        "left": (-1, 0),
+        "right": (1, 0),
     }.items():
-        x, y = centroid(ink(position=position))
-        assert 1.5 < x * right < 3.5 and 1.5 < y * down < 3.5
+        for place, side in zip(centroid(ink(position=position)), (right, down), strict=True):
+            assert 1.5 < place * side < 3.5 if side else abs(place) < 0.7
 
 
 def test_polarity_exchanges_black_and_white() -> None:
