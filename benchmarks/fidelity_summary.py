@@ -25,6 +25,7 @@ PEERS = {  # of each the best row
     "TaylorSeer, published": r"taylor[12](_own)?",
     "cache-dit": r"cache_dit.*",
     "TeaCache": r"teacache",
+    "dynamic mode decomposition": r"dmd.*",
     "UniPC": r"unipc2.*",
     "Adams-Bashforth": r"adams_bashforth2.*",
     "fewer steps": r"euler(_searched)?",
