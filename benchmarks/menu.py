@@ -13,7 +13,6 @@ with the truth by r only (`knowledge`). The error meter's r at half of a run is 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.changes import changed
 from benchmarks.choices import accelerated_psnr, trained
 from benchmarks.error_meter import RESULTS, SEED_OFFSET, Array, correlation, given_by_need
 from benchmarks.keep import keep
@@ -54,9 +54,7 @@ def setting(workload: Workload, schedule: Schedule) -> Workload:
     """The workload with that one budget, named after its number of full steps."""
     name = str(schedule.num_full)
     budgets = {name: BudgetParams(full_steps=schedule.full_steps)}
-    return dataclasses.replace(
-        workload, schedule=dataclasses.replace(workload.schedule, budgets=budgets, default_budget=name)
-    )
+    return changed(workload, {"schedule": {"budgets": budgets, "default_budget": name}})
 
 
 def believed(true: Mapping[str, Array], r: float, noise: Array) -> dict[str, Array]:
