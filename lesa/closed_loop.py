@@ -125,9 +125,7 @@ def train_budget(
     settings, others = workload.closed_loop, others or {}
     if start.spec != predictor_spec(workload, train.channels):
         raise ValueError("the first training step's predictor has other settings; run train_stage1 first")
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            freeze(part)
+    freeze_pipeline(pipe)
     jobs = [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
     levels = noise_levels(others)
     experts = {job.stage: new_expert(workload, job, train.sigmas, train.channels, levels) for job in jobs}
@@ -212,6 +210,13 @@ def train_budget(
         found = {f"{STEPS}.{name}": tensor for name, tensor in step_weights.export().items()}
         tensors[jobs[0]] |= found  # a budget's step weights are one table, whichever stage hands it on
     return tensors, {"validation_loss_start": before, "validation_loss": best}
+
+
+def freeze_pipeline(pipe: Any) -> None:
+    """Turn off gradients of all the pipeline's parameters: what is trained through it is not it."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            freeze(part)
 
 
 def _runs(data: Trajectories) -> list[int]:

@@ -60,10 +60,4 @@ def fit_step_weights(
             sums.add(row, regressors, features[:, place[step]] - predict(history, step))
     assert sums is not None, "no trajectories"
     weights, units = sums.solve(ridge)
-    everywhere = torch.zeros(schedule.num_steps, history_size + 1, weights.shape[-1], device=weights.device)
-    full_weights, full_units = everywhere.clone(), everywhere
-    full_weights[list(steps)], full_units[list(steps)] = weights, units
-    fitted = StepWeights(full_units)
-    with torch.no_grad():
-        fitted.values.copy_(torch.where(full_units > 0, full_weights / full_units.clamp_min(1e-30), 0.0))
-    return fitted
+    return StepWeights.fitted(schedule.num_steps, steps, weights, units)

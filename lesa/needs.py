@@ -20,6 +20,7 @@ from lesa.params import ScheduleParams, Workload, searched_budgets
 from lesa.predictor import PredictorSpec, Variant
 from lesa.record import RecordingSize
 from lesa.schedule import Schedule
+from lesa.step_fits import CHUNK
 from lesa.true_size import call_flops
 
 PEAK_FLOPS = 989e12  # of an H100 SXM in bfloat16, dense, as its data sheet says
@@ -29,7 +30,7 @@ TUNING = 40 * 16  # runs at every budget in which the peers' thresholds are tune
 BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the model's weights are frozen
 _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
-_FITTING_COPIES = 3  # of every entry of a regression: features, regressors, and their rows in another order
+_FITTING_COPIES = 3  # of the features that sums are made of: as read, as rows, and with a constant beside them
 _DECODER_BYTES = 1024  # a pixel of a picture or a frame, while it is decoded
 _CHECKPOINT_COPIES = 6  # of a predictor's float32 weights: results of both steps, optimiser state, best so far
 _ELEMENT = {"float32": 4, "bfloat16": 2}
@@ -122,7 +123,7 @@ def needs_of(workload: Workload) -> Needs:
         store_all_tokens=every_token.bytes_of(trajectories),
         training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
         sampling=sampling * workload.evaluate.batch_size,
-        fitting=_fitting(workload, branches, kept.num_tokens * model.channels),
+        fitting=_fitting(workload, kept.num_tokens * model.channels, model.channels),
         closed_loop=_closed_loop(workload, full, branches, wide, feature, len(blocks(transformer, family))),
         run_flops=run,
         flops=_flops(workload, full, run),
@@ -177,13 +178,13 @@ def _predictor_bytes(workload: Workload, channels: int) -> int:
     return predictor_bytes(spec, tokens=1, element_size=4)["weights"]
 
 
-def _fitting(workload: Workload, branches: int, values: int) -> int:
-    """Features of the fitted trajectories that a regression of the search has on the GPU, in float32."""
+def _fitting(workload: Workload, values: int, channels: int) -> int:
+    """Sums of products that the search makes on the GPU, and the features that it makes them of, in float64."""
     if not searched_budgets(workload.schedule):
         return 0
-    fitted = workload.record.train_prompts * workload.record.seeds_per_prompt * branches
-    entries = 2 + workload.predictor.step_history  # the target, the history, a constant
-    return _FITTING_COPIES * fitted * entries * values * 4
+    steps = workload.call.num_inference_steps
+    features = max(CHUNK, 8 * steps * values)
+    return _FITTING_COPIES * features + 2 * 8 * (steps + 1) ** 2 * channels
 
 
 def _closed_loop(
@@ -210,6 +211,9 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     loop = workload.closed_loop
     through = loop.gradient == "through_sampler"
     an_iteration = loop.batch_size * (1 + through * (BACKWARD + loop.gradient_checkpointing))
+    search = workload.search
+    a_finalist = search.finalist_iterations * loop.batch_size * (1 + BACKWARD + loop.gradient_checkpointing)
+    trained = search.finalists * (a_finalist + 2 * search.samples) if search.finalists > 1 else 0
     validations = record.validation_prompts * record.seeds_per_prompt * (1 + loop.iterations // loop.checkpoint_every)
     samples = judged.prompts * judged.seeds_per_prompt
     converged = samples * judged.converged_fraction * run * judged.converged_steps / steps
@@ -219,7 +223,7 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     bounds = record.validation_prompts * record.seeds_per_prompt * sum(accelerated.values())
     return {
         "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
-        "search": workload.search.evaluations * workload.search.samples * searched,
+        "search": searched * (search.evaluations * search.samples + trained),
         "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
         "evaluate": samples * (run + every_method) + converged + tuning,
         "publish": at_gate * (run + every_method) + tuning + bounds,

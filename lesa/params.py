@@ -125,6 +125,8 @@ class SearchParams:
     evaluations: int = setting(60, low=1)  # true closed-loop runs a budget, after the cheapest path is known
     samples: int = setting(32, low=1)  # training trajectories a run; the others are fitted
     max_gap: int = setting(16, low=2)  # steps between neighbouring full steps that are considered
+    finalists: int = setting(1, low=1)  # leading schedules trained before one is taken; 1: the closed form decides
+    finalist_iterations: int = setting(20, low=1)  # optimiser steps of each through the sampler
     workers: int = setting(2, low=1)  # budgets searched side by side
     threads_per_worker: int = setting(1, low=1)
 
@@ -457,6 +459,15 @@ def _search_problems(
     return problems
 
 
+def _finalist_problems(search: SearchParams, loop: ClosedLoopParams) -> list[str]:
+    if search.finalists == 1 or (loop.iterations and loop.gradient == "through_sampler"):
+        return []
+    return [
+        f"search.finalists: {search.finalists} would be trained through the sampler, but closed_loop "
+        f"({'no iterations' if not loop.iterations else loop.gradient}) does not train so: use 1"
+    ]
+
+
 def _predictor_problems(predictor: PredictorParams) -> list[str]:
     problems = []
     problems += [f"predictor.{problem}" for problem in boundary_problems(predictor.boundaries)]
@@ -557,6 +568,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("schedule", "call"), _step_problems),
     (("predictor",), _predictor_problems),
     (("schedule", "call", "predictor"), _window_problems),
+    (("search", "closed_loop"), _finalist_problems),
     (("schedule", "call", "record", "predictor", "search"), _search_problems),
     (("record", "call", "schedule", "predictor"), _step_count_problems),
     (("record", "closed_loop"), _drift_problems),

@@ -1,9 +1,9 @@
 """From the cheapest path to the best schedule: a local search whose every trial is a true closed-loop run.
 
-What is searched for is a schedule for a learned predictor, so each candidate gets one: step weights in closed form
-(least squares on the other training trajectories), a regression a step that is remembered, since moving one full
-step changes only the steps around it. The run then goes through the real pipeline; the error is that of the final
-latents. Validation and test trajectories have no say.
+What is searched for is a schedule for a learned predictor, so each candidate gets one: step weights in closed form,
+fitted on the other training trajectories. The run then goes through the real pipeline; the error is that of the final
+latents. Of the leaders that this finds, a short training through the sampler takes the best (`lesa.finalists`).
+Validation and test trajectories have no say.
 """
 
 from __future__ import annotations
@@ -21,70 +21,19 @@ import torch
 
 from lesa import atomic
 from lesa.closed_loop import accelerated_latents
+from lesa.finalists import Steps, error_after_training, leaders
+from lesa.loop import Report
 from lesa.losses import log_latents_loss
 from lesa.params import Workload
-from lesa.predictor import BoundPredictor
 from lesa.schedule import Schedule, history_problems
 from lesa.stages import stage_of_steps
-from lesa.step_weights import LeastSquares, differences
+from lesa.step_fits import StepFits
 from lesa.trajectories import Trajectories, trajectories_digest
 
-Report = Callable[[int, dict[str, float]], None]
+Run = tuple[int, Steps]  # optimiser steps before it, full steps
 DECIBELS = 10 / math.log(10)  # of a natural logarithm
 WORST = 1e3  # dB: of a run that left the finite numbers
 JUMPS = (1, -1, 2, -2)  # how far full steps are moved
-
-
-class StepFits:
-    """Least-squares step weights for any schedule, each step's regression solved once for its history.
-
-    Args:
-        data: trajectories.
-        indices: which of them are fitted.
-        history_size: K.
-        ridge: relative to the regressors' energy.
-        device: where the sums are made and the weights stay.
-    """
-
-    def __init__(
-        self, data: Trajectories, indices: Sequence[int], history_size: int, ridge: float, device: torch.device
-    ) -> None:
-        self._data, self._indices, self._size, self._ridge = data, list(indices), history_size, ridge
-        self._device = device
-        self._known: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}  # (step, past) -> [R, C]
-
-    def rule(self, schedule: Schedule) -> BoundPredictor:
-        """The fitted predictor on `schedule`: step weights alone, no experts."""
-        rows = {s: self._solved(s, schedule.anchors(s, self._size)) for s in schedule.predicted_steps}
-        some = next(iter(rows.values()))
-        table = torch.zeros(schedule.num_steps, *some.shape, device=self._device)
-        for step, row in rows.items():
-            table[step] = row
-        return BoundPredictor(
-            name="least squares",
-            history_size=self._size,
-            keeps_predictions=False,
-            alphas=(math.nan,) * schedule.num_steps,
-            stages=(0,) * schedule.num_steps,
-            sizes=(1,),
-            expert_sizes=(1,),
-            experts={0: {}},
-            by_step={"weight": table[:, :-1], "bias": table[:, -1]},
-        )
-
-    @torch.no_grad()
-    def _solved(self, step: int, past: tuple[int, ...]) -> torch.Tensor:
-        if (step, past) not in self._known:
-            features = self._data.feature_batch(self._indices, [step, *past]).to(self._device)
-            history = [features[:, place] for place in range(1, len(past) + 1)]
-            regressors = torch.zeros(self._size + 1, *history[0].shape, device=self._device)
-            regressors[0], regressors[-1] = history[0], 1.0
-            for place, change in enumerate(differences(history, self._size), start=1):
-                regressors[place] = change
-            sums = LeastSquares(1, self._size + 1, features.shape[-1], self._device)
-            sums.add(0, regressors, features[:, 0] - history[0])
-            self._known[step, past] = sums.solve(self._ridge)[0][0]
-        return self._known[step, past]
 
 
 def refine(
@@ -97,11 +46,11 @@ def refine(
     journal: Path,
     report: Report,
 ) -> tuple[Schedule, dict[str, float]]:
-    """The best schedule found with so many true runs: a descent from each of `starts`, then on from the best.
+    """The best schedule found: a descent from each of `starts`, then on from the best; training has the last word.
 
     Args:
         pipe: the workload's pipeline.
-        workload: its `search` section says how many runs of how many trajectories.
+        workload: its `search` section says how many runs of how many trajectories, and how many are trained.
         data: training trajectories; the last `search.samples` of them are run, the others fitted.
         starts: schedules of one number of full steps.
         seed: of the order in which moves are tried.
@@ -109,36 +58,60 @@ def refine(
         report: called after every run.
 
     Returns:
-        The schedule, and the error of the final latents in dB of the best start and of the result.
+        The schedule, and in dB the error of the final latents of the best start and of the best schedule with weights
+        in closed form (`start_error_db`, `error_db`) and of the schedule returned after its short training
+        (`trained_error_db`; where none was asked for, `error_db`).
     """
-    count, samples, evaluations = len(data), workload.search.samples, workload.search.evaluations
-    judged = list(range(count - samples, count))
+    count, settings = len(data), workload.search
+    judged, fitted = list(range(count - settings.samples, count)), list(range(count - settings.samples))
     predictor = workload.predictor
-    fits = StepFits(data, range(count - samples), predictor.step_history, predictor.ridge, pipe.device)
+    fits = StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device)
     key = search_key(workload, data)
     done = read_journal(journal, key)
-    known: dict[tuple[int, ...], float] = {}  # what this search has asked for: the same whether it was killed or not
+    known: dict[Run, float] = {}  # what this search has asked for: the same whether it was killed or not
+
+    def remembered(run: Run, value: str, make: Callable[[], float]) -> float:
+        if run not in known and run in done:
+            known[run] = done[run]
+        if run not in known:
+            found = make() * DECIBELS
+            known[run] = found if math.isfinite(found) else WORST
+            write_journal(journal, key, done | known)
+            best = min(error for (iterations, _), error in known.items() if iterations == run[0])
+            report(len(known), {f"{value}_db": known[run], f"best_{value}_db": best})
+        return known[run]
 
     @torch.no_grad()
+    def run_once(schedule: Schedule) -> float:
+        latents = accelerated_latents(pipe, workload, schedule, fits.rule(schedule), data, judged)
+        return float(log_latents_loss(latents, data.latents[judged].to(latents.device)))
+
     def error(schedule: Schedule) -> float:
-        if schedule.full_steps not in known and schedule.full_steps in done:
-            known[schedule.full_steps] = done[schedule.full_steps]
-        if schedule.full_steps not in known:
-            latents = accelerated_latents(pipe, workload, schedule, fits.rule(schedule), data, judged)
-            loss = log_latents_loss(latents, data.latents[judged].to(latents.device))
-            known[schedule.full_steps] = float(loss) * DECIBELS if torch.isfinite(loss) else WORST
-            write_journal(journal, key, done | known)
-            report(len(known), {"error_db": known[schedule.full_steps], "best_db": min(known.values())})
-        return known[schedule.full_steps]
+        return remembered((0, schedule.full_steps), "error", lambda: run_once(schedule))
+
+    def trained_error(schedule: Schedule) -> float:
+        return remembered(
+            (settings.finalist_iterations, schedule.full_steps),
+            "trained_error",
+            lambda: error_after_training(
+                pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
+            ),
+        )
 
     generator = torch.Generator().manual_seed(seed)
     start_error = min(map(error, starts))
     found = []
     for number, start in enumerate(starts, start=1):
-        share = len(known) + (evaluations - len(known)) // (len(starts) - number + 1)
+        share = len(known) + (settings.evaluations - len(known)) // (len(starts) - number + 1)
         found.append(_descend(workload, data.sigmas, start, error, known, share, generator))
-    best = _descend(workload, data.sigmas, min(found, key=error), error, known, evaluations, generator)
-    return best, {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
+    best = _descend(workload, data.sigmas, min(found, key=error), error, known, settings.evaluations, generator)
+    figures = {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
+    errors = {steps: value for (_, steps), value in known.items()}
+    chosen = [Schedule.explicit(best.num_steps, steps) for steps in leaders(errors, settings.finalists)]
+    if len(chosen) > 1:
+        best = min(chosen, key=trained_error)
+        figures["trained_error_db"] = trained_error(best)
+    return best, {"trained_error_db": figures["error_db"], **figures}
 
 
 def _descend(
@@ -146,7 +119,7 @@ def _descend(
     sigmas: torch.Tensor,
     start: Schedule,
     error: Callable[[Schedule], float],
-    known: Mapping[tuple[int, ...], float],
+    known: Mapping[Run, float],
     evaluations: int,
     generator: torch.Generator,
 ) -> Schedule:
@@ -161,7 +134,7 @@ def _descend(
         for candidate in neighbours(best, generator, move):
             if len(known) >= evaluations:
                 break
-            if candidate.full_steps in known or not serves(workload, candidate, sigmas):
+            if (0, candidate.full_steps) in known or not serves(workload, candidate, sigmas):
                 continue
             if error(candidate) < error(best):
                 move = tuple(b - a for a, b in zip(best.full_steps, candidate.full_steps, strict=True))
@@ -174,30 +147,32 @@ def _descend(
 
 def search_key(workload: Workload, data: Trajectories) -> str:
     """Identity of a search's runs: what their errors depend on."""
-    predictor = workload.predictor
+    predictor, loop = workload.predictor, workload.closed_loop
     parts = [
         dataclasses.asdict(workload.call),
         dataclasses.asdict(workload.model),
         [predictor.step_history, predictor.ridge, workload.search.samples],
+        [loop.batch_size, loop.step_learning_rate, loop.gradient_clip, workload.seed],
         trajectories_digest(data),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read_journal(path: Path, key: str) -> dict[tuple[int, ...], float]:
+def read_journal(path: Path, key: str) -> dict[Run, float]:
     """Errors of the runs that are done; none where the journal is of another search or torn."""
     try:
         record = json.loads(path.read_text())
         if record["key"] == key:
-            return {tuple(steps): float(error) for steps, error in record["runs"]}
+            return {(int(iterations), tuple(steps)): float(error) for iterations, steps, error in record["runs"]}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing is lost but time
     return {}
 
 
-def write_journal(path: Path, key: str, runs: dict[tuple[int, ...], float]) -> None:
+def write_journal(path: Path, key: str, runs: Mapping[Run, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(path, {"key": key, "runs": [[list(steps), error] for steps, error in runs.items()]})
+    rows = [[iterations, list(steps), error] for (iterations, steps), error in runs.items()]
+    atomic.write_json(path, {"key": key, "runs": rows})
 
 
 def neighbours(

@@ -62,6 +62,19 @@ class StepWeights(nn.Module):
         self.register_buffer("units", units)
         self.values = nn.Parameter(torch.zeros_like(units))
 
+    @classmethod
+    def fitted(
+        cls, num_steps: int, steps: Sequence[int], weights: torch.Tensor, units: torch.Tensor
+    ) -> StepWeights:
+        """From what `LeastSquares.solve` found, [n, R, C] each, for n of the steps; zero at all others."""
+        everywhere = torch.zeros(num_steps, *weights.shape[1:], device=weights.device)
+        full_weights, full_units = everywhere.clone(), everywhere
+        full_weights[list(steps)], full_units[list(steps)] = weights, units
+        made = cls(full_units)
+        with torch.no_grad():
+            made.values.copy_(torch.where(full_units > 0, full_weights / full_units.clamp_min(1e-30), 0.0))
+        return made
+
     def forward(self, newest: torch.Tensor, changes: Sequence[torch.Tensor], step: int) -> torch.Tensor:
         """The correction [..., C] of one step."""
         scaled = self.values[step] * self.units[step]

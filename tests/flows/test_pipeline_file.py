@@ -42,10 +42,10 @@ ADAPTIVE = {"fallback"}  # of `lesa.enable(adaptive=True)` alone; the hook impor
 NOT_RUN = {
     "base": set(),
     "record": set(),
-    # Training, whose loop it runs in without training.
+    # Training of experts: the search trains step weights alone, and keeps no checkpoints of that.
     "search": READING
     | ADAPTIVE
-    | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval", "loop"}
+    | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval"}
     | {"projection", "step_counts", "training"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING

@@ -195,6 +195,17 @@ def test_drifted_states_need_every_token(tmp_path: Path) -> None:
     assert problem.startswith("workloads.toy.closed_loop.gradient: drifted_states needs every token")
 
 
+@pytest.mark.parametrize("loop", [{"iterations": 0}, {"gradient": "drifted_states"}])
+def test_what_is_not_trained_through_the_sampler_has_no_finalists(tmp_path: Path, loop: dict[str, Any]) -> None:
+    def change(workload: dict[str, Any]) -> None:
+        workload["search"] = {"finalists": 3}
+        workload["closed_loop"] = loop
+
+    (problem,) = problems(tmp_path, change)
+    assert "search.finalists: 3 would be trained through the sampler" in problem and "use 1" in problem
+    assert load(tmp_path, put("search", {"finalists": 3})).search.finalists == 3
+
+
 def test_training_seeds_are_even_numbers_and_reach_twice_as_far(tmp_path: Path) -> None:
     """Trajectory n of train.txt has seed offset + 2 n: 6000 of them reach beyond 20000."""
     (problem,) = problems(tmp_path, put("record.train_prompts", 6000))

@@ -16,7 +16,8 @@ from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
 from lesa.schedule import Schedule
 from lesa.schedules import with_schedules, write_schedules
 from lesa.search_jobs import cheapest_starts, run_search_job
-from lesa.search_loop import DECIBELS, StepFits, neighbours, refine
+from lesa.search_loop import DECIBELS, neighbours, refine
+from lesa.step_fits import StepFits
 from tests.lesa.test_closed_loop import Place, place, small  # noqa: F401 - a fixture
 
 
@@ -98,6 +99,35 @@ def test_a_killed_search_ends_where_an_undisturbed_one_does(
     assert resumed == whole and runs == int(whole[1]["evaluations"]) - 3
     (tmp_path / "b.json").write_text("{torn")
     assert search_loop.read_journal(tmp_path / "b.json", "key") == {}
+
+
+def test_the_last_word_has_a_training_through_the_sampler(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """The leaders of the closed form are trained, and the one that then has the lowest error is returned."""
+    workload = searched(place.workload, evaluations=12, samples=2, finalists=3, finalist_iterations=12)
+    start = [Schedule.explicit(8, (0, 1, 2, 3))]
+    trained: dict[tuple[int, ...], float] = {}
+    real = search_loop.error_after_training
+
+    def noted(*given: object, **more: object) -> float:
+        found = real(*given, **more)  # type: ignore[arg-type]
+        trained[given[3].full_steps] = found  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(search_loop, "error_after_training", noted)
+    told: list[dict[str, float]] = []
+    journal = tmp_path / "j.json"
+    best, figures = refine(
+        place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda _, values: told.append(values)
+    )
+    assert len(trained) == 3 and best.full_steps == min(trained, key=trained.__getitem__)
+    assert figures["trained_error_db"] == pytest.approx(min(trained.values()) * DECIBELS)
+    assert figures["trained_error_db"] < figures["error_db"]
+    assert [set(values) for values in told[-3:]] == [{"trained_error_db", "best_trained_error_db"}] * 3
+    trained.clear()
+    again = refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+    assert again == (best, figures) and not trained, "what the journal has is not trained again"
 
 
 def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811

@@ -1,0 +1,52 @@
+"""Which schedules are trained before the search takes one, and what their training is judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lesa import finalists
+from lesa.finalists import error_after_training, leaders
+from lesa.params import SearchParams
+from lesa.schedule import Schedule
+from lesa.step_fits import StepFits
+from tests.lesa.test_closed_loop import Place, place  # noqa: F401 - a fixture
+
+
+def test_leaders_are_the_best_that_are_not_too_alike() -> None:
+    errors = {(0, 2, 6): 1.0, (0, 3, 6): 1.1, (0, 3, 7): 1.2, (0, 1, 4): 2.0, (0, 5, 6): 3.0}
+    assert leaders(errors, 3) == [(0, 2, 6), (0, 3, 7), (0, 1, 4)]  # (0, 3, 6) is one step from the first
+    assert leaders(errors, 9) == [(0, 2, 6), (0, 3, 7), (0, 1, 4), (0, 5, 6)]
+    assert leaders(errors, 1) == [(0, 2, 6)]
+
+
+def trained(place: Place, iterations: int, rate: float = 0.03) -> float:  # noqa: F811
+    workload = dataclasses.replace(
+        place.workload,
+        search=SearchParams(samples=2, finalists=2, finalist_iterations=iterations),
+        closed_loop=dataclasses.replace(place.workload.closed_loop, step_learning_rate=rate),
+    )
+    data, schedule = place.train, Schedule.explicit(8, (0, 2, 5))
+    fitted, judged = list(range(len(data) - 2)), list(range(len(data) - 2, len(data)))
+    fits = StepFits(data, fitted, workload.predictor.step_history, workload.predictor.ridge, place.pipe.device)
+    return error_after_training(
+        place.pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
+    )
+
+
+def test_training_lowers_the_error_of_trajectories_that_it_does_not_learn_from(place: Place) -> None:  # noqa: F811
+    start = trained(place, 1, rate=0.0)
+    assert trained(place, 12) < start - 0.05  # 0.2 dB and more
+    assert trained(place, 12) == trained(place, 12)
+    assert not any(p.requires_grad for p in place.pipe.transformer.parameters())
+
+
+def test_a_training_that_leaves_the_finite_numbers_wins_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    real = finalists.log_latents_loss
+    monkeypatch.setattr(finalists, "log_latents_loss", lambda *given: real(*given) * torch.nan)
+    assert trained(place, 2) == math.inf
