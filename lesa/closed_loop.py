@@ -227,14 +227,14 @@ def _runs(data: Trajectories) -> list[int]:
 def start_step_weights(
     workload: Workload, budget: str, start: Predictor, experts: dict[int, Expert], train: Trajectories
 ) -> StepWeights | None:
-    """The step weights of the first training step, in units fitted anew; None for experts that have none."""
+    """The step weights of the first training step, in coordinates fitted anew; None for experts that have none."""
     if workload.predictor.kind != "per_step" or budget == MIXED:
         return None
     parts = [step_weights_of_stage(workload, Job(budget, stage), expert, train) for stage, expert in experts.items()]
-    weights = StepWeights(torch.stack([part.units for part in parts]).sum(dim=0))
+    # A step belongs to one noise stage; at the others' steps a part is zero.
+    weights = StepWeights(sum(part.start for part in parts), sum(part.basis for part in parts))
     variant = next(v for v in start.spec.variants if v.name == budget)
-    tensors = {name: tensor.to(weights.units.device) for name, tensor in start.step_tensors(variant).items()}
-    weights.load_export(tensors)
+    weights.load_export(start.step_tensors(variant))
     return weights
 
 

@@ -59,5 +59,4 @@ def fit_step_weights(
             regressors[-1] = 1.0
             sums.add(row, regressors, features[:, place[step]] - predict(history, step))
     assert sums is not None, "no trajectories"
-    weights, units = sums.solve(ridge)
-    return StepWeights.fitted(schedule.num_steps, steps, weights, units)
+    return StepWeights.fitted(schedule.num_steps, steps, sums, ridge)

@@ -68,8 +68,7 @@ class StepFits:
         energy = between.diagonal(dim1=2, dim2=3)[..., :-1].amax(dim=-1, keepdim=True)  # of the loudest feature
         quiet = sums.gram.diagonal(dim1=2, dim2=3) <= ROUNDING * energy
         sums.gram = sums.gram.masked_fill(quiet[..., None] | quiet[..., None, :], 0.0)
-        weights, units = sums.solve(self._ridge)
-        return StepWeights.fitted(schedule.num_steps, steps, weights, units)
+        return StepWeights.fitted(schedule.num_steps, steps, sums, self._ridge)
 
     def rule(self, schedule: Schedule) -> BoundPredictor:
         """The fitted predictor on `schedule`: step weights alone, no experts."""

@@ -46,53 +46,57 @@ def in_differences(scale: torch.Tensor) -> torch.Tensor:
 
 
 class StepWeights(nn.Module):
-    """Trainable step weights in units of what they move.
+    """Trainable step weights, as a change from where they start in coordinates that make descent even.
 
-    Every regressor of a step is scaled so that a parameter of one moves the prediction by the step's typical
-    correction: one learning rate then suits loud and quiet channels, early and late steps.
+    The newest feature, the differences and the constant are far from independent: an optimiser that moves each weight
+    by itself goes slowly along what they have in common. Here a parameter moves a combination of regressors that is
+    uncorrelated with the other parameters', and a value of one moves the prediction by the step's typical correction:
+    one learning rate suits loud and quiet channels, early and late steps.
 
     Args:
-        units: [S, R, C] that scale; zero where nothing is to be learned (full steps, history that is not there).
+        start: [S, R, C] weights to start from.
+        basis: [S, C, R, R] whose columns are the combinations (`LeastSquares.basis`); zero where nothing is to be
+            learned (full steps, history that is not there).
     """
 
-    units: torch.Tensor
+    start: torch.Tensor
+    basis: torch.Tensor
 
-    def __init__(self, units: torch.Tensor) -> None:
+    def __init__(self, start: torch.Tensor, basis: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("units", units)
-        self.values = nn.Parameter(torch.zeros_like(units))
+        self.register_buffer("start", start)
+        self.register_buffer("basis", basis)
+        self.values = nn.Parameter(torch.zeros(basis.shape[:-1], device=basis.device))  # [S, C, R]
 
     @classmethod
-    def fitted(
-        cls, num_steps: int, steps: Sequence[int], weights: torch.Tensor, units: torch.Tensor
-    ) -> StepWeights:
-        """From what `LeastSquares.solve` found, [n, R, C] each, for n of the steps; zero at all others."""
-        everywhere = torch.zeros(num_steps, *weights.shape[1:], device=weights.device)
-        full_weights, full_units = everywhere.clone(), everywhere
-        full_weights[list(steps)], full_units[list(steps)] = weights, units
-        made = cls(full_units)
-        with torch.no_grad():
-            made.values.copy_(torch.where(full_units > 0, full_weights / full_units.clamp_min(1e-30), 0.0))
-        return made
+    def fitted(cls, num_steps: int, steps: Sequence[int], sums: LeastSquares, ridge: float) -> StepWeights:
+        """The least-squares solution at the steps that `sums` is of; zero at all others."""
+        weights, basis = sums.solve(ridge), sums.basis(ridge)
+        start = torch.zeros(num_steps, *weights.shape[1:], device=weights.device)
+        directions = torch.zeros(num_steps, *basis.shape[1:], device=basis.device)
+        start[list(steps)], directions[list(steps)] = weights, basis
+        return cls(start, directions)
 
     def forward(self, newest: torch.Tensor, changes: Sequence[torch.Tensor], step: int) -> torch.Tensor:
         """The correction [..., C] of one step."""
-        scaled = self.values[step] * self.units[step]
-        return correction(newest, changes, scaled[:-1], scaled[-1])
+        moved = (self.basis[step] @ self.values[step][..., None])[..., 0].T
+        weights = self.start[step] + moved
+        return correction(newest, changes, weights[:-1], weights[-1])
 
     def export(self) -> dict[str, torch.Tensor]:
         """Tensors named as `step_weight_shapes` names them."""
-        scaled = (self.values * self.units).detach().cpu()
-        return {"weight": scaled[:, :-1].clone(), "bias": scaled[:, -1].clone()}
+        moved = (self.basis @ self.values[..., None])[..., 0].transpose(1, 2)
+        weights = (self.start + moved).detach().cpu()
+        return {"weight": weights[:, :-1].clone(), "bias": weights[:, -1].clone()}
 
     def load_export(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over exported tensors; exact up to the rounding of one division."""
-        stacked = torch.cat([tensors["weight"], tensors["bias"][:, None]], dim=1)
+        """Start from exported tensors, exactly; what was learned since the old start is dropped."""
         with torch.no_grad():
-            self.values.copy_(torch.where(self.units > 0, stacked / self.units.clamp_min(1e-30), 0.0))
+            self.start.copy_(torch.cat([tensors["weight"], tensors["bias"][:, None]], dim=1))
+            self.values.zero_()
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One AdamW group; weight decay would pull towards the experts alone, which the ridge did already."""
+        """One AdamW group; weight decay would pull towards the start, which nothing speaks for."""
         return [{"params": [self.values], "lr": learning_rate, "weight_decay": 0.0}]
 
 
@@ -121,16 +125,33 @@ class LeastSquares:
         self.power[place] += wanted.square().sum(dim=(1, 2)).double()
         self.count = max(self.count, rows.shape[1])
 
-    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and units [steps, R, C]; a regressor that never varied from zero has neither.
+    def solve(self, ridge: float) -> torch.Tensor:
+        """Weights [steps, R, C]; a regressor that never varied from zero has none.
 
         Args:
             ridge: added to the diagonal, relative to it.
         """
-        energy = self.gram.diagonal(dim1=-2, dim2=-1)  # [steps, C, R]
+        system, present = self._system(ridge)
+        weights = torch.linalg.solve(system, self.moment[..., None])[..., 0]
+        return (weights * present).transpose(1, 2).float()
+
+    def basis(self, ridge: float) -> torch.Tensor:
+        """Combinations of regressors [steps, C, R, R], a column each, that are uncorrelated and move alike.
+
+        With `L L'` the Cholesky decomposition of the system that `solve` solves they are the columns of `L'^-1`, in
+        units of the target: what never varied from zero is in none. The ridge keeps what hardly varies from weighing
+        without bound.
+        """
+        system, present = self._system(ridge)
+        factor = torch.linalg.cholesky(system)
+        one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
+        columns = torch.linalg.solve_triangular(factor.transpose(-1, -2), one, upper=True)
+        kept = present[..., :, None] & present[..., None, :]
+        return (columns * kept * self.power.sqrt()[..., None, None]).float()
+
+    def _system(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regularised system [steps, C, R, R], and which regressors [steps, C, R] there are."""
+        energy = self.gram.diagonal(dim1=-2, dim2=-1)
         present = energy > 0
         diagonal = torch.where(present, energy * (1 + ridge), 1.0)
-        system = self.gram - torch.diag_embed(energy) + torch.diag_embed(diagonal)
-        weights = torch.linalg.solve(system, self.moment[..., None])[..., 0]
-        units = torch.where(present, (self.power[..., None] / energy.clamp_min(1e-300)).sqrt(), 0.0)
-        return (weights * present).transpose(1, 2).float(), units.transpose(1, 2).float()
+        return self.gram - torch.diag_embed(energy) + torch.diag_embed(diagonal), present

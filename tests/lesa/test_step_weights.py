@@ -41,17 +41,36 @@ def test_least_squares_finds_the_weights_that_made_the_target() -> None:
     weights = torch.randn(3, C, generator=generator)
     sums = LeastSquares(1, 3, C, torch.device("cpu"))
     sums.add(0, regressors, (weights[:, None, None] * regressors).sum(0))
-    found, units = sums.solve(ridge=0.0)
+    found = sums.solve(ridge=0.0)
     torch.testing.assert_close(found[0, [0, 2]], weights[[0, 2]], rtol=1e-4, atol=1e-4)
-    assert found[0, 1].eq(0).all() and units[0, 1].eq(0).all() and units[0, 0].gt(0).all()
-    shrunk, _ = sums.solve(ridge=1.0)
+    assert found[0, 1].eq(0).all()
+    shrunk = sums.solve(ridge=1.0)
     assert shrunk[0, 0].abs().sum() < found[0, 0].abs().sum()
 
 
+def test_the_basis_combines_regressors_to_uncorrelated_ones_of_one_size() -> None:
+    generator = torch.Generator().manual_seed(1)
+    newest = torch.randn(4, 50, C, generator=generator)
+    older = newest + 0.01 * torch.randn(4, 50, C, generator=generator)  # nearly what the newest is
+    regressors = torch.stack([newest, older, torch.zeros_like(newest), torch.ones_like(newest)])
+    target = 3.0 * torch.randn(4, 50, C, generator=generator)
+    sums = LeastSquares(1, 4, C, torch.device("cpu"))
+    sums.add(0, regressors, target)
+    basis = sums.basis(ridge=0.0)[0]  # [C, R, R]
+    assert basis[:, 2].eq(0).all() and basis[:, :, 2].eq(0).all()
+    combined = torch.einsum("cij,ibtc->jbtc", basis, regressors)[[0, 1, 3]]
+    products = torch.einsum("ibtc,jbtc->cij", combined, combined)
+    power = target.square().sum(dim=(0, 1))
+    torch.testing.assert_close(products, power[:, None, None] * torch.eye(3), rtol=1e-3, atol=1e-2 * float(power.max()))
+    quiet = sums.basis(ridge=1e-2)[0]
+    assert quiet.abs().amax() < basis.abs().amax(), "the ridge bounds what hardly varies by itself"
+
+
 def test_an_export_is_what_was_trained() -> None:
-    weights = StepWeights(torch.rand(S, 4, C) + 0.1)
+    generator = torch.Generator().manual_seed(0)
+    weights = StepWeights(torch.rand(S, 4, C, generator=generator), torch.rand(S, C, 4, 4, generator=generator))
     with torch.no_grad():
-        weights.values.normal_(generator=torch.Generator().manual_seed(0))
+        weights.values.normal_(generator=generator)
     history = run_history(upto=7)
     trained = weights(history.features[0], differences(history.features, 3), 8)
     tensors = weights.export()
@@ -59,9 +78,9 @@ def test_an_export_is_what_was_trained() -> None:
         history.features[0], differences(history.features, 3), tensors["weight"][8], tensors["bias"][8]
     )
     torch.testing.assert_close(said, trained)
-    again = StepWeights(weights.units)
+    again = StepWeights(torch.zeros(S, 4, C), weights.basis)
     again.load_export(tensors)
-    torch.testing.assert_close(again.values, weights.values)
+    assert all(torch.equal(value, tensors[name]) for name, value in again.export().items())
 
 
 @pytest.mark.parametrize("projection", ["per_channel", "low_rank", "dense"])
@@ -133,7 +152,7 @@ def test_the_closed_form_is_nearer_than_what_it_corrects(tmp_path: Path) -> None
     fitted = fit_step_weights(
         train, schedule, steps, lambda history, step: history[0], history_size=3, ridge=1e-3
     )
-    assert fitted.units[0].eq(0).all() and fitted.units[3].gt(0).any()
+    assert fitted.basis[0].eq(0).all() and fitted.basis[3].abs().gt(0).any()
     for step in schedule.predicted_steps:
         history = [train.feature_batch(range(8), [past])[:, 0] for past in schedule.anchors(step, 3)]
         target = train.feature_batch(range(8), [step])[:, 0]
