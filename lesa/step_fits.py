@@ -42,33 +42,31 @@ class StepFits:
     def weights(self, schedule: Schedule) -> StepWeights:
         """Fitted at every predicted step of `schedule`, zero elsewhere."""
         steps = list(schedule.predicted_steps)
-        products = self._products
+        sums = self._sums(schedule, steps)
+        return StepWeights.fitted(schedule.num_steps, steps, sums, self._ridge)
+
+    def _sums(self, schedule: Schedule, steps: Sequence[int]) -> LeastSquares:
+        """What `LeastSquares` would have gathered at n steps, taken from the products of all."""
+        products, size = self._products, self._size
+        sums = LeastSquares(len(steps), size + 1, products.shape[-1], products.device)
+        if not steps:
+            return sums
+        anchors = [schedule.anchors(step, size) for step in steps]
         constant = len(products) - 1
-        rows, chosen = [], []  # of each step: regressors [R, K + 1] made from the chosen features and the constant
-        for step in steps:
-            past = schedule.anchors(step, self._size)
-            missing = [past[0]] * (self._size - len(past))
-            chosen.append([*past, *missing, constant])
-            regressors = torch.zeros(self._size + 1, self._size + 1, dtype=torch.float64)
-            regressors[0, 0] = regressors[-1, -1] = 1.0
-            for place in range(1, len(past)):
-                regressors[place, place - 1], regressors[place, place] = 1.0, -1.0
-            rows.append(regressors)
-        device = products.device
-        made = torch.stack(rows).to(device)[:, None]  # [n, 1, R, R]
-        index, target = torch.tensor(chosen, device=device), torch.tensor(steps, device=device)
-        between = products[index[:, :, None], index[:, None, :]].permute(0, 3, 1, 2)  # [n, C, K + 1, K + 1]
-        wanted = products[index, target[:, None]] - products[index, index[:, :1]]  # [n, K + 1, C]
-        sums = LeastSquares(len(steps), self._size + 1, products.shape[-1], device)
-        sums.gram = made @ between @ made.transpose(2, 3)
+        chosen = [[*past, *[past[0]] * (size - len(past)), constant] for past in anchors]
+        made = torch.stack([_regressors(size, len(past)) for past in anchors]).to(products.device)[:, None]
+        index = torch.tensor(chosen, device=products.device)  # [n, R]
+        target, newest = torch.tensor(steps, device=products.device), index[:, 0]
+        between = products[index[:, :, None], index[:, None, :]].permute(0, 3, 1, 2)  # [n, C, R, R]
+        wanted = products[index, target[:, None]] - products[index, newest[:, None]]  # [n, R, C]
+        gram = made @ between @ made.transpose(2, 3)
+        energy = between.diagonal(dim1=2, dim2=3)[..., :-1].amax(dim=-1, keepdim=True)  # of the loudest feature
+        quiet = gram.diagonal(dim1=2, dim2=3) <= ROUNDING * energy
+        sums.gram = gram.masked_fill(quiet[..., None] | quiet[..., None, :], 0.0)
         sums.moment = (made @ wanted.transpose(1, 2)[..., None])[..., 0]
-        newest = index[:, 0]
         power = products[target, target] - 2 * products[target, newest] + products[newest, newest]
         sums.power = power.clamp_min(0)
-        energy = between.diagonal(dim1=2, dim2=3)[..., :-1].amax(dim=-1, keepdim=True)  # of the loudest feature
-        quiet = sums.gram.diagonal(dim1=2, dim2=3) <= ROUNDING * energy
-        sums.gram = sums.gram.masked_fill(quiet[..., None] | quiet[..., None, :], 0.0)
-        return StepWeights.fitted(schedule.num_steps, steps, sums, self._ridge)
+        return sums
 
     def rule(self, schedule: Schedule) -> BoundPredictor:
         """The fitted predictor on `schedule`: step weights alone, no experts."""
@@ -84,6 +82,15 @@ class StepFits:
             experts={0: {}},
             by_step={name: tensor.to(self._products.device) for name, tensor in fitted.items()},
         )
+
+
+def _regressors(size: int, held: int) -> torch.Tensor:
+    """[R, R], what regressors are made of: the newest feature, `held - 1` differences, and a constant."""
+    rows = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+    rows[0, 0] = rows[-1, -1] = 1.0
+    for place in range(1, held):
+        rows[place, place - 1], rows[place, place] = 1.0, -1.0
+    return rows
 
 
 @torch.no_grad()

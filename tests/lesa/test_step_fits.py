@@ -49,3 +49,9 @@ def test_a_channel_that_never_changes_gets_no_weights_from_rounding(place: Place
     fast, slow = both(dataclasses.replace(data, features=features), Schedule.explicit(8, (0, 2, 4)), 1e-6)
     assert not slow[:, 1:3, 0].any() and not fast[:, 1:3, 0].any()
     assert fast[3, 1:3, 1:].any()
+
+
+def test_a_schedule_without_predicted_steps_has_no_weights(place: Place) -> None:  # noqa: F811
+    fits = StepFits(place.train, [0, 1], 3, 1e-3, torch.device("cpu"))
+    weights = fits.weights(Schedule.uniform(8, 1))
+    assert not any(tensor.any() for tensor in weights.export().values())
