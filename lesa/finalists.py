@@ -27,7 +27,7 @@ from lesa.schedule import Schedule
 from lesa.step_weights import StepWeights, differences
 from lesa.trajectories import Trajectories, draw
 
-APART = 2  # steps by which the full steps of two finalists differ at least, taken together
+APART = 4  # steps by which the full steps of two finalists differ at least, taken together
 
 Steps = tuple[int, ...]
 

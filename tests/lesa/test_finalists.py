@@ -17,10 +17,10 @@ from tests.lesa.test_closed_loop import Place, place  # noqa: F401 - a fixture
 
 
 def test_leaders_are_the_best_that_are_not_too_alike() -> None:
-    errors = {(0, 2, 6): 1.0, (0, 3, 6): 1.1, (0, 3, 7): 1.2, (0, 1, 4): 2.0, (0, 5, 6): 3.0}
-    assert leaders(errors, 3) == [(0, 2, 6), (0, 3, 7), (0, 1, 4)]  # (0, 3, 6) is one step from the first
-    assert leaders(errors, 9) == [(0, 2, 6), (0, 3, 7), (0, 1, 4), (0, 5, 6)]
-    assert leaders(errors, 1) == [(0, 2, 6)]
+    errors = {(0, 6, 20): 1.0, (0, 7, 22): 1.1, (0, 8, 22): 1.2, (0, 6, 12): 2.0, (0, 9, 25): 3.0}
+    assert leaders(errors, 3) == [(0, 6, 20), (0, 8, 22), (0, 6, 12)]  # (0, 7, 22) is three steps from the first
+    assert leaders(errors, 9) == [(0, 6, 20), (0, 8, 22), (0, 6, 12), (0, 9, 25)]
+    assert leaders(errors, 1) == [(0, 6, 20)]
 
 
 def trained(place: Place, iterations: int, rate: float = 0.03) -> float:  # noqa: F811
