@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def load_checkpoint(
 ) -> TrainingState | None:
     """Restore the newest intact checkpoint of this run; None when there is none.
 
-    A torn or altered checkpoint is passed over for the one before it.
+    A torn or altered checkpoint is passed over for the one before it, and so is one of other tensors: an earlier
+    version of the experts wrote it.
     """
     if not folder.is_dir():
         return None
@@ -91,7 +93,10 @@ def load_checkpoint(
             tensors = parse_tensors(data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             continue
-        module.load_state_dict(_part(tensors, "module/"))
+        held = _part(tensors, "module/")
+        if _shapes(held) != _shapes(module.state_dict()):
+            continue
+        module.load_state_dict(held)
         _restore_optimizer(optimizer, tensors)
         return TrainingState(record["iteration"], record["best_loss"], _part(tensors, "best/"))
     return None
@@ -100,6 +105,10 @@ def load_checkpoint(
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

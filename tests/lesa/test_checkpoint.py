@@ -167,3 +167,14 @@ def test_the_record_is_plain(tmp_path: Path) -> None:
     save(tmp_path, 2)
     record = json.loads((tmp_path / "iteration-00000002/state.json").read_text())
     assert set(record) == {"key", "iteration", "best_loss", "sha256"}
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 2, bias=False), nn.Linear(3, 4)])
+def test_a_checkpoint_of_other_tensors_starts_anew_and_changes_nothing(tmp_path: Path, module: nn.Module) -> None:
+    """Experts of another version: a module that took over half of them would be nobody's."""
+    save(tmp_path, 3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    assert load_checkpoint(tmp_path, "key", module, optimizer) is None
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not optimizer.state_dict()["state"]
