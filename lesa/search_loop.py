@@ -59,8 +59,8 @@ def refine(
 
     Returns:
         The schedule, and in dB the error of the final latents of the best start and of the best schedule with weights
-        in closed form (`start_error_db`, `error_db`) and of the schedule returned after its short training
-        (`trained_error_db`; where none was asked for, `error_db`).
+        in closed form (`start_error_db`, `error_db`) and, where finalists were trained, of the schedule returned after
+        its short training (`trained_error_db`).
     """
     count, settings = len(data), workload.search
     judged, fitted = list(range(count - settings.samples, count)), list(range(count - settings.samples))
@@ -111,7 +111,7 @@ def refine(
     if len(chosen) > 1:
         best = min(chosen, key=trained_error)
         figures["trained_error_db"] = trained_error(best)
-    return best, {"trained_error_db": figures["error_db"], **figures}
+    return best, figures
 
 
 def _descend(

@@ -70,7 +70,10 @@ class StepFits:
 
     def rule(self, schedule: Schedule) -> BoundPredictor:
         """The fitted predictor on `schedule`: step weights alone, no experts."""
-        fitted = self.weights(schedule).export()
+        steps = list(schedule.predicted_steps)
+        solved = self._sums(schedule, steps).solve(self._ridge)
+        table = torch.zeros(schedule.num_steps, *solved.shape[1:], device=solved.device)
+        table[steps] = solved
         return BoundPredictor(
             name="least squares",
             history_size=self._size,
@@ -80,7 +83,7 @@ class StepFits:
             sizes=(1,),
             expert_sizes=(1,),
             experts={0: {}},
-            by_step={name: tensor.to(self._products.device) for name, tensor in fitted.items()},
+            by_step={"weight": table[:, :-1], "bias": table[:, -1]},
         )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+LEAST_RIDGE = 1e-6  # of a basis: more than float32 products are rounded by, so that it always exists
+
 
 def step_weight_shapes(num_steps: int, history_size: int, channels: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a variant's step weights: c and u stacked, and b."""
@@ -114,7 +116,6 @@ class LeastSquares:
         self.gram = torch.zeros(num_steps, channels, regressors, regressors, **kind)
         self.moment = torch.zeros(num_steps, channels, regressors, **kind)
         self.power = torch.zeros(num_steps, channels, **kind)  # of the target
-        self.count = 0
 
     def add(self, place: int, regressors: torch.Tensor, target: torch.Tensor) -> None:
         """Regressors [R, B, L, C] and target [B, L, C] of the step at `place`."""
@@ -123,7 +124,6 @@ class LeastSquares:
         self.gram[place] += (rows.transpose(1, 2) @ rows).double()
         self.moment[place] += (rows.transpose(1, 2) @ wanted)[..., 0].double()
         self.power[place] += wanted.square().sum(dim=(1, 2)).double()
-        self.count = max(self.count, rows.shape[1])
 
     def solve(self, ridge: float) -> torch.Tensor:
         """Weights [steps, R, C]; a regressor that never varied from zero has none.
@@ -140,9 +140,9 @@ class LeastSquares:
 
         With `L L'` the Cholesky decomposition of the system that `solve` solves they are the columns of `L'^-1`, in
         units of the target: what never varied from zero is in none. The ridge keeps what hardly varies from weighing
-        without bound.
+        without bound; without one, as much of it as rounding needs is taken.
         """
-        system, present = self._system(ridge)
+        system, present = self._system(max(ridge, LEAST_RIDGE))
         factor = torch.linalg.cholesky(system)
         one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
         columns = torch.linalg.solve_triangular(factor.transpose(-1, -2), one, upper=True)

@@ -57,6 +57,7 @@ def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place
         report=lambda step, values: steps.append(step),
     )  # fmt: skip
     assert figures["error_db"] < figures["start_error_db"] and best.num_full == 4
+    assert "trained_error_db" not in figures  # none was trained
     assert steps == list(range(1, int(figures["evaluations"]) + 1)) and len(steps) <= 6
     fits = StepFits(place.train, range(len(place.train) - 1), 3, workload.predictor.ridge, place.pipe.device)
     judged = [len(place.train) - 1]

@@ -66,6 +66,13 @@ def test_the_basis_combines_regressors_to_uncorrelated_ones_of_one_size() -> Non
     assert quiet.abs().amax() < basis.abs().amax(), "the ridge bounds what hardly varies by itself"
 
 
+def test_regressors_that_go_together_exactly_have_a_basis_without_a_ridge() -> None:
+    newest = torch.randn(4, 50, C, generator=torch.Generator().manual_seed(2))
+    sums = LeastSquares(1, 3, C, torch.device("cpu"))
+    sums.add(0, torch.stack([newest, newest, torch.ones_like(newest)]), newest)
+    assert sums.basis(ridge=0.0).isfinite().all()
+
+
 def test_an_export_is_what_was_trained() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = StepWeights(torch.rand(S, 4, C, generator=generator), torch.rand(S, C, 4, 4, generator=generator))
