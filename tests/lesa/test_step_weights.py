@@ -51,7 +51,7 @@ def test_least_squares_finds_the_weights_that_made_the_target() -> None:
 def test_the_basis_combines_regressors_to_uncorrelated_ones_of_one_size() -> None:
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(4, 50, C, generator=generator)
-    older = newest + 0.01 * torch.randn(4, 50, C, generator=generator)  # nearly what the newest is
+    older = newest + 0.03 * torch.randn(4, 50, C, generator=generator)  # nearly what the newest is
     regressors = torch.stack([newest, older, torch.zeros_like(newest), torch.ones_like(newest)])
     target = 3.0 * torch.randn(4, 50, C, generator=generator)
     sums = LeastSquares(1, 4, C, torch.device("cpu"))
