@@ -49,22 +49,9 @@ RESULTS = Path("benchmarks/results")
 SEED_OFFSET = 80_000  # noise of the validation prompts here: nothing else uses it
 FIRST = "LESA form"
 
-# The LESA form, from which all other rows but the last differ in one thing. Step sizes go with the form of the
-# projection: its numbers differ by orders of magnitude in what they move.
+# The LESA form, from which all other rows but the last differ in one thing.
 LESA: dict[str, dict[str, Any]] = {
     "predictor": {"kind": "lesa", "projection": "low_rank", "history_sizes": (2, 2, 2)},
-    "ground_truth": {"learning_rate": 3e-4},
-    "closed_loop": {"learning_rate": 3e-4},
-}
-PER_CHANNEL: dict[str, dict[str, Any]] = {
-    "predictor": {"projection": "per_channel"},
-    "ground_truth": {"learning_rate": 3e-3},
-    "closed_loop": {"learning_rate": 2e-3},
-}
-DENSE: dict[str, dict[str, Any]] = {
-    "predictor": {"projection": "dense"},
-    "ground_truth": {"learning_rate": 1e-3},
-    "closed_loop": {"learning_rate": 1e-4},
 }
 UNIFORM = "uniform schedule"
 NO_LOOP = "ground-truth step alone"
@@ -86,16 +73,13 @@ SETTINGS: dict[str, Changes] = {
     "five stages": {"predictor": {"boundaries": (0.88, 0.72, 0.52, 0.27), "history_sizes": (2,) * 5}},
     LEARNED: {},
     "K = 2, 3, 3": {"predictor": {"history_sizes": (2, 3, 3)}},
-    "projection: dense": DENSE,
-    "projection: per channel": PER_CHANNEL,
+    "projection: dense": {"predictor": {"projection": "dense"}},
+    "projection: per channel": {"predictor": {"projection": "per_channel"}},
     NO_LOOP: {},
     "closed loop: drifted states": {"closed_loop": {"gradient": "drifted_states"}},
     "closed loop: squared error, no logarithm": {"closed_loop": {"loss": "latents"}},
     "weights of each step": {"predictor": {"kind": "per_step"}},
-    "weights of each step, per channel": {
-        **PER_CHANNEL,
-        "predictor": {"kind": "per_step", "projection": "per_channel"},
-    },
+    "weights of each step, per channel": {"predictor": {"kind": "per_step", "projection": "per_channel"}},
     DEFAULT: {"predictor": {"kind": "per_step"}},
     FASTER: {"predictor": {"kind": "per_step"}, "closed_loop": {"step_learning_rate": 0.06}},
     PAPER: {
@@ -105,8 +89,8 @@ SETTINGS: dict[str, Changes] = {
             "start": "random",
             "projection": "dense",
         },
-        "ground_truth": {"loss": "feature", "learning_rate": 1e-3},
-        "closed_loop": {"gradient": "drifted_states", "learning_rate": 1e-4},
+        "ground_truth": {"loss": "feature"},
+        "closed_loop": {"gradient": "drifted_states"},
     },
 }
 ON_UNIFORM = (UNIFORM, PAPER)

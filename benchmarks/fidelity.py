@@ -48,11 +48,6 @@ from lesa.stages import stage_of_steps
 RESULTS = Path("benchmarks/results")
 COUNTS = (10, 8, 6)  # full steps
 LINCA_ITERATIONS = 150  # of each of its stages: some minutes a schedule
-PROJECTIONS = {
-    # Rates go with the form: what one number of each moves differs by orders of magnitude.
-    "low_rank": {"ground_truth": 3e-4, "closed_loop": 3e-4},
-    "per_channel": {"ground_truth": 3e-3, "closed_loop": 2e-3},
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,6 @@ class Form:
     kind: str  # lesa, per_step
     place: str  # uniform, searched
     count: int  # full steps
-    projection: str = "low_rank"
 
     @property
     def name(self) -> str:
@@ -103,15 +97,12 @@ def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torc
     sizes = tuple(
         3 if not _problems_of_stage(schedule, 3, stages, stage) else 2 for stage in range(max(stages) + 1)
     )
-    rates = PROJECTIONS[form.projection]
     budgets = {str(form.count): BudgetParams(full_steps=schedule.full_steps)}
     return dataclasses.replace(
         changed(
             workload,
             {
-                "predictor": {"kind": form.kind, "projection": form.projection, "history_sizes": sizes},
-                "ground_truth": {"learning_rate": rates["ground_truth"]},
-                "closed_loop": {"learning_rate": rates["closed_loop"]},
+                "predictor": {"kind": form.kind, "history_sizes": sizes},
                 "schedule": {"budgets": budgets, "default_budget": str(form.count)},
             },
         ),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lesa import gate as gates
 from lesa import losses
+from lesa.coordinates import learn_in_coordinates
 from lesa.ends import Ends, ends_of, freeze
 from lesa.expert import Expert
 from lesa.families import blocks, family_of
@@ -39,7 +40,6 @@ from lesa.step_counts import Case, Splits, noise_levels, training_cases
 from lesa.step_weights import StepWeights, differences
 from lesa.training import (
     Job,
-    Windows,
     data_digest,
     draw_case,
     expert_seed,
@@ -49,6 +49,7 @@ from lesa.training import (
     training_key,
 )
 from lesa.trajectories import Trajectories, draw
+from lesa.windows import Windows
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,10 @@ class ExpertRule:
         self.stages = tuple(stage_of_steps(self.sigmas, self.boundaries))
         self.history_size = max(*self.sizes, self.step_history)
         self.keeps_predictions = self.history == "steps"
+
+    def windows(self, stage: int) -> Windows:
+        """What the expert of one noise stage predicts."""
+        return Windows.on(self.schedule, self.sigmas, self.stages, stage, self.sizes[stage], self.history)
 
     def __call__(self, history: History, step: int) -> torch.Tensor:
         stage = self.stages[step]
@@ -155,6 +160,9 @@ def train_budget(
         )
         for case in cases
     ]
+    for stage, expert in experts.items():
+        of_cases = [(case.train, rule.windows(stage)) for case, rule in zip(cases, rules, strict=True)]
+        learn_in_coordinates(expert, of_cases, workload.predictor.ridge)
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:
@@ -255,7 +263,10 @@ def accelerated_latents(
     call = decorated.__wrapped__
     asked = dataclasses.replace(workload.call, num_inference_steps=schedule.num_steps)
     prompts = [data.prompts[i] for i in indices]
-    with in_loop(pipe, schedule, rule, gradient_checkpointing):
+    with ExitStack() as stack:
+        for expert in rule.experts.values() if isinstance(rule, ExpertRule) else ():
+            stack.enter_context(expert.projection.held())
+        stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing))
         return call(
             pipe,
             prompt=prompts,
@@ -285,8 +296,7 @@ def drifted_loss(
     loss = losses.GROUND_TRUTH[workload.ground_truth.loss]
     parts = []
     for stage, expert in rule.experts.items():
-        size = rule.sizes[stage]
-        windows = Windows.on(rule.schedule, rule.sigmas, rule.stages, stage, size, rule.history)
+        windows = rule.windows(stage)
         if not windows.steps:
             continue
         target = data.feature_batch(indices, windows.steps).to(expert.low.device)

@@ -14,6 +14,7 @@ from torch import nn
 from lesa import gate as gates
 from lesa import projection as projections
 from lesa.params import PredictorParams
+from lesa.trainable_projection import TrainableProjection
 
 WARM_START_ITERATIONS = 200
 WARM_START_TOLERANCE = 0.02  # of the largest alpha: a start further from first-order extrapolation is refused
@@ -52,7 +53,7 @@ class Expert(nn.Module):
         initial = projections.initial_projection(
             params.projection, channels, history_size, params.rank, params.start, generator
         )
-        self.projection = nn.ParameterDict(initial)
+        self.projection = TrainableProjection(initial)
         offsets = offsets.float()
         self.register_buffer("low", offsets.amin(dim=0))
         self.register_buffer("high", offsets.amax(dim=0))
@@ -72,11 +73,11 @@ class Expert(nn.Module):
 
     def project(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """z of K features [..., C], newest first."""
-        return projections.project(features, self.projection)
+        return projections.project(features, self.projection.tensors())
 
     def export(self) -> dict[str, torch.Tensor]:
         """Tensors by the names `lesa.predictor.Predictor` knows, without the expert's prefix."""
-        tensors = {f"projection.{name}": value for name, value in self.projection.items()}
+        tensors = {f"projection.{name}": value for name, value in self.projection.tensors().items()}
         tensors |= {"gate.low": self.low, "gate.high": self.high}
         tensors |= {f"gate.{name}": value for name, value in _export_gate(self.gate).items()}
         return {name: value.detach().cpu().clone() for name, value in tensors.items()}
@@ -84,8 +85,7 @@ class Expert(nn.Module):
     def load_export(self, projection: Mapping[str, torch.Tensor], gate: Mapping[str, torch.Tensor]) -> None:
         """Take over exported tensors, as `export` gives them, without their `projection.` and `gate.` prefixes."""
         with torch.no_grad():
-            for name, value in projection.items():
-                self.projection[name].copy_(value)
+            self.projection.load(projection)
             self.low.copy_(gate["low"])
             self.high.copy_(gate["high"])
             _import_gate(self.gate, gate)
@@ -94,7 +94,7 @@ class Expert(nn.Module):
         """Projection and gate as AdamW groups: their natural step sizes differ by orders of magnitude."""
         trainable = [parameter for parameter in self.gate.parameters() if parameter.requires_grad]
         return [
-            {"params": list(self.projection.parameters()), "lr": learning_rate},
+            *self.projection.parameter_groups(learning_rate),
             {"params": trainable, "lr": gate_learning_rate, "weight_decay": 0.0},
         ]
 

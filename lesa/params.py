@@ -156,7 +156,7 @@ class GroundTruthParams:
     loss: Literal["output", "feature", "normalised_feature"] = "output"
     iterations: int = setting(400, low=0)  # optimiser steps per expert
     batch_size: int = setting(16, low=1)  # trajectories a step
-    learning_rate: float = setting(1e-3, low=0.0)
+    learning_rate: float = setting(0.03, low=0.0)  # of the projection, in units of what its predictions lack
     gate_learning_rate: float = setting(1e-3, low=0.0)
     weight_decay: float = setting(1e-4, low=0.0)
     gradient_clip: float = setting(1.0, low=0.0)
@@ -173,7 +173,7 @@ class ClosedLoopParams:
     loss: Literal["latents", "log_latents"] = "log_latents"  # squared error of the final latents, or its logarithm
     iterations: int = setting(100, low=0)
     batch_size: int = setting(16, low=1)
-    learning_rate: float = setting(1e-4, low=0.0)
+    learning_rate: float = setting(0.03, low=0.0)  # of the projection, in units of what its predictions lack
     gate_learning_rate: float = setting(1e-3, low=0.0)
     step_learning_rate: float = setting(1e-2, low=0.0)  # of step weights, in units of what they correct
     weight_decay: float = setting(0.0, low=0.0)

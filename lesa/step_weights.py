@@ -41,6 +41,12 @@ def correction(
     return result
 
 
+def of_differences(weights: torch.Tensor) -> torch.Tensor:
+    """Weights [K, ...] of h_0, h_0 - h_1, h_1 - h_2, ... as weights of h_0, h_1, ...: the same sum."""
+    change = torch.cat([weights[1:], torch.zeros_like(weights[:1])])  # of each feature's difference to the older one
+    return torch.cat([weights[:1] + change[:1], change[1:] - change[:-1]])
+
+
 def in_differences(scale: torch.Tensor) -> torch.Tensor:
     """Weights [K, C] of h_0, h_1, ... as weights of h_0, h_0 - h_1, h_1 - h_2, ...: the same sum."""
     tails = scale.flip(0).cumsum(0).flip(0)  # tails[i] = sum of scale[i:]
@@ -73,10 +79,11 @@ class StepWeights(nn.Module):
     @classmethod
     def fitted(cls, num_steps: int, steps: Sequence[int], sums: LeastSquares, ridge: float) -> StepWeights:
         """The least-squares solution at the steps that `sums` is of; zero at all others."""
-        weights, basis = sums.solve(ridge), sums.basis(ridge)
+        weights = sums.solve(ridge)
+        basis = sums.basis(ridge) * sums.power.sqrt()[..., None, None]  # in units of the target
         start = torch.zeros(num_steps, *weights.shape[1:], device=weights.device)
         directions = torch.zeros(num_steps, *basis.shape[1:], device=basis.device)
-        start[list(steps)], directions[list(steps)] = weights, basis
+        start[list(steps)], directions[list(steps)] = weights, basis.float()
         return cls(start, directions)
 
     def forward(self, newest: torch.Tensor, changes: Sequence[torch.Tensor], step: int) -> torch.Tensor:
@@ -136,18 +143,27 @@ class LeastSquares:
         return (weights * present).transpose(1, 2).float()
 
     def basis(self, ridge: float) -> torch.Tensor:
-        """Combinations of regressors [steps, C, R, R], a column each, that are uncorrelated and move alike.
+        """Uncorrelated combinations of regressors [steps, C, R, R], a column each, whose squares sum to one.
 
-        With `L L'` the Cholesky decomposition of the system that `solve` solves they are the columns of `L'^-1`, in
-        units of the target: what never varied from zero is in none. The ridge keeps what hardly varies from weighing
-        without bound; without one, as much of it as rounding needs is taken.
+        With `L L'` the Cholesky decomposition of the system that `solve` solves they are the columns of `L'^-1`: a
+        column holds no later regressor, and what never varied from zero is in none. The ridge keeps what hardly
+        varies from weighing without bound; without one, as much of it as rounding needs is taken.
         """
         system, present = self._system(max(ridge, LEAST_RIDGE))
         factor = torch.linalg.cholesky(system)
         one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
         columns = torch.linalg.solve_triangular(factor.transpose(-1, -2), one, upper=True)
         kept = present[..., :, None] & present[..., None, :]
-        return (columns * kept * self.power.sqrt()[..., None, None]).float()
+        return columns * kept
+
+    def pooled(self, shares: torch.Tensor) -> LeastSquares:
+        """All steps as one regression, each counted by its share [steps]."""
+        _, channels, regressors = self.moment.shape
+        pooled = LeastSquares(1, regressors, channels, self.gram.device)
+        pooled.gram += torch.einsum("s,scij->cij", shares, self.gram)
+        pooled.moment += torch.einsum("s,sci->ci", shares, self.moment)
+        pooled.power += torch.einsum("s,sc->c", shares, self.power)
+        return pooled
 
     def _system(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The regularised system [steps, C, R, R], and which regressors [steps, C, R] there are."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 
 from lesa import gate as gates
 from lesa import losses
+from lesa.coordinates import learn_in_coordinates
 from lesa.ends import Ends
 from lesa.expert import Expert
 from lesa.fit_steps import fit_step_weights
@@ -26,11 +26,12 @@ from lesa.loop import LoopSettings, Report, optimise
 from lesa.params import Workload
 from lesa.pipelines import pick_device
 from lesa.predictor import MIXED, MIXED_HISTORY, STEPS, Predictor, PredictorSpec, Variant
-from lesa.schedule import Schedule, history_problems
+from lesa.schedule import history_problems
 from lesa.stages import stage_of_steps
 from lesa.step_counts import Case, Splits, noise_levels, served_offsets, training_cases
 from lesa.step_weights import StepWeights, step_weight_shapes
 from lesa.trajectories import Trajectories, draw, trajectories_digest
+from lesa.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -120,68 +121,6 @@ def expert_seed(workload: Workload, job: Job) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Windows:
-    """What an expert predicts: its steps that have its history, grouped by the history they share."""
-
-    steps: tuple[int, ...]
-    past: tuple[tuple[int, ...], ...]  # history steps of each, newest first
-    offsets: torch.Tensor  # [n, K]
-    weights: torch.Tensor  # [n] |sigma_{s+1} - sigma_s|
-    needed: tuple[int, ...]  # every step whose feature is read, sorted
-
-    @classmethod
-    def of(cls, workload: Workload, job: Job, sigmas: torch.Tensor) -> Windows:
-        """Those of a budget's expert."""
-        params = workload.predictor
-        stages = stage_of_steps(sigmas, params.boundaries)
-        size = params.history_sizes[job.stage]
-        return cls.on(workload.budgets()[job.budget], sigmas, stages, job.stage, size, params.history)
-
-    @classmethod
-    def on(
-        cls,
-        schedule: Schedule,
-        sigmas: torch.Tensor,  # [S + 1]
-        stages: Sequence[int],  # noise stage of each step
-        stage: int,  # the expert's
-        size: int,  # its K
-        history: str,  # full_steps or steps
-    ) -> Windows:
-        """Those of one noise stage on a schedule."""
-        of_stage = {
-            step: gates.history_steps(schedule, step, size, history)
-            for step in schedule.predicted_steps
-            if stages[step] == stage
-        }
-        steps = tuple(step for step, entries in of_stage.items() if len(entries) == size)
-        past = tuple(of_stage[step] for step in steps)
-        return cls(
-            steps=steps,
-            past=past,
-            offsets=torch.stack([gates.offsets(sigmas, s, p) for s, p in zip(steps, past, strict=True)])
-            if steps
-            else torch.zeros(0, size),
-            weights=torch.tensor([abs(float(sigmas[s + 1] - sigmas[s])) for s in steps]),
-            needed=tuple(sorted(set(steps).union(*past))) if steps else (),
-        )
-
-    def predict(self, expert: Expert, features: torch.Tensor) -> torch.Tensor:
-        """[B, n, L, C] predictions from features [B, len(needed), L, C]; z is shared where the history is."""
-        place = {step: index for index, step in enumerate(self.needed)}
-        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, past in enumerate(self.past):
-            groups[past].append(index)
-        alphas = expert.alpha(self.offsets.to(features.device), self.steps)
-        columns: list[torch.Tensor] = [torch.empty(0)] * len(self.steps)
-        for past, members in groups.items():
-            history = [features[:, place[step]] for step in past]
-            z = expert.project(history)
-            for index in members:
-                columns[index] = history[0] + alphas[index] * z
-        return torch.stack(columns, dim=1)
-
-
 def train_expert(
     workload: Workload,
     job: Job,
@@ -227,6 +166,7 @@ def train_expert(
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
+    learn_in_coordinates(expert, [(case.train, windows) for case, windows in cases], params.ridge)
     ends = ends.to(device)
 
     def loss_on(windows: Windows, data: Trajectories, indices: Sequence[int]) -> torch.Tensor:

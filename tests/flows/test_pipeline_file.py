@@ -45,8 +45,8 @@ NOT_RUN = {
     # Training of experts: the search trains step weights alone, and keeps no checkpoints of that.
     "search": READING
     | ADAPTIVE
-    | {"checkpoint", "clock", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval"}
-    | {"projection", "step_counts", "training"},
+    | {"checkpoint", "clock", "coordinates", "dmd", "expert", "fit_steps", "forecast", "gate", "history", "kan_eval"}
+    | {"projection", "step_counts", "trainable_projection", "training", "windows"},
     # The jobs of both training steps are in one file.
     "train_stage1": READING
     | ADAPTIVE
@@ -59,6 +59,7 @@ NOT_RUN = {
         "bundle",
         "checkpoint",
         "closed_loop",
+        "coordinates",
         "ends",
         "fit_steps",
         "jobs",
@@ -66,8 +67,10 @@ NOT_RUN = {
         "losses",
         "manifest",
         "step_counts",
+        "trainable_projection",
         "training",
         "trajectories",
+        "windows",
     },
     "publish": READING | ADAPTIVE,
 }

@@ -114,7 +114,8 @@ def test_an_export_holds_every_number(projection: str, gate: str) -> None:
     assert torch.equal(again, before)
     train_a_little(fresh)  # what was imported can be trained further, like what it came from
     train_a_little(trained)
-    assert all(torch.equal(value, trained.export()[name]) for name, value in fresh.export().items())
+    for name, value in fresh.export().items():  # from other starts: sums are rounded differently
+        torch.testing.assert_close(value, trained.export()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["kan", "mlp", "table"])

@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, bad: 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path) -> None:
     def loss(experts: nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
-        return (experts["expert"].projection["bias"] * 0).sqrt().sum()  # 0 at a slope that is not finite
+        return (experts["expert"].projection.tensors()["bias"] * 0).sqrt().sum()  # 0 at a slope that is not finite
 
     with pytest.raises(TrainingError, match="the gradient at iteration 0 is not finite"):
         run(tmp_path, loss=loss)

@@ -14,7 +14,7 @@ from lesa.predictor import STEPS, Predictor, Variant
 from lesa.projection import project
 from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
-from lesa.step_weights import LeastSquares, StepWeights, correction, differences, in_differences
+from lesa.step_weights import LeastSquares, StepWeights, correction, differences, in_differences, of_differences
 from tests import training_set
 from tests.lesa.test_predictor import SCHEDULE, SIGMAS, SPEC, C, S, run_history, tensors_of
 
@@ -31,6 +31,7 @@ def test_weights_of_differences_are_the_same_sum() -> None:
     scale, history = torch.randn(3, C), [torch.randn(2, 5, C) for _ in range(3)]
     plain = sum(factor * feature for factor, feature in zip(scale, history, strict=True))
     said = correction(history[0], differences(history, 3), in_differences(scale), torch.zeros(C))
+    torch.testing.assert_close(of_differences(in_differences(scale)), scale)
     torch.testing.assert_close(said, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -48,7 +49,7 @@ def test_least_squares_finds_the_weights_that_made_the_target() -> None:
     assert shrunk[0, 0].abs().sum() < found[0, 0].abs().sum()
 
 
-def test_the_basis_combines_regressors_to_uncorrelated_ones_of_one_size() -> None:
+def test_the_basis_combines_regressors_to_uncorrelated_ones_of_size_one() -> None:
     generator = torch.Generator().manual_seed(1)
     newest = torch.randn(4, 50, C, generator=generator)
     older = newest + 0.03 * torch.randn(4, 50, C, generator=generator)  # nearly what the newest is
@@ -58,10 +59,9 @@ def test_the_basis_combines_regressors_to_uncorrelated_ones_of_one_size() -> Non
     sums.add(0, regressors, target)
     basis = sums.basis(ridge=0.0)[0]  # [C, R, R]
     assert basis[:, 2].eq(0).all() and basis[:, :, 2].eq(0).all()
-    combined = torch.einsum("cij,ibtc->jbtc", basis, regressors)[[0, 1, 3]]
+    combined = torch.einsum("cij,ibtc->jbtc", basis, regressors.double())[[0, 1, 3]]
     products = torch.einsum("ibtc,jbtc->cij", combined, combined)
-    power = target.square().sum(dim=(0, 1))
-    torch.testing.assert_close(products, power[:, None, None] * torch.eye(3), rtol=1e-3, atol=1e-2 * float(power.max()))
+    torch.testing.assert_close(products, torch.eye(3).double().expand_as(products), rtol=0, atol=1e-2)
     quiet = sums.basis(ridge=1e-2)[0]
     assert quiet.abs().amax() < basis.abs().amax(), "the ridge bounds what hardly varies by itself"
 
@@ -71,6 +71,19 @@ def test_regressors_that_go_together_exactly_have_a_basis_without_a_ridge() -> N
     sums = LeastSquares(1, 3, C, torch.device("cpu"))
     sums.add(0, torch.stack([newest, newest, torch.ones_like(newest)]), newest)
     assert sums.basis(ridge=0.0).isfinite().all()
+
+
+def test_regressions_are_pooled_by_their_shares() -> None:
+    generator = torch.Generator().manual_seed(3)
+    regressors, target = torch.randn(2, 3, 4, 50, C, generator=generator), torch.randn(2, 4, 50, C, generator=generator)
+    apart, together = LeastSquares(2, 3, C, torch.device("cpu")), LeastSquares(1, 3, C, torch.device("cpu"))
+    for place, share in enumerate((1.0, 4.0)):
+        apart.add(place, regressors[place], target[place])
+        together.add(0, share**0.5 * regressors[place], share**0.5 * target[place])
+    pooled = apart.pooled(torch.tensor([1.0, 4.0]).double())
+    torch.testing.assert_close(pooled.solve(0.1), together.solve(0.1))
+    torch.testing.assert_close(pooled.basis(0.1), together.basis(0.1))
+    torch.testing.assert_close(pooled.power, together.power)
 
 
 def test_an_export_is_what_was_trained() -> None:

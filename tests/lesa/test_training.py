@@ -15,7 +15,6 @@ from lesa.schedule import Schedule
 from lesa.stages import stage_of_steps
 from lesa.training import (
     Job,
-    Windows,
     assemble,
     ground_truth_jobs,
     new_expert,
@@ -25,6 +24,7 @@ from lesa.training import (
     untrained_predictor,
 )
 from lesa.trajectories import Trajectories
+from lesa.windows import Windows
 from tests.training_set import CHANNELS, STEPS, TOKENS, ends, sigmas, splits, workload
 
 SIGMAS = sigmas()
@@ -109,13 +109,14 @@ def test_windows_by_hand() -> None:
     """Full 0 1 2 3 6 9; steps of the second stage are those below 0.6."""
     stages = stage_of_steps(SIGMAS, (0.6,))
     first = stages.index(1)
-    windows = Windows.of(workload(), Job("2x", 1), SIGMAS)
+    schedule = workload().budgets()["2x"]
+    windows = Windows.on(schedule, SIGMAS, stages, 1, 2, "full_steps")
     assert windows.steps == tuple(s for s in (4, 5, 7, 8, 10, 11) if s >= first)
     assert windows.past[-1] == (9, 6)
     assert torch.equal(windows.offsets[-1], SIGMAS[[9, 6]] - SIGMAS[11])
     assert float(windows.weights[-1]) == pytest.approx(float(SIGMAS[11]))
     assert windows.needed == tuple(sorted({*windows.steps, *(p for past in windows.past for p in past)}))
-    assert Windows.of(workload(predictor={"history": "steps"}), Job("2x", 1), SIGMAS).past[-1] == (10, 9)
+    assert Windows.on(schedule, SIGMAS, stages, 1, 2, "steps").past[-1] == (10, 9)
 
 
 @pytest.mark.parametrize("history", ["full_steps", "steps"])
@@ -131,10 +132,10 @@ def test_windows_predict_what_the_sampler_would(
     experts = {job: new_expert(made, job, SIGMAS, CHANNELS) for job in ground_truth_jobs(made, SIGMAS)}
     predictor = assemble(made, CHANNELS, {job: expert.export() for job, expert in experts.items()})
     schedule = made.budgets()["2x"]
-    rule = predictor.bind(schedule, SIGMAS)
+    rule, stages = predictor.bind(schedule, SIGMAS), stage_of_steps(SIGMAS, made.predictor.boundaries)
     assert rule.keeps_predictions == (history == "steps")
     for job, expert in experts.items():
-        windows = Windows.of(made, job, SIGMAS)
+        windows = Windows.on(schedule, SIGMAS, stages, job.stage, 2, history)
         features = data[0].feature_batch([0, 1], windows.needed)
         with torch.no_grad():
             predicted = windows.predict(expert, features)
@@ -252,6 +253,6 @@ def test_a_bad_trajectory_stops_training_before_the_update(
     poisoned = train_set.features.clone()
     poisoned[:, STEPS - 1] = float("nan")
     bad = dataclasses.replace(train_set, features=poisoned)
-    with pytest.raises(TrainingError, match=r"the loss at iteration 0 is not finite.*lesa store verify"):
+    with pytest.raises(TrainingError, match="recorded features are not finite.*lesa store verify"):
         train((bad, validation), tmp_path, Job("2x", 1))
     assert not list(tmp_path.rglob("state.json"))
