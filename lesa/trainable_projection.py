@@ -82,15 +82,15 @@ class TrainableProjection(nn.Module):
             "bias": self.start_of("bias") + moved[:, -1],
         }
         size, channels = found["scale"].shape
-        # Divided by how many terms are summed up: what moves alike moves the sum by no more than one of them.
+        # By the root of how many terms are summed up: numbers that move at random move a sum as far as one of them.
         if "down" in self.names:
             change = self._in_features(self._by_channel(self.moved["down"])).flatten(1)
-            found["down"] = self.start_of("down") + change / (size * channels)
+            found["down"] = self.start_of("down") + change / (size * channels) ** 0.5
             rank = self.moved["up"].shape[1]
-            found["up"] = self.start_of("up") + self.unit[:, None] * self.moved["up"] / rank
+            found["up"] = self.start_of("up") + self.unit[:, None] * self.moved["up"] / rank**0.5
         elif "weight" in self.names:
             change = self._in_features(self._by_channel(self.moved["weight"])).flatten(1)
-            found["weight"] = self.start_of("weight") + self.unit[:, None] * change / (size * channels)
+            found["weight"] = self.start_of("weight") + self.unit[:, None] * change / (size * channels) ** 0.5
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
