@@ -162,7 +162,7 @@ def train_budget(
     ]
     for stage, expert in experts.items():
         of_cases = [(case.train, rule.windows(stage)) for case, rule in zip(cases, rules, strict=True)]
-        learn_in_coordinates(expert, of_cases, workload.predictor.ridge)
+        learn_in_coordinates(expert, of_cases, ridge=workload.predictor.ridge, batch_size=settings.batch_size)
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:

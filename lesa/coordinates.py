@@ -13,16 +13,18 @@ from lesa.trajectories import Trajectories
 from lesa.windows import Windows
 
 SAMPLES = 64  # trajectories of each case: directions and sizes need no more
-BATCH = 16
 
 
 @torch.no_grad()
-def learn_in_coordinates(expert: Expert, cases: Sequence[tuple[Trajectories, Windows]], ridge: float) -> None:
+def learn_in_coordinates(
+    expert: Expert, cases: Sequence[tuple[Trajectories, Windows]], *, ridge: float, batch_size: int
+) -> None:
     """Let the expert's projection learn in uncorrelated inputs and in units of what its predictions lack.
 
     Args:
         cases: trajectories and the steps that are predicted on them; each counts alike, however far off it is.
         ridge: relative to the regressors' energy; keeps what hardly varies from weighing without bound.
+        batch_size: trajectories read at a time.
 
     Raises:
         TrainingError: a recorded feature is not finite.
@@ -36,7 +38,7 @@ def learn_in_coordinates(expert: Expert, cases: Sequence[tuple[Trajectories, Win
     counts = torch.zeros(len(cases), dtype=torch.float64, device=device)
     for place, (data, windows) in enumerate(cases):
         chosen = torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).round().long()
-        for batch in chosen.split(BATCH):
+        for batch in chosen.split(batch_size):
             features = data.feature_batch(batch.tolist(), windows.needed).to(device)
             found = windows.predict(expert, features)  # [B, n, L, C]
             alphas = expert.alpha(windows.offsets.to(device), windows.steps)

@@ -32,7 +32,7 @@ _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its back
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
 _FITTING_COPIES = 3  # of the features that sums are made of: as read, as rows, and with a constant beside them
 _DECODER_BYTES = 1024  # a pixel of a picture or a frame, while it is decoded
-_CHECKPOINT_COPIES = 16  # of a predictor's float32 weights: both results, optimiser, coordinates, best so far
+_CHECKPOINT_COPIES = 20  # of a predictor's float32 weights: both results, optimiser, coordinates, best so far
 _ELEMENT = {"float32": 4, "bfloat16": 2}
 
 

@@ -166,7 +166,8 @@ def train_expert(
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
-    learn_in_coordinates(expert, [(case.train, windows) for case, windows in cases], params.ridge)
+    of_cases = [(case.train, windows) for case, windows in cases]
+    learn_in_coordinates(expert, of_cases, ridge=params.ridge, batch_size=settings.batch_size)
     ends = ends.to(device)
 
     def loss_on(windows: Windows, data: Trajectories, indices: Sequence[int]) -> torch.Tensor:

@@ -30,7 +30,7 @@ def windows_of(interval: int) -> Windows:
 def test_inputs_are_uncorrelated_and_units_are_what_is_lacking(train: Trajectories) -> None:
     expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
     windows = windows_of(3)
-    learn_in_coordinates(expert, [(train, windows)], ridge=0.0)
+    learn_in_coordinates(expert, [(train, windows)], ridge=0.0, batch_size=3)
     features = train.feature_batch(range(len(train)), windows.needed)
     at = {step: index for index, step in enumerate(windows.needed)}
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_cases_count_alike_however_far_off_they_are(train: Trajectories) -> None
     units = []
     for data in ([train], [loud], [train, loud]):
         expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
-        learn_in_coordinates(expert, [(one, windows_of(3)) for one in data], ridge=1e-3)
+        learn_in_coordinates(expert, [(one, windows_of(3)) for one in data], ridge=1e-3, batch_size=3)
         units.append(expert.projection.unit)
     assert (units[1] / units[0]).sub(100).abs().max() < 1
     assert (units[2] < 2 * units[0]).all() and (units[2] > units[0]).all()
@@ -66,5 +66,5 @@ def test_cases_count_alike_however_far_off_they_are(train: Trajectories) -> None
 def test_nothing_to_predict_changes_nothing(train: Trajectories) -> None:
     expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
     before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
-    learn_in_coordinates(expert, [(train, windows_of(1))], ridge=1e-3)
+    learn_in_coordinates(expert, [(train, windows_of(1))], ridge=1e-3, batch_size=3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in expert.state_dict().items())
