@@ -137,7 +137,7 @@ class PredictorParams:
 
     kind: Literal["lesa", "per_step"] = "lesa"  # experts alone, or with per-channel weights of each step's own
     step_history: int = setting(3, low=1, high=MAX_HISTORY)  # K of the step weights
-    ridge: float = setting(1e-3, low=0.0)  # pull of the step weights to zero in their closed form
+    ridge: float = setting(1e-3, low=0.0)  # of least squares: pull of step weights to zero; bound of coordinates
     history: Literal["full_steps", "steps"] = "full_steps"  # the last K full steps, or steps with own predictions
     boundaries: tuple[float, ...] = (0.8, 0.4)  # noise levels between the stages, decreasing
     history_sizes: tuple[int, ...] = (3, 3, 3)  # K of each stage's expert
