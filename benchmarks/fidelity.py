@@ -92,27 +92,25 @@ def schedule_of(workload: Workload, place: str, count: int) -> Schedule:
 
 
 def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torch.Tensor, seed: int) -> Workload:
-    """The workload with the form's one budget, and as much history as its schedule allows, 3 at most."""
-    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
-    sizes = tuple(
-        3 if not _problems_of_stage(schedule, 3, stages, stage) else 2 for stage in range(max(stages) + 1)
-    )
+    """The workload with the form's one budget: its own settings for weights of each step, the LESA form's best for it.
+
+    That form does best with a history of steps, and as much of it as the schedule allows, 3 at most
+    (`python -m benchmarks.choices`).
+    """
+    predictor: dict[str, Any] = {"kind": form.kind}
+    if form.kind == "lesa":
+        stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+        sizes = tuple(2 if _lacks(schedule, 3, stages, stage) else 3 for stage in range(max(stages) + 1))
+        predictor |= {"history": "steps", "history_sizes": sizes}
     budgets = {str(form.count): BudgetParams(full_steps=schedule.full_steps)}
-    return dataclasses.replace(
-        changed(
-            workload,
-            {
-                "predictor": {"kind": form.kind, "history_sizes": sizes},
-                "schedule": {"budgets": budgets, "default_budget": str(form.count)},
-            },
-        ),
-        seed=seed,
-    )
+    changes = {"predictor": predictor, "schedule": {"budgets": budgets, "default_budget": str(form.count)}}
+    return dataclasses.replace(changed(workload, changes), seed=seed)
 
 
-def _problems_of_stage(schedule: Schedule, size: int, stages: Sequence[int], stage: int) -> list[str]:
+def _lacks(schedule: Schedule, size: int, stages: Sequence[int], stage: int) -> bool:
+    """Whether a predicted step of the noise stage has fewer than `size` steps before it."""
     sizes = [size if other == stage else 1 for other in range(max(stages) + 1)]
-    return history_problems(schedule, sizes, stages)
+    return bool(history_problems(schedule, sizes, stages, "steps"))
 
 
 def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -> None:
