@@ -64,7 +64,7 @@ class Form:
 
     @property
     def label(self) -> str:
-        kind = "LESA form" if self.kind == "lesa" else "weights of each step"
+        kind = "the LESA form, experts alone" if self.kind == "lesa" else "experts and weights of each step"
         return f"{kind}, {self.place} full steps"
 
 
