@@ -48,6 +48,7 @@ from lesa.stages import stage_of_steps
 RESULTS = Path("benchmarks/results")
 COUNTS = (10, 8, 6)  # full steps
 LINCA_ITERATIONS = 150  # of each of its stages: some minutes a schedule
+CONTROL = "taylor1_ours"  # learns nothing: what it has more on training prompts is the prompts
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,9 @@ def measure(
 
 
 def on_training_prompts(
-    workload: Workload, pipe: Any, ours: Sequence[Method], count: int, first_seed: int | None = None
+    workload: Workload, pipe: Any, methods: Sequence[Method], count: int, first_seed: int | None = None
 ) -> dict[str, float]:
-    """Mean PSNR of our forms on training prompts, by `budget/name`: how much is learned by heart.
+    """Mean PSNR of some methods on training prompts, by `budget/name`: how much is learned by heart.
 
     Args:
         first_seed: of fresh noise; None takes the noise that was trained on, which gives the pictures of training.
@@ -239,7 +240,7 @@ def on_training_prompts(
     seeds = train_set.seeds[:count] if first_seed is None else range(first_seed, first_seed + len(prompts))
     results = evaluate_methods(
         pipe,
-        ours,
+        methods,
         prompts,
         list(seeds),
         call=workload.call,
@@ -325,18 +326,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipe = load_pipeline(workload)
         judged = read_splits(workload.paths.prompts)["test"][: options.prompts]
         searched = options.peers or Path("data/peers") / f"{workload.name}.json"
+        peers = peers_of(workload, pipe, options.counts, searched, judged, learned=not options.no_learned)
         results = measure(
             workload,
             pipe,
             ours,
-            peers_of(workload, pipe, options.counts, searched, judged, learned=not options.no_learned),
+            peers,
             num_prompts=options.prompts,
             seeds=options.seeds,
             seed_offset=options.seed_offset,
             fraction=options.converged,
         )
-        by_heart = on_training_prompts(workload, pipe, ours, options.prompts)
-        same_prompts = on_training_prompts(workload, pipe, ours, options.prompts, options.seed_offset + 1_000_000)
+        controls = [peer for peer in peers if peer.name == CONTROL]
+        compared = sorted([*ours, *controls], key=lambda method: options.counts.index(int(method.budget)))
+        by_heart = on_training_prompts(workload, pipe, compared, options.prompts)
+        same_prompts = on_training_prompts(workload, pipe, compared, options.prompts, options.seed_offset + 1_000_000)
         document = results.to_json() | {
             "on_training_images": by_heart,
             "on_training_prompts": same_prompts,
