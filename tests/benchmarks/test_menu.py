@@ -22,7 +22,8 @@ def test_what_is_believed_correlates_as_asked_and_is_unbiased(r: float) -> None:
 
 
 def test_more_knowledge_lifts_the_tail_more_at_the_same_mean() -> None:
-    document = {"workload": "tiny", "samples": len(EASE), "prompts": 32, **analyse(TRUE, "10")}
+    true = {count: values[:1000] for count, values in TRUE.items()}
+    document = {"workload": "tiny", "samples": 1000, "prompts": 32, **analyse(true, "10")}
     tails = [row["psnr_p5"] for row in document["knowledge"]]
     assert tails == sorted(tails) and document["oracle"]["psnr_p5"] == pytest.approx(tails[-1])
     assert tails[-1] > document["budgets"]["10"]["psnr_p5"] + 1.0
