@@ -38,7 +38,7 @@ def teacher(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts(student: Student) -> list[str]:
-    return student.data_set.language.split_prompts()["base"][:24]
+    return student.data_set.language.split_prompts()["base"][:12]
 
 
 def learn(student: Student, teacher: Path, folder: Path, steps: int = 2) -> dict[str, float]:
