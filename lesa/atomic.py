@@ -109,16 +109,18 @@ def tree_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def regular_files(folder: Path) -> list[str]:
+def regular_files(folder: str | Path, prefix: str = "") -> list[str]:
     """Relative paths of all files under `folder`, sorted; OSError for a link, FIFO or device among them."""
     found = []
-    for root, folders, files in os.walk(folder, onerror=_raise):
-        for name in (*folders, *files):
-            path = Path(root) / name
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise OSError(errno.EINVAL, "neither a regular file nor a folder", str(path))
-        found += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                found += regular_files(entry.path, f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                found.append(name)
+            else:
+                raise OSError(errno.EINVAL, "neither a regular file nor a folder", entry.path)
     return sorted(found)
 
 

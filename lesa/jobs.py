@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as parse_tensors
@@ -21,29 +21,34 @@ from lesa.pipelines import load_pipeline, pipeline_folder
 from lesa.predictor import MIXED, Predictor, PredictorSpec
 from lesa.prompts import read_splits
 from lesa.step_counts import Splits
+from lesa.store import TrajectoryStore
 from lesa.training import Job, assemble, ground_truth_jobs, train_expert
-from lesa.trajectories import load_trajectories
+from lesa.trajectories import Trajectories, load_trajectories
 
 Tensors = dict[str, torch.Tensor]
 Figures = dict[str, float]
 
 
-def recorded_splits(
-    workload: Workload,
-    num_steps: int | None = None,  # of the runs; None: the call's own
-) -> Splits:
+def recorded_splits(workload: Workload) -> Splits:
     """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
-    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
-    steps = workload.call.num_inference_steps if num_steps is None else num_steps
-    counts = workload.num_recorded(steps)
-    train = load_trajectories(path, splits["train"][: counts["train"]], steps)
-    validation = load_trajectories(path, splits["validation"][: counts["validation"]], steps)
-    return train, validation
+    steps = workload.call.num_inference_steps
+    return _recorded(workload, (steps,))[steps]
 
 
 def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
     """`recorded_splits` at each of `record.step_counts`."""
-    return {num_steps: recorded_splits(workload, num_steps) for num_steps in workload.record.step_counts}
+    return _recorded(workload, workload.record.step_counts)
+
+
+def _recorded(workload: Workload, step_counts: Sequence[int]) -> dict[int, Splits]:
+    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
+    records = TrajectoryStore.open(path).records()
+
+    def load(split: Literal["train", "validation"], num_steps: int) -> Trajectories:
+        prompts = splits[split][: workload.num_recorded(num_steps)[split]]
+        return load_trajectories(path, prompts, num_steps, records)
+
+    return {num_steps: (load("train", num_steps), load("validation", num_steps)) for num_steps in step_counts}
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:

@@ -63,7 +63,12 @@ def latents_loss(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 def log_latents_loss(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Mean logarithm of each sample's squared error: decibels, so that no sample outweighs the others."""
-    return _squared_errors(latents, reference).clamp_min(1e-12).log().mean()
+    return log_squared_errors(latents, reference).mean()
+
+
+def log_squared_errors(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """[B] logarithm of each sample's mean squared error."""
+    return _squared_errors(latents, reference).clamp_min(1e-12).log()
 
 
 def _squared_errors(latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 What is searched for is a schedule for a learned predictor, so each candidate gets one: step weights in closed form,
 fitted on the other training trajectories. The run then goes through the real pipeline; the error is that of the final
-latents. Of the leaders that this finds, a short training through the sampler takes the best (`lesa.finalists`).
-Validation and test trajectories have no say.
+latents. A candidate that falls behind the best on the first trajectories is not run on the rest (`lesa.race`). Of the
+leaders that this finds, a short training through the sampler takes the best (`lesa.finalists`). Validation and test
+trajectories have no say.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from lesa import atomic
 from lesa.closed_loop import accelerated_latents
 from lesa.finalists import Steps, error_after_training, leaders
 from lesa.loop import Report
-from lesa.losses import log_latents_loss
+from lesa.losses import log_squared_errors
 from lesa.params import Workload
+from lesa.predictor import BoundPredictor
+from lesa.race import Race, raced
 from lesa.schedule import Schedule, history_problems
 from lesa.stages import stage_of_steps
 from lesa.step_fits import StepFits
@@ -32,7 +35,6 @@ from lesa.trajectories import Trajectories, trajectories_digest
 
 Run = tuple[int, Steps]  # optimiser steps before it, full steps
 DECIBELS = 10 / math.log(10)  # of a natural logarithm
-WORST = 1e3  # dB: of a run that left the finite numbers
 JUMPS = (1, -1, 2, -2)  # how far full steps are moved
 
 
@@ -68,35 +70,41 @@ def refine(
     fits = StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device)
     key = search_key(workload, data)
     done = read_journal(journal, key)
-    known: dict[Run, float] = {}  # what this search has asked for: the same whether it was killed or not
+    known: dict[Run, Race] = {}  # what this search has asked for: the same whether it was killed or not
 
-    def remembered(run: Run, value: str, make: Callable[[], float]) -> float:
+    def remembered(run: Run, value: str, make: Callable[[], Race]) -> Race:
         if run not in known and run in done:
             known[run] = done[run]
         if run not in known:
-            found = make() * DECIBELS
-            known[run] = found if math.isfinite(found) else WORST
+            known[run] = make()
             write_journal(journal, key, done | known)
-            best = min(error for (iterations, _), error in known.items() if iterations == run[0])
-            report(len(known), {f"{value}_db": known[run], f"best_{value}_db": best})
+            best = min(race.error for (iterations, _), race in known.items() if iterations == run[0])
+            report(len(known), {f"{value}_db": known[run].error, f"best_{value}_db": best})
         return known[run]
 
     @torch.no_grad()
-    def run_once(schedule: Schedule) -> float:
-        latents = accelerated_latents(pipe, workload, schedule, fits.rule(schedule), data, judged)
-        return float(log_latents_loss(latents, data.latents[judged].to(latents.device)))
+    def errors_of(schedule: Schedule, rule: BoundPredictor, indices: list[int]) -> list[float]:
+        latents = accelerated_latents(pipe, workload, schedule, rule, data, indices)
+        errors = log_squared_errors(latents, data.latents[indices].to(latents.device)) * DECIBELS
+        return errors.tolist()
 
-    def error(schedule: Schedule) -> float:
-        return remembered((0, schedule.full_steps), "error", lambda: run_once(schedule))
+    def run_once(schedule: Schedule, against: Schedule | None) -> Race:
+        rule = fits.rule(schedule)
+        rival = None if against is None else known[0, against.full_steps]
+        return raced(judged, lambda indices: errors_of(schedule, rule, indices), rival)
+
+    def error(schedule: Schedule, against: Schedule | None = None) -> float:
+        return remembered((0, schedule.full_steps), "error", lambda: run_once(schedule, against)).error
+
+    def trained(schedule: Schedule) -> Race:
+        found = error_after_training(
+            pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
+        )
+        return Race.of([found * DECIBELS])
 
     def trained_error(schedule: Schedule) -> float:
-        return remembered(
-            (settings.finalist_iterations, schedule.full_steps),
-            "trained_error",
-            lambda: error_after_training(
-                pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
-            ),
-        )
+        run = settings.finalist_iterations, schedule.full_steps
+        return remembered(run, "trained_error", lambda: trained(schedule)).error
 
     generator = torch.Generator().manual_seed(seed)
     start_error = min(map(error, starts))
@@ -106,7 +114,7 @@ def refine(
         found.append(_descend(workload, data.sigmas, start, error, known, share, generator))
     best = _descend(workload, data.sigmas, min(found, key=error), error, known, settings.evaluations, generator)
     figures = {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
-    errors = {steps: value for (_, steps), value in known.items()}
+    errors = {steps: race.error for (_, steps), race in known.items()}
     chosen = [Schedule.explicit(best.num_steps, steps) for steps in leaders(errors, settings.finalists)]
     if len(chosen) > 1:
         best = min(chosen, key=trained_error)
@@ -118,8 +126,8 @@ def _descend(
     workload: Workload,
     sigmas: torch.Tensor,
     start: Schedule,
-    error: Callable[[Schedule], float],
-    known: Mapping[Run, float],
+    error: Callable[[Schedule, Schedule | None], float],
+    known: Mapping[Run, Race],
     evaluations: int,
     generator: torch.Generator,
 ) -> Schedule:
@@ -136,7 +144,7 @@ def _descend(
                 break
             if (0, candidate.full_steps) in known or not serves(workload, candidate, sigmas):
                 continue
-            if error(candidate) < error(best):
+            if error(candidate, best) < error(best, None):
                 move = tuple(b - a for a, b in zip(best.full_steps, candidate.full_steps, strict=True))
                 best = candidate
                 break
@@ -158,20 +166,23 @@ def search_key(workload: Workload, data: Trajectories) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read_journal(path: Path, key: str) -> dict[Run, float]:
+def read_journal(path: Path, key: str) -> dict[Run, Race]:
     """Errors of the runs that are done; none where the journal is of another search or torn."""
     try:
         record = json.loads(path.read_text())
         if record["key"] == key:
-            return {(int(iterations), tuple(steps)): float(error) for iterations, steps, error in record["runs"]}
+            return {
+                (int(iterations), tuple(steps)): Race(error=float(error), errors=tuple(map(float, errors)))
+                for iterations, steps, error, errors in record["runs"]
+            }
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing is lost but time
     return {}
 
 
-def write_journal(path: Path, key: str, runs: Mapping[Run, float]) -> None:
+def write_journal(path: Path, key: str, runs: Mapping[Run, Race]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[iterations, list(steps), error] for (iterations, steps), error in runs.items()]
+    rows = [[iterations, list(steps), race.error, list(race.errors)] for (iterations, steps), race in runs.items()]
     atomic.write_json(path, {"key": key, "runs": rows})
 
 

@@ -28,6 +28,7 @@ import torch
 from lesa import atomic
 from lesa import store_format as form
 from lesa.families import TAP
+from lesa.store_chunks import read_context, read_features
 from lesa.store_format import StoreError
 
 FORMAT = 1
@@ -218,9 +219,17 @@ class TrajectoryStore:
                 raise StoreError(f"trajectory {key}: {name} differs between record and identity")
         return attributes
 
-    def features(self, key: str) -> torch.Tensor:
-        """The features, bfloat16 [S, R, L, C], verified against the digest in the record."""
-        record = self.record(key)
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The commit record of every trajectory, by key."""
+        return {key: self.record(key) for key in self.keys()}
+
+    def features(self, key: str, record: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """The features, bfloat16 [S, R, L, C], verified against the digest in the record.
+
+        Args:
+            record: the trajectory's, where it was read just now.
+        """
+        record = self.record(key) if record is None else record
         metadata = self._array_metadata(key, "features")
         shape = form.positive_shape(key, metadata, 4)
         form.compare(key, "features", metadata, form.features_metadata(shape))
@@ -229,13 +238,13 @@ class TrajectoryStore:
                 f"trajectory {key}: {shape[0]} steps of features, {len(record['timesteps'])} timesteps"
             )
         self._check_size(key, "features/c/0/0/0/0", form.features_bytes(shape))
-        values = form.read_array(key, self.path / key / "features")
+        values = read_features(key, self.path / key / "features/c/0/0/0/0", shape)
         form.check_digest(key, "features", values, record)
         return torch.from_numpy(values).view(torch.bfloat16)
 
-    def context(self, key: str) -> dict[str, torch.Tensor]:
+    def context(self, key: str, record: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """The tensors kept beside the features, in their own shapes and dtypes, verified like them."""
-        record = self.record(key)
+        record = self.record(key) if record is None else record
         metadata = self._array_metadata(key, "context")
         (size,) = form.positive_shape(key, metadata, 1)
         layout = metadata.get("attributes")
@@ -243,7 +252,7 @@ class TrajectoryStore:
             raise StoreError(f"trajectory {key}: context has no layout")
         form.compare(key, "context", metadata, form.context_metadata(size, layout))
         self._check_size(key, "context/c/0", form.context_bytes(size))
-        values = form.read_array(key, self.path / key / "context")
+        values = read_context(key, self.path / key / "context/c/0")
         form.check_digest(key, "context", values, record)
         return form.unpack(key, values, layout)
 

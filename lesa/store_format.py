@@ -20,7 +20,7 @@ from lesa import atomic
 MAX_METADATA_BYTES = 16 << 20  # of one zarr.json; the largest part is a list of kept tokens
 _AXES = ("step", "branch", "token", "channel")
 _BF16_NAN = 0x7FC0  # fill value: should a chunk ever go missing, it reads as NaN and not as zeros
-_CRC_BYTES, _INDEX_BYTES = 4, 16  # per checksum; per entry of a shard's index
+CRC_BYTES, INDEX_BYTES = 4, 16  # per checksum; per entry of a shard's index
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -41,12 +41,12 @@ class StoreError(ValueError):
 
 def features_bytes(shape: tuple[int, ...]) -> int:
     """Size of the shard of features [S, R, L, C]: an inner chunk with checksum a step, then the index."""
-    return shape[0] * (math.prod(shape[1:]) * 2 + _CRC_BYTES + _INDEX_BYTES) + _CRC_BYTES
+    return shape[0] * (math.prod(shape[1:]) * 2 + CRC_BYTES + INDEX_BYTES) + CRC_BYTES
 
 
 def context_bytes(num_values: int) -> int:
     """Size of the context's only chunk."""
-    return num_values * 4 + _CRC_BYTES
+    return num_values * 4 + CRC_BYTES
 
 
 def pack(key: str, context: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -217,27 +217,3 @@ def write_array(folder: Path, values: np.ndarray, metadata: dict[str, Any]) -> N
     (folder / "zarr.json").write_bytes(atomic.json_bytes(metadata))
     array = zarr.open_array(LocalStore(folder), mode="r+", zarr_format=3, config={"write_empty_chunks": True})
     array[...] = values
-
-
-def read_array(key: str, folder: Path) -> np.ndarray:
-    """All of an array whose metadata were compared and whose file has the right size."""
-    import zarr
-    from zarr.storage import LocalStore
-
-    array = zarr.open_array(LocalStore(folder, read_only=True), mode="r", zarr_format=3)
-    try:
-        return np.asarray(array[...])
-    except ValueError as error:
-        raise StoreError(
-            f"trajectory {key}: {_damage(array, folder.name)}: {error}; record it again"
-        ) from None
-
-
-def _damage(array: Any, name: str) -> str:
-    """Which chunk of an array cannot be read."""
-    for step in range(array.shape[0] if array.ndim == 4 else 0):
-        try:
-            array[step]
-        except ValueError:
-            return f"{name}, step {step}"
-    return name

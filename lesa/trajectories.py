@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,6 +64,7 @@ def load_trajectories(
     path: Path,
     prompts: Sequence[str],
     num_steps: int | None = None,  # of the runs wanted; None: the store has runs of one number of steps only
+    records: Mapping[str, Mapping[str, Any]] | None = None,  # `TrajectoryStore.records`, where they were read just now
 ) -> Trajectories:
     """All trajectories of the given prompts, verified.
 
@@ -70,7 +72,7 @@ def load_trajectories(
         ValueError: prompts without a trajectory, or trajectories with different noise levels, are named.
     """
     store = TrajectoryStore.open(path)
-    records = {key: store.record(key) for key in store.keys()}
+    records = store.records() if records is None else records
     if num_steps is not None:
         records = {key: record for key, record in records.items() if len(record["timesteps"]) == num_steps}
     wanted = set(prompts)
@@ -90,12 +92,12 @@ def load_trajectories(
     temb, latents, features = [], [], []
     size, limit = 0, memory_limit()
     for key in keys:
-        context = store.context(key)
+        context = store.context(key, records[key])
         for branch in range(context["temb"].shape[1]):
             rows.append((key, branch))
             temb.append(context["temb"][:, branch])
             latents.append(context["latents_final"][0])  # recorded at batch size 1
-        recorded = store.features(key)
+        recorded = store.features(key, records[key])
         size += recorded.numel() * recorded.element_size()
         if size <= limit:
             features += list(recorded.unbind(1))
