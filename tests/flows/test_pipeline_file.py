@@ -37,11 +37,11 @@ PLUMBING = {
 
 
 # Sources that a stage imports but that have no part in its result.
-READING = {"store", "store_format"}  # what is read is held to its digest
+READING = {"store", "store_chunks", "store_format"}  # what is read is held to its digest
 ADAPTIVE = {"fallback"}  # of `lesa.enable(adaptive=True)` alone; the hook imports it
 NOT_RUN = {
     "base": set(),
-    "record": set(),
+    "record": {"store_chunks"},  # what is there already is not read
     # Training of experts: the search trains step weights alone, and keeps no checkpoints of that.
     "search": READING
     | ADAPTIVE

@@ -198,6 +198,35 @@ def test_the_damaged_step_is_named(store: TrajectoryStore) -> None:
         store.features(key)
 
 
+def test_a_damaged_index_or_context_is_named(store: TrajectoryStore) -> None:
+    key = store.commit(trajectory())
+    for file, what in (("features/c/0/0/0/0", "features, index of the shard"), ("context/c/0", "context")):
+        path = store.path / key / file
+        good = path.read_bytes()
+        path.write_bytes(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
+        with pytest.raises(StoreError, match=f"trajectory {key}: {what}: wrong checksum; record it again"):
+            (store.features if file.startswith("features") else store.context)(key)
+        path.write_bytes(good)
+    assert store.verify() == []
+
+
+def test_an_index_that_points_elsewhere_is_refused(store: TrajectoryStore) -> None:
+    """Two steps exchanged in an index with a checksum of its own: only the digest of the values tells."""
+    import google_crc32c
+
+    key = store.commit(trajectory())
+    path, steps = store.path / key / "features/c/0/0/0/0", len(trajectory().features)
+    data = bytearray(path.read_bytes())
+    start = len(data) - 16 * steps - 4
+    index = bytearray(data[start:-4])
+    index[:16], index[16:32] = index[16:32], index[:16]
+    for changed, problem in ((bytes(index), "features has digest"), (b"\xff" * len(index), "features, step 0")):
+        data[start:] = changed + google_crc32c.value(changed).to_bytes(4, "little")
+        path.write_bytes(data)
+        with pytest.raises(StoreError, match=f"{key}: {problem}"):
+            store.features(key)
+
+
 @pytest.mark.parametrize("file", ["features/c/0/0/0/0", "context/c/0"])
 def test_a_truncated_or_longer_shard_is_refused_before_it_is_read(store: TrajectoryStore, file: str) -> None:
     key = store.commit(trajectory())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lesa import trajectories
-from lesa.store import StoreError
+from lesa.store import StoreError, TrajectoryStore
 from lesa.trajectories import draw, load_trajectories, trajectories_digest
 from tests.training_set import CHANNELS, OUTPUTS, STEPS, TOKENS, make_store, sigmas
 
@@ -41,6 +42,26 @@ def test_what_does_not_fit_in_memory_is_read_when_asked_for(
     for indices, steps in (([0, 1, 2, 3], [0, 5]), ([3, 1], [11]), ([2], list(range(STEPS)))):
         assert torch.equal(held.feature_batch(indices, steps), read.feature_batch(indices, steps))
     assert read.channels == held.channels
+
+
+def test_every_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and checking a record takes longer than its features do; a job reads hundreds."""
+    store = make_store(tmp_path / "s.zarr", {"a": 1, "b": 2, "c": 3})
+    read: list[str] = []
+    real = TrajectoryStore.record
+
+    def noted(self: TrajectoryStore, key: str) -> dict[str, Any]:
+        read.append(key)
+        return real(self, key)
+
+    monkeypatch.setattr(TrajectoryStore, "record", noted)
+    data = load_trajectories(tmp_path / "s.zarr", ["a", "b"])
+    assert sorted(read) == sorted(store.keys()) and len(data) == 2
+    records = store.records()
+    read.clear()
+    again = load_trajectories(tmp_path / "s.zarr", ["a", "b"], records=records)
+    assert not read and again.keys == data.keys and again.features is not None and data.features is not None
+    assert torch.equal(again.features, data.features)
 
 
 def test_prompts_without_a_trajectory_are_named(tmp_path: Path) -> None:
