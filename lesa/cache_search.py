@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -126,6 +126,13 @@ def mag_cache_steps(
     ratios: Sequence[float], threshold: float, retention_steps: int, max_skip_steps: int
 ) -> tuple[int, ...]:
     """The steps that MagCache computes with these settings: its decision needs no model."""
+    return _mag_cache_steps(tuple(ratios), threshold, retention_steps, max_skip_steps)
+
+
+@lru_cache(maxsize=1 << 15)  # the search of every target asks for the same ones
+def _mag_cache_steps(
+    ratios: tuple[float, ...], threshold: float, retention_steps: int, max_skip_steps: int
+) -> tuple[int, ...]:
     computed: list[int] = []
     ratio, error, skipped = np.float32(1.0), np.float32(0.0), 0
     for step, scale in enumerate(ratios):
@@ -172,8 +179,11 @@ def _search_mag_cache(ratios: Sequence[float], bench: Bench, target: float, tria
                 _, threshold, steps = min(options)
                 by_steps.setdefault(steps, (threshold, retention, max_skip))
     nearest = sorted(by_steps, key=lambda steps: (len(steps), _longest_gap(steps, num_steps)))
+    tried = {tuple(trial.method.settings.values()) for trial in trials}
     for steps in nearest[:_MAG_CANDIDATES]:
         threshold, retention, max_skip = by_steps[steps]
+        if (threshold, retention, max_skip) in tried:
+            continue  # for another target
         method = mag_cache_method(
             "",
             num_steps,

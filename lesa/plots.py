@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lesa.results import Results, Row
 from lesa.stages import stage_of_steps
@@ -150,35 +151,27 @@ def method_grid(
         images = results.pictures[budget, name]
         shown = (images - plain).abs() * gain if gain else images
         columns.append((results.row(budget, name).label, shown))
-    size, left, above = 0.9, 1.35, 1.4  # inches
-    across, down = _panel(plain[0])
-    width, height = left + size * across * len(columns) + 0.45, above + size * down * len(indices)
+    size, gap, left, above = 0.9, 0.07, 1.35, 1.4  # inches
+    across, down = (size * side for side in _panel(plain[0]))
+    width = left + (across + gap) * len(columns) + 0.4
+    height = above + (down + gap) * len(indices)
     figure = Figure(figsize=(width, height))
-    panels = figure.subplots(len(indices), len(columns), squeeze=False)
-    figure.subplots_adjust(
-        left=left / width,
-        right=1 - 0.45 / width,
-        top=1 - above / height,
-        bottom=0.01,
-        wspace=0.08,
-        hspace=0.08,
-    )
+    # One axis in inches for all: a picture is drawn in a tenth of the time that an axis of its own takes.
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    for column, (label, images) in enumerate(columns):
+        right_by = left + column * (across + gap)
+        sheet.text(
+            right_by + 0.25 * across, height - above + 0.1, label.replace(", ", ",\n", 1), fontsize=7.5, rotation=38,
+            ha="left", va="bottom",
+        )  # fmt: skip
+        for row, index in enumerate(indices):
+            base = height - above - row * (down + gap) - down
+            _show(sheet, images[index], (right_by, right_by + across, base, base + down))
     for row, index in enumerate(indices):
-        for column, (label, images) in enumerate(columns):
-            axis = panels[row, column]
-            _show(axis, images[index])
-            if row == 0:
-                text = label.replace(", ", ",\n", 1)
-                axis.set_title(text, fontsize=7.5, rotation=38, ha="left", va="bottom", x=0.25)
-            if column == 0:
-                axis.set_ylabel(
-                    _wrapped(results.prompts[index]),
-                    fontsize=6.5,
-                    rotation=0,
-                    ha="right",
-                    va="center",
-                    labelpad=4,
-                )
+        middle = height - above - row * (down + gap) - down / 2
+        sheet.text(left - 0.07, middle, _wrapped(results.prompts[index]), fontsize=6.5, ha="right", va="center")
+    sheet.set(xlim=(0, width), ylim=(0, height))
     figure.savefig(path, dpi=DPI)
 
 
@@ -188,15 +181,20 @@ def prompt_grid(results: Results, indices: Sequence[int], path: Path) -> None:
     read = results.samples["", "plain"].get("agreement")
     across, down = _panel(images[0])
     columns = round(8 / across)
-    lines = math.ceil(len(indices) / columns)
-    figure = Figure(figsize=(1.45 * across * columns, (0.5 + 1.45 * down) * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
-    for axis in panels[len(indices) :]:
-        axis.set_axis_off()
-    for axis, index in zip(panels, indices, strict=False):
-        _show(axis, images[index])
+    wide, high, above, gap = 1.3 * across, 1.3 * down, 0.5, 0.15  # inches
+    width = gap + (wide + gap) * columns
+    height = (high + above) * math.ceil(len(indices) / columns) + gap
+    figure = Figure(figsize=(width, height))
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    for number, index in enumerate(indices):
+        line, column = divmod(number, columns)
+        left, top = gap + column * (wide + gap), height - line * (high + above) - above
+        _show(sheet, images[index], (left, left + wide, top - high, top))
         colour = "#222222" if read is None else "#15803d" if read[index] else "#c1121f"
-        axis.set_title(_wrapped(results.prompts[index]), fontsize=6.5, color=colour)
+        text = _wrapped(results.prompts[index])
+        sheet.text(left + wide / 2, top + 0.04, text, fontsize=6.5, color=colour, ha="center", va="bottom")
+    sheet.set(xlim=(0, width), ylim=(0, height))
     figure.savefig(path, dpi=DPI)
 
 
@@ -216,13 +214,16 @@ def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Pat
     figure.savefig(path, dpi=DPI)
 
 
-def _show(axis: Any, image: torch.Tensor) -> None:
-    """A picture with its pixels as they are, in a thin frame so that white on white has an edge."""
-    axis.imshow(_pixels(image), interpolation="nearest", vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set(color="#b5b5b5", linewidth=0.5)
+def _show(sheet: Any, image: torch.Tensor, place: tuple[float, float, float, float]) -> None:
+    """A picture with its pixels as they are, in a thin frame so that white on white has an edge.
+
+    Args:
+        place: left, right, bottom and top on the sheet.
+    """
+    left, right, bottom, top = place
+    sheet.imshow(_pixels(image), extent=place, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    frame = Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor="#b5b5b5", linewidth=0.5)
+    sheet.add_patch(frame)
 
 
 def _style(name: str) -> dict[str, Any]:

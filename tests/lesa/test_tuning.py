@@ -8,7 +8,7 @@ from diffusers import MagCacheConfig
 
 from lesa import tuning
 from lesa.cache_search import mag_cache_steps, magnitude_ratios, tuned_caches
-from lesa.methods import lesa_method, mag_cache_method
+from lesa.methods import Method, lesa_method, mag_cache_method
 from lesa.pipelines import sample
 from lesa.probe import probe
 from lesa.schedule import Schedule
@@ -80,6 +80,29 @@ def test_caches_are_tuned_to_no_fewer_steps_than_ours() -> None:
     assert len(seen) >= len(methods)
     with pipe.transformer.cache_context("cond"):
         assert not pipe.transformer.is_cache_enabled
+
+
+def test_no_setting_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was tried for one budget, or for equal full steps, serves the next."""
+    tried: list[tuple[str, tuple[float, ...]]] = []
+    real = tuning.Bench.trial
+
+    def noted(self: tuning.Bench, method: Method) -> tuning.Trial:
+        tried.append((method.name, tuple(method.settings.values())))
+        return real(self, method)
+
+    monkeypatch.setattr(tuning.Bench, "trial", noted)
+    # One budget under two names: both ask for the same number of computed steps, at equal full steps and in equal time.
+    taken = [1.0, 0.6, 0.6]  # seconds of the plain run and of ours
+    monkeypatch.setattr(tuning, "_seconds", lambda bench, methods, repeats: taken + [0.3] * (len(methods) - 2))
+    pipe = pipeline()
+    schedule = BUDGETS["1.67x"]
+    predictor = extrapolating(pipe.transformer.inner_dim, sigmas(), schedule)
+    ours = {name: lesa_method(name, predictor, schedule) for name in ("one", "two")}
+    methods = tuned_caches(pipe, ours, call=CALL, prompts=PROMPTS, seeds=SEEDS, batch_size=2, repeats=1)
+    assert {method.budget for method in methods if method.name == "mag_cache"} == {"one", "two"}
+    assert len([name for name, _ in tried if name == "mag_cache"]) > 2
+    assert len(set(tried)) == len(tried)
 
 
 def test_a_cache_that_skips_nothing_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
