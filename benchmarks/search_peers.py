@@ -2,7 +2,8 @@
 
 python -m benchmarks.search_peers --workload flux-digits --evaluations 6 8 10 --out data/peers/flux-digits.json
 
-What was found is kept after every search; a run that was broken off goes on where it was.
+What was found is kept after every search; a run that was broken off goes on where it was. A peer that is worse with
+more evaluations than with fewer, whichever was searched first, is searched again from the fewer ones' steps.
 """
 
 from __future__ import annotations
@@ -272,29 +273,49 @@ def _search_all(options: argparse.Namespace) -> None:
     known = {(found.method, found.evaluations): found for found in kept.peers}
     missing = [(m, n) for n in sorted(set(counts)) for m in options.methods if options.again or (m, n) not in known]
     started = time.monotonic()
-    for number, (method, evaluations) in enumerate(missing, start=1):
 
-        def say(text: str, at: str = f"{number} of {len(missing)}: {method} at {evaluations}") -> None:
-            print(f"\r{time.monotonic() - started:5.0f} s  {at}: {text}\033[K", end="", file=sys.stderr, flush=True)
+    def search(wanted: Sequence[tuple[str, int]]) -> None:
+        for number, (method, evaluations) in enumerate(wanted, start=1):
 
-        found = search_peer(
-            tuner,
-            method,
-            evaluations,
-            known,
-            quick_samples=min(options.quick_samples, len(tuner.prompts)),
-            quick_runs=options.quick_runs,
-            runs=options.runs,
-            seed=options.seed,
-            say=say,
+            def say(text: str, at: str = f"{number} of {len(wanted)}: {method} at {evaluations}") -> None:
+                print(f"\r{time.monotonic() - started:5.0f} s  {at}: {text}\033[K", end="", file=sys.stderr, flush=True)
+
+            found = search_peer(
+                tuner,
+                method,
+                evaluations,
+                known,
+                quick_samples=min(options.quick_samples, len(tuner.prompts)),
+                quick_runs=options.quick_runs,
+                runs=options.runs,
+                seed=options.seed,
+                say=say,
+            )
+            known[method, evaluations] = found
+            peers = tuple(sorted(known.values(), key=lambda each: (each.evaluations, each.method)))
+            save_searched(out, replace(empty, peers=peers))
+            say("")
+            shown = f", {dict(found.options)}" if found.options else ""
+            result = f"{found.psnr:.2f} dB after {found.runs} runs, {list(found.steps)}{shown}"
+            print(f"\n{method} at {evaluations}: {result}", flush=True)
+
+    search(missing)
+    search(worse_with_more(known))  # numbers searched in an order in which the smaller one was not known yet
+    for method, evaluations in worse_with_more(known):
+        print(
+            f"warning: {method} at {evaluations} is worse than with fewer evaluations on the tuning samples: "
+            f"repeat with --again --methods {method} --evaluations {evaluations} and more --quick-runs",
+            file=sys.stderr,
         )
-        known[method, evaluations] = found
-        peers = tuple(sorted(known.values(), key=lambda each: (each.evaluations, each.method)))
-        save_searched(out, replace(empty, peers=peers))
-        say("")
-        shown = f", {dict(found.options)}" if found.options else ""
-        print(f"\n{method} at {evaluations}: {found.psnr:.2f} dB after {found.runs} runs, {list(found.steps)}{shown}")
-        sys.stdout.flush()
+
+
+def worse_with_more(known: Mapping[tuple[str, int], Searched]) -> list[tuple[str, int]]:
+    """Method and evaluations of every search that failed: its pictures are worse than with fewer evaluations."""
+    return [
+        (method, count)
+        for (method, count), found in sorted(known.items(), key=lambda item: (item[0][1], item[0][0]))
+        if any(m == method and n < count and other.psnr > found.psnr for (m, n), other in known.items())
+    ]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,26 @@ def test_searches_are_kept_and_gone_on_with(place: Place, capsys: pytest.Capture
         assert by_key[method, 5].psnr >= by_key[method, 4].psnr - 1.0  # the search that fails is repeated
 
 
+def test_what_is_worse_with_more_is_searched_again_whichever_came_first(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path("data/peers/order.json")
+    arguments = ["--methods", "taylor1", "--out", str(out), *SMALL]
+    assert search_peers.main(["--evaluations", "4", "5", *arguments]) == 0
+    found = load_searched(out)
+    fewer, more = found.peers
+    failed = dataclasses.replace(more, steps=(0, 1, 2, 3, 4), psnr=fewer.psnr - 5.0, runs=1)
+    save_searched(out, dataclasses.replace(found, peers=(fewer, failed)))
+    capsys.readouterr()
+    assert search_peers.main(["--evaluations", "4", "5", *arguments]) == 0  # both are known: nothing is missing
+    printed = capsys.readouterr()
+    again = load_searched(out).peers[1]
+    assert "taylor1 at 5:" in printed.out and "taylor1 at 4:" not in printed.out
+    assert again.psnr > failed.psnr and again.runs > failed.runs
+    told = "warning: taylor1 at 5 is worse than with fewer evaluations" in printed.err
+    assert told == (again.psnr < fewer.psnr)
+
+
 def test_the_comparison_has_every_peer_and_their_steps(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
