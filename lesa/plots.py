@@ -160,14 +160,14 @@ def method_grid(
     sheet = figure.add_axes((0, 0, 1, 1))
     sheet.set_axis_off()
     for column, (label, images) in enumerate(columns):
-        right_by = left + column * (across + gap)
+        x = left + column * (across + gap)
         sheet.text(
-            right_by + 0.25 * across, height - above + 0.1, label.replace(", ", ",\n", 1), fontsize=7.5, rotation=38,
+            x + 0.25 * across, height - above + 0.1, label.replace(", ", ",\n", 1), fontsize=7.5, rotation=38,
             ha="left", va="bottom",
         )  # fmt: skip
         for row, index in enumerate(indices):
-            base = height - above - row * (down + gap) - down
-            _show(sheet, images[index], (right_by, right_by + across, base, base + down))
+            y = height - above - row * (down + gap) - down
+            _show(sheet, images[index], (x, x + across, y, y + down))
     for row, index in enumerate(indices):
         middle = height - above - row * (down + gap) - down / 2
         sheet.text(left - 0.07, middle, _wrapped(results.prompts[index]), fontsize=6.5, ha="right", va="center")
