@@ -1,6 +1,7 @@
 """Ray actors that record, and the driver that keeps them busy and replaces them when they die or hang.
 
-An actor holds one loaded pipeline and commits trajectories to the store itself: one writer, one trajectory.
+An actor holds one loaded pipeline and commits trajectories to the store itself: one writer, one trajectory. A call is
+what one run of the pipeline records.
 Every call may be made twice (Ray retries after a crash), so recording what is committed already does nothing.
 """
 
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lesa.params import Workload
-from lesa.record import PlannedTrajectory, RecordingSize
+from lesa.record import PlannedTrajectory, RecordingSize, batches
 from lesa.store import TrajectoryStore
 
-MAX_ATTEMPTS = 3  # per trajectory, Ray's own restarts of an actor not counted
+Batch = Sequence[PlannedTrajectory]
+MAX_ATTEMPTS = 3  # per batch, Ray's own restarts of an actor not counted
 START_TIMEOUT_S = 1800  # loading a pipeline of tens of gigabytes from a slow disk
 _LOG = logging.getLogger("lesa.actors")
 
@@ -60,13 +62,14 @@ class Recorder:
 
         return describe_source(self._pipe), measure_size(self._pipe, self._workload)
 
-    def record(self, planned: PlannedTrajectory) -> str:
-        """Record and commit one trajectory; nothing to do if it is there. Returns its key."""
-        from lesa.record import record_trajectory
+    def record(self, batch: Batch) -> list[str]:
+        """Record and commit a batch; nothing to do for what is there. Returns its keys."""
+        from lesa.record import record_batch
 
-        if planned.key not in self._store:
-            self._store.commit(record_trajectory(self._pipe, planned, self._workload))
-        return planned.key
+        todo = [item for item in batch if item.key not in self._store]
+        for trajectory in record_batch(self._pipe, todo, self._workload) if todo else ():
+            self._store.commit(trajectory)
+        return [item.key for item in batch]
 
 
 class RecordingFailed(RuntimeError):
@@ -77,7 +80,7 @@ class RecordingFailed(RuntimeError):
 class _Actor:
     handle: Any
     pid: int | None = None  # of its first process; None until the pipeline is loaded
-    planned: PlannedTrajectory | None = None  # what it is recording
+    batch: Batch | None = None  # what it is recording
     deadline: float = 0.0  # seconds of time.monotonic
 
 
@@ -106,33 +109,35 @@ class RecorderPool:
         return answer
 
     def record(self, todo: Sequence[PlannedTrajectory], on_done: Callable[[str], object]) -> None:
-        """Record all of `todo`; `on_done` gets every key as it is committed.
+        """Record all of `todo`; `on_done` gets every key once its batch is committed.
 
         Raises:
-            RecordingFailed: naming the key whose every attempt crashed or took too long.
+            RecordingFailed: naming the first key of the batch whose every attempt crashed or took too long.
             Exception: what the recording itself raised, at once: another attempt would raise it again.
         """
-        waiting, attempts = deque(todo), dict.fromkeys((item.key for item in todo), 0)
-        while len(self._idle) + len(self._calls) < min(self.capacity, len(todo)):
+        waiting: deque[Batch] = deque(batches(todo, self._workload.record.batch_size))
+        attempts = {batch[0].key: 0 for batch in waiting}
+        while len(self._idle) + len(self._calls) < min(self.capacity, len(waiting)):
             self._start(_Actor(self._new_handle()))
-        while waiting or any(actor.planned for actor in self._calls.values()):
+        while waiting or any(actor.batch for actor in self._calls.values()):
             while waiting and self._idle:
                 self._submit(self._idle.pop(), waiting.popleft(), attempts)
-            for actor, planned, problem in self._wait():
+            for actor, batch, problem in self._wait():
                 if problem is None:
                     self._idle.append(actor)
-                    if planned is not None:
-                        on_done(planned.key)
+                    for item in batch or ():
+                        on_done(item.key)
                     continue
                 _LOG.warning("recorder process %s: %s", actor.pid, problem)
-                if planned is None:
+                if batch is None:
                     raise RecordingFailed(f"a recorder could not start: {problem}")
-                if attempts[planned.key] >= MAX_ATTEMPTS:
+                if attempts[batch[0].key] >= MAX_ATTEMPTS:
+                    which = f"trajectory {batch[0].key}"
+                    others = f" (and {len(batch) - 1} in the same call)" if len(batch) > 1 else ""
                     raise RecordingFailed(
-                        f"trajectory {planned.key} failed {MAX_ATTEMPTS} times, at last: {problem}; "
-                        "what is committed stays"
+                        f"{which}{others} failed {MAX_ATTEMPTS} times, at last: {problem}; what is committed stays"
                     )
-                waiting.appendleft(planned)
+                waiting.appendleft(batch)
                 self._start(_Actor(self._new_handle()))
 
     def close(self) -> None:
@@ -151,37 +156,37 @@ class RecorderPool:
         actor.deadline = time.monotonic() + START_TIMEOUT_S
         self._calls[actor.handle.pid.remote()] = actor
 
-    def _submit(self, actor: _Actor, planned: PlannedTrajectory, attempts: dict[str, int]) -> None:
-        attempts[planned.key] += 1
-        actor.planned = planned
+    def _submit(self, actor: _Actor, batch: Batch, attempts: dict[str, int]) -> None:
+        attempts[batch[0].key] += 1
+        actor.batch = batch
         actor.deadline = time.monotonic() + self._workload.record.timeout_s
-        self._calls[actor.handle.record.remote(planned)] = actor
+        self._calls[actor.handle.record.remote(batch)] = actor
 
-    def _wait(self) -> list[tuple[_Actor, PlannedTrajectory | None, str | None]]:
+    def _wait(self) -> list[tuple[_Actor, Batch | None, str | None]]:
         """Calls that ended: the actor, what it recorded (None: it started), what went wrong if anything."""
         nearest = min(actor.deadline for actor in self._calls.values())
         timeout = max(0.0, nearest - time.monotonic())
         done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout)
-        ended: list[tuple[_Actor, PlannedTrajectory | None, str | None]] = []
+        ended: list[tuple[_Actor, Batch | None, str | None]] = []
         for call in done:
             actor = self._calls.pop(call)
-            planned, actor.planned = actor.planned, None
+            batch, actor.batch = actor.batch, None
             try:
                 answer = self._ray.get(call)
             except self._ray.exceptions.RayActorError as error:
-                ended.append((actor, planned, _first_line(error)))
+                ended.append((actor, batch, _first_line(error)))
                 continue
-            if planned is None:
+            if batch is None:
                 actor.pid = answer
-            ended.append((actor, planned, None))
+            ended.append((actor, batch, None))
         for call, actor in [(c, a) for c, a in self._calls.items() if a.deadline <= time.monotonic()]:
             del self._calls[call]
-            planned, actor.planned = actor.planned, None
+            batch, actor.batch = actor.batch, None
             self._ray.kill(actor.handle, no_restart=True)
             # A stopped process does not hear Ray; it is ours if it still runs what Ray started.
             if actor.pid is not None and _is_recorder(actor.pid):
                 os.kill(actor.pid, signal.SIGKILL)
-            ended.append((actor, planned, "no answer in time"))
+            ended.append((actor, batch, "no answer in time"))
         return ended
 
 

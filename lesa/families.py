@@ -65,6 +65,7 @@ class Family:
     timestep_factor: float = 1.0  # what the transformer is given, over the scheduler's timestep
     guidance_factor: float = 1.0  # what the transformer is given as guidance, over the pipeline's argument
     grid: Callable[[Mapping[str, Any]], Grid | None] | None = None  # where the picture's tokens lie, from the arguments
+    pads_to_longest: bool = False  # a call's prompts get as many text tokens as the longest of them
     models: tuple[PublishedModel, ...] = ()
 
     def are_related(self, pipeline_class: str, other: str) -> bool:
@@ -125,6 +126,7 @@ FAMILIES: dict[str, Family] = {
             guidance_argument="true_cfg_scale",
             timestep_factor=1e-3,
             grid=by_shapes,
+            pads_to_longest=True,
             models=(
                 PublishedModel(
                     name="qwen-image",

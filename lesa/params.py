@@ -109,9 +109,11 @@ class RecordParams:
     step_counts: tuple[int, ...] = ()  # further numbers of steps, so that the bundle serves any between them
     step_count_prompts: int = setting(32, low=1)  # training prompts at each of these, a quarter for validation
     token_fraction: float = setting(1.0, low=0.001, high=1.0)  # random subset of tokens kept
+    # Samples of a pipeline call. Worth it where one of them leaves the device idle, as a tiny model does.
+    batch_size: int = setting(1, low=1)
     actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
     threads_per_actor: int = setting(1, low=1)
-    timeout_s: int = setting(600, low=1)  # per trajectory; then the actor is replaced
+    timeout_s: int = setting(600, low=1)  # per pipeline call; then the actor is replaced
 
     @property
     def step_count_validation_prompts(self) -> int:
@@ -533,6 +535,15 @@ def _step_count_problems(
     return problems
 
 
+def _batch_problems(model: ModelParams, record: RecordParams) -> list[str]:
+    if record.batch_size > 1 and model.family in FAMILIES and FAMILIES[model.family].pads_to_longest:
+        return [
+            f"record.batch_size: {record.batch_size} would make a trajectory depend on its neighbours, since family "
+            f"{model.family} pads a call's prompts to the longest of them: use 1"
+        ]
+    return []
+
+
 def _drift_problems(record: RecordParams, closed_loop: ClosedLoopParams) -> list[str]:
     if closed_loop.gradient == "drifted_states" and record.token_fraction < 1.0:
         return ["closed_loop.gradient: drifted_states needs every token, and record.token_fraction is below 1.0"]
@@ -571,6 +582,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
     (("search", "closed_loop"), _finalist_problems),
     (("schedule", "call", "record", "predictor", "search"), _search_problems),
     (("record", "call", "schedule", "predictor"), _step_count_problems),
+    (("model", "record"), _batch_problems),
     (("record", "closed_loop"), _drift_problems),
     (("record", "evaluate", "publish"), _seed_problems),
 )

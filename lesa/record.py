@@ -1,13 +1,16 @@
 """Recording: what a workload's prompts and seeds make the transformer do, one trajectory a pipeline run.
 
-The plan comes first, from files alone; every entry's key says whether it is in the store already. A run is
-at batch size 1 with noise from a CPU generator, so its bytes depend on nothing but its identity.
+The plan comes first, from files alone; every entry's key says whether it is in the store already. Noise is from a
+CPU generator a sample, and every call of the pipeline has `record.batch_size` samples, so that a trajectory's bytes
+depend on nothing but its identity: at one and the same batch size a sample's numbers are its own, whoever shares
+the call; at another one the last bits differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +22,7 @@ import torch
 from lesa import atomic
 from lesa.families import TAP
 from lesa.fingerprint import base_parameters, fingerprint
-from lesa.params import Workload
+from lesa.params import CallParams, Workload
 from lesa.pipelines import sample
 from lesa.prompts import PromptError, read_splits
 from lesa.store import FORMAT, Trajectory, TrajectoryStore, estimate_bytes, trajectory_key
@@ -158,8 +161,11 @@ def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
 def _identity(
     workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
 ) -> dict[str, Any]:
+    batch_size = workload.record.batch_size
     return {
         **source,
+        # Left out at 1: who records one by one keeps the keys there were before there was a choice.
+        **({"batch_size": batch_size} if batch_size > 1 else {}),
         "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},
         "dtype": workload.model.dtype,
         "format": FORMAT,
@@ -202,48 +208,94 @@ def recorded_keys(workload: Workload, store: TrajectoryStore) -> dict[str, list[
     return {split: [entry[-1] for entry in sorted(entries)] for split, entries in found.items()}
 
 
-def record_trajectory(pipe: Any, planned: PlannedTrajectory, workload: Workload) -> Trajectory:
-    """Run the pipeline once, every step full, and keep what the tap sees.
+def record_batch(pipe: Any, batch: Sequence[PlannedTrajectory], workload: Workload) -> list[Trajectory]:
+    """Run the pipeline once, every step full, and keep what the tap sees of each sample, in the batch's order.
+
+    Args:
+        batch: of one number of steps, at most `record.batch_size` of them; fewer are made up with copies.
 
     Raises:
         ValueError: a cache is enabled on the transformer, or an argument of it cannot be kept.
     """
-    transformer = pipe.transformer
+    transformer, size = pipe.transformer, workload.record.batch_size
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("a cache is enabled on the transformer; disable it: only full steps are recorded")
-    call = dataclasses.replace(workload.call, num_inference_steps=planned.num_steps)
+    if not 0 < len(batch) <= size or len({item.num_steps for item in batch}) != 1:
+        raise ValueError(f"a batch is 1 to {size} trajectories of one number of steps")
+    filled = [*batch, *[batch[-1]] * (size - len(batch))]
+    call = dataclasses.replace(workload.call, num_inference_steps=batch[0].num_steps)
+    single = _arguments_of_one(pipe, batch[0], call) if size > 1 else None
+    fraction = workload.record.token_fraction
 
     def token_index(num_tokens: int) -> torch.Tensor | None:
-        return kept_tokens(planned.key, num_tokens, workload.record.token_fraction)
+        kept = [kept_tokens(item.key, num_tokens, fraction) for item in filled]
+        return None if kept[0] is None else torch.stack([index for index in kept if index is not None])
 
     with FeatureTap(transformer, token_index=token_index) as tap:
-        latents = sample(pipe, [planned.prompt], [planned.seed], call, output_type="latent", batch_size=1)
+        prompts, seeds = [item.prompt for item in filled], [item.seed for item in filled]
+        latents = sample(pipe, prompts, seeds, call, output_type="latent", batch_size=size)
     steps, branches = call.num_inference_steps, tap.num_branches
     if len(tap.features) != steps * branches or len(tap.temb) != steps * branches:
         raise ValueError(
-            f"trajectory {planned.key}: {len(tap.features)} features, {branches} branch(es), {steps} steps; "
+            f"trajectory {batch[0].key}: {len(tap.features)} features, {branches} branch(es), {steps} steps; "
             "something on the transformer skips or repeats steps"
         )
     assert tap.latents is not None
-    tensors, plain = _split_arguments(planned.key, tap.conditioning)
-    context = {
-        "latents_final": latents,
-        "latents_initial": tap.latents.float().cpu(),
-        "model_timesteps": torch.stack(tap.timesteps)[::branches, 0],
-        "temb": torch.cat(tap.temb).unflatten(0, (steps, branches)),
-        **tensors,
-    }
-    return Trajectory(
-        identity=planned.identity,
-        prompt=planned.prompt,
-        seed=planned.seed,
-        features=torch.cat(tap.features).unflatten(0, (steps, branches)),
-        sigmas=pipe.scheduler.sigmas.detach().float().cpu(),
-        timesteps=pipe.scheduler.timesteps.detach().float().cpu(),
-        context=context,
-        token_index=tap.tokens,
-        call_kwargs=plain,
-    )
+    initial, features, temb = tap.latents.float().cpu(), torch.stack(tap.features), torch.stack(tap.temb)
+    timesteps = torch.stack(tap.timesteps)[::branches]
+    recorded = []
+    for row, item in enumerate(batch):
+        conditioning = tap.conditioning if single is None else _rows(tap.conditioning, single, row, size)
+        tensors, plain = _split_arguments(item.key, conditioning)
+        context = {
+            "latents_final": latents[row : row + 1],
+            "latents_initial": initial[row : row + 1],
+            "model_timesteps": timesteps[:, row],
+            "temb": temb[:, row].unflatten(0, (steps, branches)),
+            **tensors,
+        }
+        recorded.append(
+            Trajectory(
+                identity=item.identity,
+                prompt=item.prompt,
+                seed=item.seed,
+                features=features[:, row].unflatten(0, (steps, branches)),
+                sigmas=pipe.scheduler.sigmas.detach().float().cpu(),
+                timesteps=pipe.scheduler.timesteps.detach().float().cpu(),
+                context=context,
+                token_index=None if tap.tokens is None else tap.tokens[row],
+                call_kwargs=plain,
+            )
+        )
+    return recorded
+
+
+def _arguments_of_one(pipe: Any, planned: PlannedTrajectory, call: CallParams) -> list[dict[str, Any]]:
+    """The transformer's arguments, a branch each, when the call has one sample; from as short a run as there is."""
+    with FeatureTap(pipe.transformer) as tap:
+        short = dataclasses.replace(call, num_inference_steps=_fewest_steps(call.num_inference_steps))
+        sample(pipe, [planned.prompt], [planned.seed], short, output_type="latent", batch_size=1)
+    return tap.conditioning
+
+
+def _fewest_steps(most: int) -> int:
+    # Two, where there are two: a scheduler that stretches its noise levels (Qwen-Image's) divides by zero for one.
+    return min(2, most)
+
+
+def _rows(
+    conditioning: Sequence[Mapping[str, Any]], single: Sequence[Mapping[str, Any]], row: int, size: int
+) -> list[dict[str, Any]]:
+    """One sample's arguments out of a call's: what grew from one entry to `size` has an entry a sample."""
+
+    def of_row(value: Any, alone: Any) -> Any:
+        has_rows = isinstance(value, torch.Tensor) and value.ndim > 0 and (len(alone), len(value)) == (1, size)
+        return value[row : row + 1] if has_rows else value
+
+    return [
+        {name: of_row(value, alone[name]) for name, value in arguments.items()}
+        for arguments, alone in zip(conditioning, single, strict=True)
+    ]
 
 
 def kept_tokens(key: str, num_tokens: int, fraction: float) -> torch.Tensor | None:
@@ -300,12 +352,11 @@ def measure_size(pipe: Any, workload: Workload) -> RecordingSize:
     """The size of one trajectory, from a short run with the longest prompt."""
     prompts = [prompt for split in recorded_prompts(workload).values() for prompt in split]
     steps = workload.call.num_inference_steps
-    # Two, where there are two: a scheduler that stretches its noise levels (Qwen-Image's) divides by zero for one.
-    probed = min(2, steps)
+    probed = _fewest_steps(steps)
     probe = PlannedTrajectory(
         key="0" * 32, identity={}, prompt=max(prompts, key=len), seed=0, split="train", num_steps=probed
     )
-    trajectory = record_trajectory(pipe, probe, workload)
+    [trajectory] = record_batch(pipe, [probe], workload)
     _, branches, tokens, channels = trajectory.features.shape
     sizes = {name: tensor.numel() for name, tensor in trajectory.context.items()}
     step_values = (sizes["model_timesteps"] + sizes["temb"]) // probed
@@ -325,13 +376,19 @@ def missing(store: TrajectoryStore, plan: Iterable[PlannedTrajectory]) -> list[P
     return list({item.key: item for item in plan if item.key not in have}.values())
 
 
+def batches(todo: Iterable[PlannedTrajectory], size: int) -> list[list[PlannedTrajectory]]:
+    """What a call of the pipeline each records, in the order of `todo`: at most `size`, of one number of steps."""
+    alike = (list(run) for _, run in itertools.groupby(todo, key=lambda item: item.num_steps))
+    return [run[start : start + size] for run in alike for start in range(0, len(run), size)]
+
+
 def record_all(
     workload: Workload,
     store: TrajectoryStore,
     pipe: Any,
     report: Callable[[int, dict[str, float]], object] = lambda step, values: None,
 ) -> list[str]:
-    """Record what is missing, one after the other in this process; then remove what the plan does not name.
+    """Record what is missing, one call after the other in this process; then remove what the plan does not name.
 
     A run that was killed goes on where it was. `report` gets the number of trajectories done.
 
@@ -348,8 +405,11 @@ def record_all(
         todo = missing(store, plan)
         if todo:
             atomic.require_space(store.path, measure_size(pipe, workload).bytes_of(count_by_steps(todo)))
-        for done, planned in enumerate(todo, start=1):
-            store.commit(record_trajectory(pipe, planned, workload))
-            report(done, {"recorded": float(done), "planned": float(len(todo))})
+        done = 0
+        for batch in batches(todo, workload.record.batch_size):
+            for trajectory in record_batch(pipe, batch, workload):
+                store.commit(trajectory)
+                done += 1
+                report(done, {"recorded": float(done), "planned": float(len(todo))})
         store.prune({item.key for item in plan})
     return [item.key for item in plan]

@@ -35,14 +35,14 @@ class FeatureTap:
         *,
         dtype: torch.dtype = torch.bfloat16,  # of the kept features
         device: torch.device | str = "cpu",  # where they are kept
-        token_index: Callable[[int], torch.Tensor | None] | None = None,  # L -> tokens kept; None keeps all
+        token_index: Callable[[int], torch.Tensor | None] | None = None,  # L -> [B, L'] kept; None keeps all
     ) -> None:
         self.features: list[torch.Tensor] = []
         self.temb: list[torch.Tensor] = []
         self.timesteps: list[torch.Tensor] = []
         self.conditioning: list[dict[str, Any]] = []
         self.latents: torch.Tensor | None = None
-        self.tokens: torch.Tensor | None = None  # indices of the kept tokens; None: all are kept
+        self.tokens: torch.Tensor | None = None  # [B, L'] indices of the kept tokens; None: all are kept
         self._transformer = transformer
         self._dtype, self._device = dtype, torch.device(device)
         self._token_index = token_index
@@ -95,7 +95,8 @@ class FeatureTap:
         if not self.features and self._token_index is not None:
             self.tokens = self._token_index(feature.shape[1])
         if self.tokens is not None:
-            feature = feature.index_select(1, self.tokens.to(feature.device))
+            kept = self.tokens.to(feature.device)
+            feature = feature.gather(1, kept[..., None].expand(-1, -1, feature.shape[2]))
         # A copy in any case: blocks further on may write into their input.
         self.features.append(feature.to(self._device, self._dtype, copy=True))
 

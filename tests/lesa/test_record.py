@@ -17,6 +17,7 @@ from lesa.pipelines import load_pipeline, sample
 from lesa.prompts import PromptError
 from lesa.record import (
     PlannedTrajectory,
+    batches,
     count_by_steps,
     describe_source,
     kept_tokens,
@@ -24,7 +25,7 @@ from lesa.record import (
     missing,
     plan_recording,
     record_all,
-    record_trajectory,
+    record_batch,
     recorded_keys,
     transformer_arguments,
 )
@@ -150,6 +151,7 @@ def test_whatever_determines_the_bytes_is_in_the_key(workload: Workload) -> None
         plan_recording(changed(workload, "model", dtype="bfloat16"), SOURCE)[0],
         plan_recording(changed(workload, "record", token_fraction=0.5), SOURCE)[0],
         plan_recording(changed(workload, "record", seed_offset=0), SOURCE)[0],
+        plan_recording(changed(workload, "record", batch_size=4), SOURCE)[0],
         plan_recording(workload, SOURCE)[1],
     ]
     assert len({base, *(item.key for item in variants)}) == len(variants) + 1
@@ -181,7 +183,7 @@ def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Worklo
 def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
     pipe = load_pipeline(workload)
     planned = plan_recording(workload, describe_source(pipe))[0]
-    trajectory = record_trajectory(pipe, planned, workload)
+    [trajectory] = record_batch(pipe, [planned], workload)
     assert trajectory.features.shape == (STEPS, 1, 16, 32) and trajectory.features.dtype == torch.bfloat16
     assert trajectory.sigmas.shape == (STEPS + 1,) and trajectory.sigmas[-1] == 0
     assert torch.equal(trajectory.timesteps, pipe.scheduler.timesteps)
@@ -214,7 +216,7 @@ def test_both_branches_are_recorded(workload: Workload) -> None:
     pipe = load_pipeline(workload)
     guided = changed(workload, "call", true_cfg_scale=2.0)
     planned = plan_recording(guided, describe_source(pipe))[0]
-    trajectory = record_trajectory(pipe, planned, guided)
+    [trajectory] = record_batch(pipe, [planned], guided)
     assert trajectory.features.shape == (STEPS, 2, 16, 32)
     assert not torch.equal(trajectory.features[0, 0], trajectory.features[0, 1])
     record = {"call_kwargs": trajectory.call_kwargs}
@@ -229,9 +231,9 @@ def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
     pipe = load_pipeline(workload)
     source = describe_source(pipe)
     planned, whole = plan_recording(part, source)[0], plan_recording(workload, source)[0]
-    trajectory = record_trajectory(pipe, planned, part)
+    [trajectory] = record_batch(pipe, [planned], part)
     assert trajectory.token_index is not None and trajectory.token_index.shape == (4,)
-    full = record_trajectory(pipe, whole, workload)
+    [full] = record_batch(pipe, [whole], workload)
     assert full.token_index is None
     assert torch.equal(trajectory.features, full.features[:, :, trajectory.token_index])
     first, again = kept_tokens("a" * 32, 4096, 0.1), kept_tokens("a" * 32, 4096, 0.1)
@@ -270,11 +272,50 @@ def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
     plan = plan_recording(workload, describe_source(pipe))
     forwards, backwards = TrajectoryStore.create("a.zarr"), TrajectoryStore.create("b.zarr")
     for planned in plan:
-        forwards.commit(record_trajectory(pipe, planned, workload))
+        forwards.commit(*record_batch(pipe, [planned], workload))
     fresh = load_pipeline(workload)
     for planned in plan[::-1]:
-        backwards.commit(record_trajectory(fresh, planned, workload))
+        backwards.commit(*record_batch(fresh, [planned], workload))
     assert atomic.tree_digest(forwards.path) == atomic.tree_digest(backwards.path)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance: float | None) -> None:
+    """Whole batches, what a killed recorder left of them, and another order: the same store."""
+    workload = changed(workload, "call", true_cfg_scale=guidance)
+    several = changed(workload, "record", batch_size=4, token_fraction=0.5)
+    pipe = load_pipeline(several)
+    plan = plan_recording(several, describe_source(pipe))
+    whole, rest, backwards = (TrajectoryStore.create(f"{name}.zarr") for name in ("whole", "rest", "backwards"))
+    record_all(several, whole, pipe)
+    for item in (plan[1], plan[4]):
+        rest.commit(*record_batch(pipe, [item], several))
+    record_all(several, rest, pipe)
+    for batch in batches(plan[::-1], 4):
+        for trajectory in record_batch(pipe, batch, several):
+            backwards.commit(trajectory)
+    assert atomic.tree_digest(whole.path) == atomic.tree_digest(rest.path) == atomic.tree_digest(backwards.path)
+    # Alone in its call a sample is the same up to rounding, in every part of what is kept.
+    alone = changed(workload, "record", token_fraction=0.5)
+    for item, single in zip(plan, plan_recording(alone, describe_source(pipe)), strict=True):
+        kept = record_batch(pipe, [single], alone)[0].context
+        shared = whole.context(item.key)
+        assert kept.keys() == shared.keys() and item.key != single.key
+        for name, value in kept.items():
+            torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    index = kept_tokens(plan[0].key, 16, 0.5)
+    [full] = record_batch(pipe, plan[:1], changed(several, "record", token_fraction=1.0))
+    assert index is not None and torch.equal(whole.features(plan[0].key), full.features[:, :, index])
+
+
+def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: Workload) -> None:
+    plan = plan_recording(changed(workload, "record", step_counts=(5,), step_count_prompts=3), SOURCE)
+    assert [(len(batch), batch[0].num_steps) for batch in batches(plan, 4)] == [(4, 8), (2, 8), (4, 5), (1, 5)]
+    assert [item for batch in batches(plan, 4) for item in batch] == plan and batches([], 4) == []
+    pipe = load_pipeline(workload)
+    for wrong in ([], plan[:2], plan[5:7]):
+        with pytest.raises(ValueError, match="a batch is 1 to"):
+            record_batch(pipe, wrong, changed(workload, "record", batch_size=2 if wrong != plan[:2] else 1))
 
 
 def test_the_size_is_known_before_recording(workload: Workload) -> None:
@@ -326,14 +367,14 @@ def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train", num_steps=STEPS)
     with pytest.raises(ValueError, match="only full steps are recorded"):
-        record_trajectory(pipe, planned, workload)
+        record_batch(pipe, [planned], workload)
 
 
 def test_bfloat16_pipelines_are_recorded_exactly(workload: Workload) -> None:
     half = changed(workload, "model", dtype="bfloat16")
     pipe = load_pipeline(half)
     assert pipe.transformer.dtype == torch.bfloat16
-    trajectory = record_trajectory(pipe, plan_recording(half, describe_source(pipe))[0], half)
+    [trajectory] = record_batch(pipe, plan_recording(half, describe_source(pipe))[:1], half)
     store = TrajectoryStore.create(half.paths.trajectories)
     key = store.commit(trajectory)
     assert torch.equal(store.features(key), trajectory.features)

@@ -65,16 +65,16 @@ def test_only_chosen_tokens_are_kept(pipe: FluxPipeline) -> None:
 
     def choose(num_tokens: int) -> torch.Tensor:
         asked.append(num_tokens)
-        return torch.tensor([2, 5, 11])
+        return torch.tensor([[2, 5, 11], [0, 5, 15]])
 
     with (
         FeatureTap(pipe.transformer, token_index=choose) as some,
         FeatureTap(pipe.transformer) as every,
     ):
-        sample(pipe, PROMPTS[:1], [3], PLAIN)
+        sample(pipe, PROMPTS[:2], [3, 4], PLAIN)
     assert asked == [16]
     for part, whole in zip(some.features, every.features, strict=True):
-        assert torch.equal(part, whole[:, [2, 5, 11]])
+        assert torch.equal(part[0], whole[0, [2, 5, 11]]) and torch.equal(part[1], whole[1, [0, 5, 15]])
 
 
 def test_branches_of_classifier_free_guidance_are_told_apart(pipe: FluxPipeline) -> None:
