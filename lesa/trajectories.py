@@ -96,7 +96,7 @@ def load_trajectories(
         for branch in range(context["temb"].shape[1]):
             rows.append((key, branch))
             temb.append(context["temb"][:, branch])
-            latents.append(context["latents_final"][0])  # recorded at batch size 1
+            latents.append(context["latents_final"][0])  # a trajectory is one sample
         recorded = store.features(key, records[key])
         size += recorded.numel() * recorded.element_size()
         if size <= limit:
