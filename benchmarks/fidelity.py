@@ -295,6 +295,12 @@ def better_taylor(results: Results) -> dict[str, str]:
     return chosen
 
 
+def searched_file(workload: str) -> Path:
+    """Where the peers' searched steps lie: this clone's own search, or the one behind the published tables."""
+    own = Path("data/peers") / f"{workload}.json"
+    return own if own.exists() else RESULTS / f"peers-{workload}.json"
+
+
 def _mean(value: Any) -> str:
     return "-" if value is None else f"{value.mean:.2f}"
 
@@ -311,7 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="noise seeds a prompt")
     parser.add_argument("--seed-offset", type=int, default=60_000, help="the first of them")
     parser.add_argument("--converged", type=float, default=0.1, help="share of samples with a converged run")
-    parser.add_argument("--peers", type=Path, help="searched grids (default: data/peers/<workload>.json if there)")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="file of benchmarks.search_peers (default: data/peers/<workload>.json, or else what is kept of the "
+        "published tables, benchmarks/results/peers-<workload>.json)",
+    )
     parser.add_argument("--no-learned", action="store_true", help="leave out the peers that are trained or tuned")
     options = parser.parse_args(arguments)
     try:
@@ -325,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = list(methods_of(workload, chosen, folder))
         pipe = load_pipeline(workload)
         judged = read_splits(workload.paths.prompts)["test"][: options.prompts]
-        searched = options.peers or Path("data/peers") / f"{workload.name}.json"
+        searched = options.peers or searched_file(workload.name)
         peers = peers_of(workload, pipe, options.counts, searched, judged, learned=not options.no_learned)
         results = measure(
             workload,

@@ -122,7 +122,7 @@ def needs_of(workload: Workload) -> Needs:
         store=kept.bytes_of(trajectories),
         store_all_tokens=every_token.bytes_of(trajectories),
         training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
-        sampling=sampling * workload.evaluate.batch_size,
+        sampling=sampling * max(workload.evaluate.batch_size, record.batch_size),
         fitting=_fitting(workload, kept.num_tokens * model.channels, model.channels),
         closed_loop=_closed_loop(workload, full, branches, wide, feature, len(blocks(transformer, family))),
         run_flops=run,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.fidelity import RESULTS
+from benchmarks.fidelity import RESULTS, searched_file
 from benchmarks.fidelity_summary import chosen, main, table
+from lesa.searched import load_searched
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,3 +40,29 @@ def test_the_readme_has_the_figures_of_the_kept_files(capsys, monkeypatch) -> No
                 cells = f"| {psnr['mean']:.2f} [{psnr['low']:.2f}, {psnr['high']:.2f}] | {psnr['p5']:.2f} |"
                 assert cells in readme, f"{path.name}: {found['method']} at {found['budget']}"
     assert main(["none"]) == 2 and "no file fidelity-none-*.json" in capsys.readouterr().err
+
+
+def test_the_kept_steps_of_the_peers_are_those_of_the_kept_tables() -> None:
+    kept = sorted(RESULTS.glob("peers-*.json"))
+    assert "peers-flux-digits" in {path.stem for path in kept}
+    for path in kept:
+        found = load_searched(path)
+        of_peers = {(peer.method, str(peer.evaluations)): list(peer.steps) for peer in found.peers}
+        rows = [
+            (row["method"].removesuffix("_searched"), row["budget"], row["settings"])
+            for table in sorted(RESULTS.glob(f"fidelity-{found.workload}-*.json"))
+            for row in json.loads(table.read_text())["rows"]
+            if "search_runs" in row["settings"]
+        ]
+        assert len(rows) == len(of_peers) > 0
+        for method, budget, settings in rows:
+            assert of_peers[method, budget] == settings.get("full_steps", settings.get("grid")), (method, budget)
+
+
+def test_a_clones_own_search_goes_before_the_kept_one(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert searched_file("w") == RESULTS / "peers-w.json"
+    own = tmp_path / "data/peers/w.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    assert searched_file("w").resolve() == own
