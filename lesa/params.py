@@ -125,7 +125,7 @@ class SearchParams:
     """Where the full steps stand, for budgets that give only their number."""
 
     evaluations: int = setting(60, low=1)  # true closed-loop runs a budget, after the cheapest path is known
-    samples: int = setting(32, low=1)  # training trajectories a run; the others are fitted
+    samples: int = setting(32, low=1)  # training trajectories a run; those of other prompts are fitted
     max_gap: int = setting(16, low=2)  # steps between neighbouring full steps that are considered
     finalists: int = setting(1, low=1)  # leading schedules trained before one is taken; 1: the closed form decides
     finalist_iterations: int = setting(20, low=1)  # optimiser steps of each through the sampler
@@ -453,10 +453,11 @@ def _search_problems(
             )
         if predictor.kind == "lesa" and any(size > count for size in predictor.history_sizes):
             problems.append(f"schedule.budgets.{name}.num_full: {count} is less history than predictor.history_sizes")
-    if searched and search.samples >= record.train_prompts * record.seeds_per_prompt:
+    most = (record.train_prompts - 1) * record.seeds_per_prompt
+    if searched and search.samples > most:
         problems.append(
-            f"search.samples: {search.samples} must be fewer than the training trajectories "
-            f"({record.train_prompts * record.seeds_per_prompt}): the others are fitted"
+            f"search.samples: {search.samples} must be at most {most}: it is run on other training prompts than are "
+            f"fitted, and record has {record.train_prompts} of them with {record.seeds_per_prompt} noise seeds each"
         )
     return problems
 

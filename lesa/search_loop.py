@@ -53,7 +53,7 @@ def refine(
     Args:
         pipe: the workload's pipeline.
         workload: its `search` section says how many runs of how many trajectories, and how many are trained.
-        data: training trajectories; the last `search.samples` of them are run, the others fitted.
+        data: training trajectories; `search.samples` of them are run, those of other prompts fitted (`judged_apart`).
         starts: schedules of one number of full steps.
         seed: of the order in which moves are tried.
         journal: file of finished runs: a search that was killed goes on from there.
@@ -64,9 +64,8 @@ def refine(
         in closed form (`start_error_db`, `error_db`) and, where finalists were trained, of the schedule returned after
         its short training (`trained_error_db`).
     """
-    count, settings = len(data), workload.search
-    judged, fitted = list(range(count - settings.samples, count)), list(range(count - settings.samples))
-    predictor = workload.predictor
+    settings, predictor = workload.search, workload.predictor
+    judged, fitted = judged_apart(data, settings.samples)
     fits = StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device)
     key = search_key(workload, data)
     done = read_journal(journal, key)
@@ -97,9 +96,8 @@ def refine(
         return remembered((0, schedule.full_steps), "error", lambda: run_once(schedule, against)).error
 
     def trained(schedule: Schedule) -> Race:
-        found = error_after_training(
-            pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
-        )
+        weights, runs = fits.weights(schedule), [row for row in fitted if data.branch[row] == 0]
+        found = error_after_training(pipe, workload, data, schedule, weights, fitted=runs, judged=judged)
         return Race.of([found * DECIBELS])
 
     def trained_error(schedule: Schedule) -> float:
@@ -120,6 +118,33 @@ def refine(
         best = min(chosen, key=trained_error)
         figures["trained_error_db"] = trained_error(best)
     return best, figures
+
+
+def judged_apart(data: Trajectories, samples: int) -> tuple[list[int], list[int]]:
+    """Rows to run the candidates on, and rows to fit them on: no prompt has both.
+
+    As many prompts are run as there can be, the last ones; of each as few noises as make up `samples`, one of the
+    guidance branches (all lead to the same latents).
+
+    Raises:
+        ValueError: no prompt would be left to fit.
+    """
+    runs: dict[str, list[int]] = {}
+    for row, (prompt, branch) in enumerate(zip(data.prompts, data.branch, strict=True)):
+        if branch == 0:
+            runs.setdefault(prompt, []).append(row)
+    prompts = list(runs)
+    for noises in range(1, max(map(len, runs.values())) + 1):
+        chosen: list[str] = []
+        rows: list[int] = []
+        for prompt in prompts[:0:-1]:  # the first one is always fitted
+            if len(rows) < samples:
+                chosen.append(prompt)
+                rows += runs[prompt][:noises][: samples - len(rows)]
+        if len(rows) == samples:
+            taken = set(chosen)
+            return sorted(rows), [row for row, prompt in enumerate(data.prompts) if prompt not in taken]
+    raise ValueError(f"search.samples: {samples} leaves none of {len(prompts)} recorded training prompts to be fitted")
 
 
 def _descend(

@@ -195,6 +195,32 @@ def test_drifted_states_need_every_token(tmp_path: Path) -> None:
     assert problem.startswith("workloads.toy.closed_loop.gradient: drifted_states needs every token")
 
 
+def test_the_search_runs_other_prompts_than_it_fits(tmp_path: Path) -> None:
+    def change(samples: int) -> Callable[[dict[str, Any]], None]:
+        def apply(workload: dict[str, Any]) -> None:
+            workload["schedule"]["budgets"] = {"5x": {"num_full": 10}}
+            workload["schedule"]["default_budget"] = "5x"
+            workload["record"] |= {"train_prompts": 9, "seeds_per_prompt": 2}
+            workload["search"] = {"samples": samples}
+
+        return apply
+
+    (problem,) = problems(tmp_path, change(17))
+    assert problem.startswith("workloads.toy.search.samples: 17 must be at most 16") and "9 of them with 2" in problem
+    assert load(tmp_path, change(16)).search.samples == 16
+
+
+def test_batches_are_refused_where_prompts_are_padded_to_the_longest(tmp_path: Path) -> None:
+    def change(workload: dict[str, Any]) -> None:
+        workload["model"]["family"] = "qwen-image"
+        workload["call"].pop("guidance_scale", None)
+        workload["record"]["batch_size"] = 4
+
+    found = problems(tmp_path, change)
+    assert any(p.startswith("workloads.toy.record.batch_size: 4 would make a trajectory depend") for p in found), found
+    assert load(tmp_path, put("record.batch_size", 4)).record.batch_size == 4
+
+
 @pytest.mark.parametrize("loop", [{"iterations": 0}, {"gradient": "drifted_states"}])
 def test_what_is_not_trained_through_the_sampler_has_no_finalists(tmp_path: Path, loop: dict[str, Any]) -> None:
     def change(workload: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
 from lesa.schedule import Schedule
 from lesa.schedules import with_schedules, write_schedules
 from lesa.search_jobs import cheapest_starts, run_search_job
-from lesa.search_loop import DECIBELS, neighbours, refine
+from lesa.search_loop import DECIBELS, judged_apart, neighbours, refine
 from lesa.step_fits import StepFits
 from tests.lesa.test_closed_loop import Place, place, small  # noqa: F401 - a fixture
 
@@ -46,6 +47,23 @@ def test_neighbours_move_one_full_step_or_all_that_follow_near_ones_first() -> N
     assert distances == sorted(distances) and set(distances) == {1, 2}
     again = next(neighbours(schedule, torch.Generator().manual_seed(0), (0, 0, 2, 0)))
     assert again.full_steps == (0, 1, 7, 9)  # what helped last comes first
+
+
+def test_no_prompt_is_both_run_and_fitted_and_a_run_is_made_once() -> None:
+    def apart(rows: str, samples: int, branches: int = 1) -> tuple[list[int], list[int]]:
+        prompts = [letter for letter in rows for _ in range(branches)]
+        branch = [number for _ in rows for number in range(branches)]
+        return judged_apart(SimpleNamespace(prompts=prompts, branch=branch), samples)  # type: ignore[arg-type]
+
+    assert apart("abcdef", 2) == ([4, 5], [0, 1, 2, 3])
+    assert apart("abcdef", 5) == ([1, 2, 3, 4, 5], [0])
+    assert apart("aabbcc", 2) == ([2, 4], [0, 1])  # two prompts rather than two noises of one
+    assert apart("aabbcc", 3) == ([2, 4, 5], [0, 1])  # a second noise only where prompts do not suffice
+    assert apart("aabbcc", 4) == ([2, 3, 4, 5], [0, 1])
+    assert apart("abcd", 2, branches=2) == ([4, 6], [0, 1, 2, 3])  # of both branches' latents one
+    for rows, samples in (("abcd", 4), ("aabb", 3), ("aaaa", 1)):
+        with pytest.raises(ValueError, match=f"search.samples: {samples} leaves none of"):
+            apart(rows, samples)
 
 
 def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place, tmp_path: Path) -> None:  # noqa: F811
