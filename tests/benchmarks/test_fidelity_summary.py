@@ -43,15 +43,15 @@ def test_the_readme_has_the_figures_of_the_kept_files(capsys, monkeypatch) -> No
 
 
 def test_the_kept_steps_of_the_peers_are_those_of_the_kept_tables() -> None:
-    kept = sorted(RESULTS.glob("peers-*.json"))
+    kept = sorted((ROOT / RESULTS).glob("peers-*.json"))
     assert "peers-flux-digits" in {path.stem for path in kept}
     for path in kept:
         found = load_searched(path)
         of_peers = {(peer.method, str(peer.evaluations)): list(peer.steps) for peer in found.peers}
         rows = [
             (row["method"].removesuffix("_searched"), row["budget"], row["settings"])
-            for table in sorted(RESULTS.glob(f"fidelity-{found.workload}-*.json"))
-            for row in json.loads(table.read_text())["rows"]
+            for file in sorted((ROOT / RESULTS).glob(f"fidelity-{found.workload}-*.json"))
+            for row in json.loads(file.read_text())["rows"]
             if "search_runs" in row["settings"]
         ]
         assert len(rows) == len(of_peers) > 0

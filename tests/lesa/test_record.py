@@ -313,9 +313,9 @@ def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: W
     assert [(len(batch), batch[0].num_steps) for batch in batches(plan, 4)] == [(4, 8), (2, 8), (4, 5), (1, 5)]
     assert [item for batch in batches(plan, 4) for item in batch] == plan and batches([], 4) == []
     pipe = load_pipeline(workload)
-    for wrong in ([], plan[:2], plan[5:7]):
-        with pytest.raises(ValueError, match="a batch is 1 to"):
-            record_batch(pipe, wrong, changed(workload, "record", batch_size=2 if wrong != plan[:2] else 1))
+    for size, wrong in ((2, []), (1, plan[:2]), (2, plan[5:7])):
+        with pytest.raises(ValueError, match=f"a batch is 1 to {size} trajectories of one number of steps"):
+            record_batch(pipe, wrong, changed(workload, "record", batch_size=size))
 
 
 def test_the_size_is_known_before_recording(workload: Workload) -> None:
