@@ -26,7 +26,7 @@ from lesa.jobs import recorded_splits
 from lesa.params import load_params
 from lesa.pipelines import load_pipeline
 from lesa.schedules import with_schedules
-from lesa.search_loop import DECIBELS
+from lesa.search_loop import DECIBELS, judged_apart
 from lesa.step_fits import StepFits
 from lesa.step_weights import StepWeights
 
@@ -83,19 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     schedule = workload.budgets()[workload.schedule.default_budget]
-    count = len(train) - workload.search.samples
-    fitted, judged = list(range(count)), list(range(count, len(train)))
+    judged, fitted = judged_apart(train, workload.search.samples)
     fits = StepFits(train, fitted, workload.predictor.step_history, workload.predictor.ridge, pipe.device)
 
     def error_db(coordinates: str, iterations: int, rate: float) -> float:
         setting = dataclasses.replace(
             workload,
-            search=dataclasses.replace(workload.search, finalist_iterations=iterations),
             closed_loop=dataclasses.replace(workload.closed_loop, step_learning_rate=rate),
         )
         start = fits.weights(schedule)
         start = scaled(start) if coordinates == "scaled" else start
-        found = error_after_training(pipe, setting, train, schedule, start, fitted=fitted, judged=judged) * DECIBELS
+        found = DECIBELS * error_after_training(
+            pipe, setting, train, schedule, start, fitted=fitted, judged=judged, iterations=iterations
+        )
         print(f"{coordinates}, {iterations} at {rate:g}: {found:.2f} dB", file=sys.stderr, flush=True)
         return found
 

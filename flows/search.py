@@ -45,7 +45,7 @@ def find(workload: Workload, run: Tracker) -> dict[str, Any]:
     write_schedules(workload, found)
     clear_searches(workload)
     figures = {name: values for name, (_, values) in found.items()}
-    run.note(workload.search.evaluations, final_values(figures))
+    run.note(workload.search.descents * workload.search.evaluations, final_values(figures))
     return {name: {"full_steps": list(schedule.full_steps), **values} for name, (schedule, values) in found.items()}
 
 

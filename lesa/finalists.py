@@ -1,8 +1,8 @@
 """The search's last word: schedules that lead are trained through the sampler for a while before one is taken.
 
 Weights in closed form rank schedules as they are before training, and what training makes of a schedule differs by
-more than the leaders do. So a few of them, not too alike, get a short closed loop each, of step weights alone: what
-experts add, they add to all of them.
+more than the leaders do. So those that lead, not too alike, get a short closed loop each, of step weights alone: what
+experts add, they add to all of them. A very short one screens many: it ranks them much as a longer one does.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ class StepRule:
         return (held[0] + change).to(history.features[0].dtype)
 
 
-def leaders(errors: Mapping[Steps, float], count: int) -> list[Steps]:
-    """The `count` lowest errors among schedules that are not too alike, the lowest first.
+def leaders(errors: Mapping[Steps, float], count: int, chosen: Sequence[Steps] = ()) -> list[Steps]:
+    """The lowest errors among schedules that are not too alike, the lowest first.
 
     Args:
         errors: of schedules with the same number of full steps.
         count: how many at most.
+        chosen: schedules that come before all others.
     """
-    chosen: list[Steps] = []
+    found = list(chosen[:count])
     for steps in sorted(errors, key=lambda steps: (errors[steps], steps)):
-        if len(chosen) == count:
+        if len(found) == count:
             break
-        if all(_apart(steps, other) >= APART for other in chosen):
-            chosen.append(steps)
-    return chosen
+        if all(_apart(steps, other) >= APART for other in found):
+            found.append(steps)
+    return found
 
 
 def _silent(iteration: int, values: dict[str, float]) -> None:
@@ -80,17 +81,19 @@ def error_after_training(
     *,
     fitted: Sequence[int],
     judged: Sequence[int],
+    iterations: int,
 ) -> float:
     """Error of the final latents after a short closed loop of step weights, as natural logarithm of the squared error.
 
     Args:
         pipe: the workload's pipeline; its parameters are frozen.
-        workload: `search.finalist_iterations` says for how long, its `closed_loop` section how fast.
+        workload: its `closed_loop` section says how fast.
         data: training trajectories.
         schedule: on which the weights are good.
         start: weights in closed form, trained in place.
         fitted: trajectories that are learned from.
         judged: others, for the error.
+        iterations: optimiser steps.
 
     Returns:
         The error, that of the start where training made it worse; infinity where it left the finite numbers.
@@ -110,7 +113,6 @@ def error_after_training(
     def judged_loss() -> float:
         return float(loss_of(judged))
 
-    iterations = workload.search.finalist_iterations
     loop = LoopSettings(
         iterations=iterations,
         learning_rate=0.0,  # there are no experts

@@ -212,8 +212,10 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     through = loop.gradient == "through_sampler"
     an_iteration = loop.batch_size * (1 + through * (BACKWARD + loop.gradient_checkpointing))
     search = workload.search
-    a_finalist = search.finalist_iterations * loop.batch_size * (1 + BACKWARD + loop.gradient_checkpointing)
-    trained = search.finalists * (a_finalist + 2 * search.samples) if search.finalists > 1 else 0
+    an_update = loop.batch_size * (1 + BACKWARD + loop.gradient_checkpointing)
+    screened = search.screened if search.screened > search.finalists else 0
+    trained = search.finalists * (search.finalist_iterations * an_update + 2 * search.samples)
+    trained += screened * (search.screen_iterations * an_update + 2 * search.samples)
     validations = record.validation_prompts * record.seeds_per_prompt * (1 + loop.iterations // loop.checkpoint_every)
     samples = judged.prompts * judged.seeds_per_prompt
     converged = samples * judged.converged_fraction * run * judged.converged_steps / steps
@@ -223,7 +225,7 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     bounds = record.validation_prompts * record.seeds_per_prompt * sum(accelerated.values())
     return {
         "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
-        "search": searched * (search.evaluations * search.samples + trained),
+        "search": searched * (search.descents * search.evaluations * search.samples + trained * (search.finalists > 1)),
         "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
         "evaluate": samples * (run + every_method) + converged + tuning,
         "publish": at_gate * (run + every_method) + tuning + bounds,

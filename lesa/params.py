@@ -124,10 +124,13 @@ class RecordParams:
 class SearchParams:
     """Where the full steps stand, for budgets that give only their number."""
 
-    evaluations: int = setting(60, low=1)  # true closed-loop runs a budget, after the cheapest path is known
+    descents: int = setting(2, low=1)  # a budget: from the cheapest path and even steps in turn, best first
+    evaluations: int = setting(30, low=1)  # true closed-loop runs a descent; what one leaves the next ones have
     samples: int = setting(32, low=1)  # training trajectories a run; those of other prompts are fitted
     max_gap: int = setting(16, low=2)  # steps between neighbouring full steps that are considered
-    finalists: int = setting(1, low=1)  # leading schedules trained before one is taken; 1: the closed form decides
+    screened: int = setting(1, low=1)  # leading schedules trained to find the finalists; fewer than those: none
+    screen_iterations: int = setting(5, low=1)  # optimiser steps of each through the sampler
+    finalists: int = setting(1, low=1)  # schedules trained before one is taken; 1: the closed form decides
     finalist_iterations: int = setting(20, low=1)  # optimiser steps of each through the sampler
     workers: int = setting(2, low=1)  # budgets searched side by side
     threads_per_worker: int = setting(1, low=1)
@@ -463,6 +466,8 @@ def _search_problems(
 
 
 def _finalist_problems(search: SearchParams, loop: ClosedLoopParams) -> list[str]:
+    if search.finalists == 1 < search.screened:
+        return [f"search.screened: {search.screened} would be screened for 1 finalist: use 1, or more search.finalists"]
     if search.finalists == 1 or (loop.iterations and loop.gradient == "through_sampler"):
         return []
     return [

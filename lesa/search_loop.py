@@ -2,9 +2,10 @@
 
 What is searched for is a schedule for a learned predictor, so each candidate gets one: step weights in closed form,
 fitted on the other training trajectories. The run then goes through the real pipeline; the error is that of the final
-latents. A candidate that falls behind the best on the first trajectories is not run on the rest (`lesa.race`). Of the
-leaders that this finds, a short training through the sampler takes the best (`lesa.finalists`). Validation and test
-trajectories have no say.
+latents. A candidate that falls behind the best on the first trajectories is not run on the rest (`lesa.race`). Where a
+descent ends depends on the order of its moves, so there are several; which schedule is best changes with training
+through the sampler, so a very short one screens the leaders and a short one has the last word (`lesa.finalists`).
+Validation and test trajectories have no say.
 """
 
 from __future__ import annotations
@@ -13,29 +14,36 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from lesa import atomic
 from lesa.closed_loop import accelerated_latents
-from lesa.finalists import Steps, error_after_training, leaders
+from lesa.finalists import error_after_training, leaders
 from lesa.loop import Report
 from lesa.losses import log_squared_errors
 from lesa.params import Workload
 from lesa.predictor import BoundPredictor
 from lesa.race import Race, raced
 from lesa.schedule import Schedule, history_problems
+from lesa.search_runs import Runs
 from lesa.stages import stage_of_steps
 from lesa.step_fits import StepFits
 from lesa.trajectories import Trajectories, trajectories_digest
 
-Run = tuple[int, Steps]  # optimiser steps before it, full steps
 DECIBELS = 10 / math.log(10)  # of a natural logarithm
 JUMPS = (1, -1, 2, -2)  # how far full steps are moved
+HOPELESS = 3.0  # dB that a start may be behind the best one: no descent from farther behind has caught up
+
+
+class Error(Protocol):
+    """Error of a schedule, in dB; run as far as it takes to tell it from a schedule that was run in full."""
+
+    def __call__(self, schedule: Schedule, against: Schedule | None = None, /) -> float: ...
 
 
 def refine(
@@ -48,14 +56,15 @@ def refine(
     journal: Path,
     report: Report,
 ) -> tuple[Schedule, dict[str, float]]:
-    """The best schedule found: a descent from each of `starts`, then on from the best; training has the last word.
+    """The best schedule found by several descents, each with a drawn order of its own; training has the last word.
 
     Args:
         pipe: the workload's pipeline.
         workload: its `search` section says how many runs of how many trajectories, and how many are trained.
         data: training trajectories; `search.samples` of them are run, those of other prompts fitted (`judged_apart`).
-        starts: schedules of one number of full steps.
-        seed: of the order in which moves are tried.
+        starts: schedules of one number of full steps: the descents begin at them in turn, at the best one first; at one
+            that is far behind none begins.
+        seed: of the orders in which moves are tried.
         journal: file of finished runs: a search that was killed goes on from there.
         report: called after every run.
 
@@ -67,19 +76,7 @@ def refine(
     settings, predictor = workload.search, workload.predictor
     judged, fitted = judged_apart(data, settings.samples)
     fits = StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device)
-    key = search_key(workload, data)
-    done = read_journal(journal, key)
-    known: dict[Run, Race] = {}  # what this search has asked for: the same whether it was killed or not
-
-    def remembered(run: Run, value: str, make: Callable[[], Race]) -> Race:
-        if run not in known and run in done:
-            known[run] = done[run]
-        if run not in known:
-            known[run] = make()
-            write_journal(journal, key, done | known)
-            best = min(race.error for (iterations, _), race in known.items() if iterations == run[0])
-            report(len(known), {f"{value}_db": known[run].error, f"best_{value}_db": best})
-        return known[run]
+    runs = Runs(journal, search_key(workload, data), report)
 
     @torch.no_grad()
     def errors_of(schedule: Schedule, rule: BoundPredictor, indices: list[int]) -> list[float]:
@@ -87,36 +84,42 @@ def refine(
         errors = log_squared_errors(latents, data.latents[indices].to(latents.device)) * DECIBELS
         return errors.tolist()
 
-    def run_once(schedule: Schedule, against: Schedule | None) -> Race:
-        rule = fits.rule(schedule)
-        rival = None if against is None else known[0, against.full_steps]
-        return raced(judged, lambda indices: errors_of(schedule, rule, indices), rival)
-
     def error(schedule: Schedule, against: Schedule | None = None) -> float:
-        return remembered((0, schedule.full_steps), "error", lambda: run_once(schedule, against)).error
+        run = (0, schedule.full_steps)
+        rival = None if against is None else runs.known[0, against.full_steps]
+        race = runs.known.get(run)
+        if race is None or (rival is not None and race.error < rival.error and len(race.errors) < len(judged)):
+            rule = fits.rule(schedule)
+            race = runs.make(run, "error", lambda: raced(judged, partial(errors_of, schedule, rule), rival))
+        return race.error
 
-    def trained(schedule: Schedule) -> Race:
-        weights, runs = fits.weights(schedule), [row for row in fitted if data.branch[row] == 0]
-        found = error_after_training(pipe, workload, data, schedule, weights, fitted=runs, judged=judged)
-        return Race.of([found * DECIBELS])
+    def trained_error(schedule: Schedule, iterations: int, value: str) -> float:
+        run = (iterations, schedule.full_steps)
+        if run not in runs.known:
+            weights, rows = fits.weights(schedule), [row for row in fitted if data.branch[row] == 0]
+            given = (pipe, workload, data, schedule, weights)
+            train = partial(error_after_training, *given, fitted=rows, judged=judged, iterations=iterations)
+            runs.make(run, value, lambda: Race.of([train() * DECIBELS]))
+        return runs.known[run].error
 
-    def trained_error(schedule: Schedule) -> float:
-        run = settings.finalist_iterations, schedule.full_steps
-        return remembered(run, "trained_error", lambda: trained(schedule)).error
-
-    generator = torch.Generator().manual_seed(seed)
-    start_error = min(map(error, starts))
-    found = []
-    for number, start in enumerate(starts, start=1):
-        share = len(known) + (settings.evaluations - len(known)) // (len(starts) - number + 1)
-        found.append(_descend(workload, data.sigmas, start, error, known, share, generator))
-    best = _descend(workload, data.sigmas, min(found, key=error), error, known, settings.evaluations, generator)
-    figures = {"start_error_db": start_error, "error_db": error(best), "evaluations": float(len(known))}
-    errors = {steps: race.error for (_, steps), race in known.items()}
-    chosen = [Schedule.explicit(best.num_steps, steps) for steps in leaders(errors, settings.finalists)]
-    if len(chosen) > 1:
-        best = min(chosen, key=trained_error)
-        figures["trained_error_db"] = trained_error(best)
+    ranked = [start for start in sorted(starts, key=error) if error(start) <= min(map(error, starts)) + HOPELESS]
+    ends = []
+    for number in range(settings.descents):
+        left = settings.descents * settings.evaluations - len(runs.made)
+        limit = len(runs.made) + left // (settings.descents - number)
+        generator = torch.Generator().manual_seed(seed + number)
+        start = ranked[number % len(ranked)]
+        ends.append(_descend(workload, data.sigmas, start, error, runs, limit, generator))
+    best = min(ends, key=error)
+    figures = {"start_error_db": error(ranked[0]), "error_db": error(best), "evaluations": float(len(runs.made))}
+    if settings.finalists > 1:
+        chosen = _candidates(runs, ends, max(settings.screened, settings.finalists))
+        if len(chosen) > settings.finalists:
+            screen = partial(trained_error, iterations=settings.screen_iterations, value="screened_error")
+            chosen = sorted(chosen, key=screen)[: settings.finalists]
+        train = partial(trained_error, iterations=settings.finalist_iterations, value="trained_error")
+        best = min(chosen, key=train)
+        figures["trained_error_db"] = train(best)
     return best, figures
 
 
@@ -151,24 +154,26 @@ def _descend(
     workload: Workload,
     sigmas: torch.Tensor,
     start: Schedule,
-    error: Callable[[Schedule, Schedule | None], float],
-    known: Mapping[Run, Race],
-    evaluations: int,
+    error: Error,
+    runs: Runs,
+    limit: int,
     generator: torch.Generator,
 ) -> Schedule:
     """Takes the first better neighbour again and again, until none is better or so many runs were made.
 
-    What was an improvement is tried once more in the same direction before anything else.
+    What was an improvement is tried once more in the same direction before anything else; what this descent has seen
+    is not tried again.
     """
-    best: Schedule = start
+    best, seen = start, {start.full_steps}
     move: tuple[int, ...] | None = None
-    while len(known) < evaluations:
+    while len(runs.made) < limit:
         before = best
         for candidate in neighbours(best, generator, move):
-            if len(known) >= evaluations:
+            if len(runs.made) >= limit:
                 break
-            if (0, candidate.full_steps) in known or not serves(workload, candidate, sigmas):
+            if candidate.full_steps in seen or not serves(workload, candidate, sigmas):
                 continue
+            seen.add(candidate.full_steps)
             if error(candidate, best) < error(best, None):
                 move = tuple(b - a for a, b in zip(best.full_steps, candidate.full_steps, strict=True))
                 best = candidate
@@ -176,6 +181,13 @@ def _descend(
         if best is before:
             break
     return best
+
+
+def _candidates(runs: Runs, ends: Sequence[Schedule], count: int) -> list[Schedule]:
+    """Where the descents ended, the best first, then whatever else leads."""
+    errors = {steps: race.error for (iterations, steps), race in runs.known.items() if iterations == 0}
+    found = leaders({end.full_steps: errors[end.full_steps] for end in ends}, count)
+    return [Schedule.explicit(ends[0].num_steps, steps) for steps in leaders(errors, count, found)]
 
 
 def search_key(workload: Workload, data: Trajectories) -> str:
@@ -189,26 +201,6 @@ def search_key(workload: Workload, data: Trajectories) -> str:
         trajectories_digest(data),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def read_journal(path: Path, key: str) -> dict[Run, Race]:
-    """Errors of the runs that are done; none where the journal is of another search or torn."""
-    try:
-        record = json.loads(path.read_text())
-        if record["key"] == key:
-            return {
-                (int(iterations), tuple(steps)): Race(error=float(error), errors=tuple(map(float, errors)))
-                for iterations, steps, error, errors in record["runs"]
-            }
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing is lost but time
-    return {}
-
-
-def write_journal(path: Path, key: str, runs: Mapping[Run, Race]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[iterations, list(steps), race.error, list(race.errors)] for (iterations, steps), race in runs.items()]
-    atomic.write_json(path, {"key": key, "runs": rows})
 
 
 def neighbours(

@@ -10,7 +10,6 @@ import torch
 
 from lesa import finalists
 from lesa.finalists import error_after_training, leaders
-from lesa.params import SearchParams
 from lesa.schedule import Schedule
 from lesa.step_fits import StepFits
 from tests.lesa.test_closed_loop import Place, place  # noqa: F401 - a fixture
@@ -21,19 +20,27 @@ def test_leaders_are_the_best_that_are_not_too_alike() -> None:
     assert leaders(errors, 3) == [(0, 6, 20), (0, 8, 22), (0, 6, 12)]  # (0, 7, 22) is three steps from the first
     assert leaders(errors, 9) == [(0, 6, 20), (0, 8, 22), (0, 6, 12), (0, 9, 25)]
     assert leaders(errors, 1) == [(0, 6, 20)]
+    assert leaders(errors, 3, [(0, 9, 25)]) == [(0, 9, 25), (0, 6, 20), (0, 8, 22)]  # the chosen come first
+    assert leaders(errors, 1, [(0, 9, 25), (0, 6, 12)]) == [(0, 9, 25)]
 
 
 def trained(place: Place, iterations: int, rate: float = 0.03) -> float:  # noqa: F811
     workload = dataclasses.replace(
         place.workload,
-        search=SearchParams(samples=2, finalists=2, finalist_iterations=iterations),
         closed_loop=dataclasses.replace(place.workload.closed_loop, step_learning_rate=rate),
     )
     data, schedule = place.train, Schedule.explicit(8, (0, 2, 5))
     fitted, judged = list(range(len(data) - 2)), list(range(len(data) - 2, len(data)))
     fits = StepFits(data, fitted, workload.predictor.step_history, workload.predictor.ridge, place.pipe.device)
     return error_after_training(
-        place.pipe, workload, data, schedule, fits.weights(schedule), fitted=fitted, judged=judged
+        place.pipe,
+        workload,
+        data,
+        schedule,
+        fits.weights(schedule),
+        fitted=fitted,
+        judged=judged,
+        iterations=iterations,
     )
 
 

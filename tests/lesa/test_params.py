@@ -232,6 +232,12 @@ def test_what_is_not_trained_through_the_sampler_has_no_finalists(tmp_path: Path
     assert load(tmp_path, put("search", {"finalists": 3})).search.finalists == 3
 
 
+def test_what_has_no_finalists_screens_none(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, put("search", {"screened": 8}))
+    assert "search.screened: 8 would be screened for 1 finalist" in problem
+    load(tmp_path, put("search", {"screened": 8, "finalists": 2}))
+
+
 def test_training_seeds_are_even_numbers_and_reach_twice_as_far(tmp_path: Path) -> None:
     """Trajectory n of train.txt has seed offset + 2 n: 6000 of them reach beyond 20000."""
     (problem,) = problems(tmp_path, put("record.train_prompts", 6000))

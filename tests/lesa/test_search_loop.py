@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lesa import finalists, search_loop
+from lesa import finalists, race, search_loop
 from lesa.closed_loop import accelerated_latents
 from lesa.losses import log_latents_loss
 from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
@@ -24,7 +25,7 @@ from tests.lesa.test_closed_loop import Place, place, small  # noqa: F401 - a fi
 
 def searched(workload: Workload, count: int = 4, **changes: int) -> Workload:
     budgets = {"2x": BudgetParams(num_full=count)}
-    settings = {"evaluations": 6, "samples": 1, "max_gap": 6} | changes
+    settings = {"descents": 1, "evaluations": 6, "samples": 1, "max_gap": 6} | changes
     return dataclasses.replace(
         workload,
         schedule=ScheduleParams(budgets=budgets, default_budget="2x"),
@@ -116,8 +117,63 @@ def test_a_killed_search_ends_where_an_undisturbed_one_does(
         place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "b.json", report=lambda *_: None
     )
     assert resumed == whole and runs == int(whole[1]["evaluations"]) - 3
-    (tmp_path / "b.json").write_text("{torn")
-    assert search_loop.read_journal(tmp_path / "b.json", "key") == {}
+
+
+def test_a_second_descent_makes_only_runs_that_the_first_did_not(place: Place, tmp_path: Path) -> None:  # noqa: F811
+    start = [Schedule.explicit(8, (0, 1, 2, 3))]
+    found, made = [], []
+    for descents in (1, 2):
+        workload = searched(place.workload, evaluations=10, descents=descents)
+        journal = tmp_path / f"{descents}.json"
+        found.append(
+            refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+        )
+        made.append([steps for _, steps, _, _ in json.loads(journal.read_text())["runs"]])
+    one, two = made
+    assert two[: len(one)] == one and len(one) < len(two) <= 20
+    assert len({*map(tuple, two)}) == len(two)
+    assert found[1][1]["error_db"] <= found[0][1]["error_db"]
+
+
+def test_what_lost_to_one_rival_is_run_again_against_a_worse_one(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """A loser's error is an estimate: before a later descent takes it for its best, it is run in full."""
+    monkeypatch.setattr(race, "STRIDE", 2)
+    monkeypatch.setattr(race, "BEHIND", 0.0)  # who is behind after two has lost
+    monkeypatch.setattr(search_loop, "HOPELESS", math.inf)
+    workload = searched(place.workload, evaluations=20, samples=3, descents=4)
+    bests: list[Schedule] = []
+    real = search_loop.neighbours
+
+    def noted(schedule: Schedule, *given: object) -> object:
+        bests.append(schedule)
+        return real(schedule, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search_loop, "neighbours", noted)
+    start = [Schedule.explicit(8, (0, 1, 2, 3)), Schedule.explicit(8, (0, 2, 4, 6))]
+    journal = tmp_path / "j.json"
+    best, _ = refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+    runs = [(tuple(steps), len(errors)) for _, steps, _, errors in json.loads(journal.read_text())["runs"]]
+    in_full = [steps for steps, number in runs if number == 3]
+    assert {schedule.full_steps for schedule in [*bests, best]} <= {*in_full}
+    assert len({*in_full}) == len(in_full)
+    assert any(number < 3 and (steps, 3) in runs[place:] for place, (steps, number) in enumerate(runs))
+
+
+@pytest.mark.parametrize("hopeless, begins", [(math.inf, True), (0.1, False)])
+def test_no_descent_begins_far_behind_the_best_start(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopeless: float, begins: bool  # noqa: F811
+) -> None:
+    monkeypatch.setattr(search_loop, "HOPELESS", hopeless)
+    visited: list[Schedule] = []
+    monkeypatch.setattr(search_loop, "neighbours", lambda schedule, *_: visited.append(schedule) or [])
+    bad, good = Schedule.explicit(8, (0, 1, 2, 3)), Schedule.explicit(8, (0, 2, 4, 6))
+    best, _ = refine(
+        place.pipe, searched(place.workload, descents=2), place.train, [bad, good], seed=0,
+        journal=tmp_path / "j.json", report=lambda *_: None,
+    )  # fmt: skip
+    assert best == good and visited == [good, bad if begins else good]
 
 
 def test_the_last_word_has_a_training_through_the_sampler(
@@ -148,6 +204,33 @@ def test_the_last_word_has_a_training_through_the_sampler(
     trained.clear()
     again = refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
     assert again == (best, figures) and not trained, "what the journal has is not trained again"
+
+
+def test_a_very_short_training_screens_the_leaders(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    workload = searched(
+        place.workload, evaluations=12, samples=2, screened=5, screen_iterations=2, finalists=2, finalist_iterations=9
+    )
+    trained: dict[int, dict[tuple[int, ...], float]] = {2: {}, 9: {}}
+    real = search_loop.error_after_training
+
+    def noted(*given: object, iterations: int, **more: object) -> float:
+        found = real(*given, iterations=iterations, **more)  # type: ignore[arg-type]
+        trained[iterations][given[3].full_steps] = found  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(search_loop, "error_after_training", noted)
+    monkeypatch.setattr(finalists, "APART", 1)
+    start = [Schedule.explicit(8, (0, 1, 2, 3))]
+    journal = tmp_path / "j.json"
+    best, figures = refine(
+        place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None
+    )
+    assert len(trained[2]) == 5
+    assert set(trained[9]) == set(sorted(trained[2], key=trained[2].__getitem__)[:2])
+    assert best.full_steps == min(trained[9], key=trained[9].__getitem__)
+    assert figures["trained_error_db"] == pytest.approx(trained[9][best.full_steps] * DECIBELS)
 
 
 def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811
