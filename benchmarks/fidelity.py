@@ -228,7 +228,7 @@ def measure(
 def on_training_prompts(
     workload: Workload, pipe: Any, methods: Sequence[Method], count: int, first_seed: int | None = None
 ) -> dict[str, float]:
-    """Mean PSNR of some methods on training prompts, by `budget/name`: how much is learned by heart.
+    """Mean PSNR of some methods on `count` training prompts, by `budget/name`: how much is learned by heart.
 
     Args:
         first_seed: of fresh noise; None takes the noise that was trained on, which gives the pictures of training.
@@ -236,13 +236,18 @@ def on_training_prompts(
             itself those prompts are strange.
     """
     train_set, _ = recorded_splits(workload)
-    prompts = train_set.prompts[:count]
-    seeds = train_set.seeds[:count] if first_seed is None else range(first_seed, first_seed + len(prompts))
+    recorded: dict[str, int] = {}  # a prompt's first noise
+    for prompt, seed in zip(train_set.prompts, train_set.seeds, strict=True):
+        recorded.setdefault(prompt, seed)
+    prompts = list(recorded)[:count]
+    seeds = list(recorded.values())[:count]
+    if first_seed is not None:
+        seeds = list(range(first_seed, first_seed + len(prompts)))
     results = evaluate_methods(
         pipe,
         methods,
         prompts,
-        list(seeds),
+        seeds,
         call=workload.call,
         settings=dataclasses.replace(workload.evaluate, converged_fraction=0.0),
         timing=False,
