@@ -13,7 +13,7 @@ from flows.parallel import run_jobs
 from flows.tracking import Reporter
 from lesa.bundle import Bundle
 from lesa.evaluate import refuse_trained, samples
-from lesa.gate_job import GateJob, NamedBundle, measure_budget
+from lesa.gate_job import GateJob, NamedBundle, measure_budgets, shared_out
 from lesa.params import Workload
 from lesa.prompts import read_splits
 
@@ -24,7 +24,7 @@ TUNING_PROMPTS = 16  # training prompts that peers with a threshold are tuned on
 def measure_and_decide(
     workload: Workload, candidate: Bundle, champion: Bundle | None
 ) -> tuple[Decision, dict[str, Any]]:
-    """Samples with every method, compares, decides; one job a budget, side by side as far as the settings allow.
+    """Samples with every method, compares, decides; the budgets are shared out to as many jobs as there are workers.
 
     Args:
         candidate: the bundle as it lies on disk, not what its makers say of it.
@@ -46,28 +46,30 @@ def measure_and_decide(
     offset = fresh_offset(workload, candidate, champion)
     prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
     tuning = splits["train"][:TUNING_PROMPTS]
+    full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
     jobs = {
-        budget: GateJob(
-            budget=budget,
+        " ".join(part): GateJob(
+            budgets=part,
             bundles=tuple(NamedBundle(name=n, folder=b.path.resolve(), digest=b.digest) for n, b in bundles.items()),
             prompts=prompts,
             seeds=seeds,
             tuning_prompts=tuning,
             tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
         )
-        for budget in candidate.manifest.budgets
+        for part in shared_out(full_steps, workload.publish.workers)
     }
     measured = run_jobs(
-        measure_budget,
+        measure_budgets,
         workload,
         jobs,
         workers=workload.publish.workers,
         threads_per_worker=workload.publish.threads_per_worker,
         reporter=Reporter(path=Path(os.devnull), name=f"publish {workload.name}"),
     )
+    by_budget = {budget: methods for part in measured.values() for budget, methods in part.items()}
     psnr: dict[str, dict[str, Sequence[float]]] = {}
-    for budget, values in measured.items():
-        for method, decibels in values.items():
+    for budget in candidate.manifest.budgets:
+        for method, decibels in by_budget[budget].items():
             psnr.setdefault(method, {})[budget] = decibels
     groups = [chosen.index(prompt) for prompt in prompts]
     decision = decide(

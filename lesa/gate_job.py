@@ -1,9 +1,9 @@
-"""What the gate measures of one budget: a job that loads what it needs and can run anywhere, here or on a cluster."""
+"""What the gate measures of some budgets: a job that loads what it needs and can run anywhere, here or on a cluster."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,9 @@ class NamedBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class GateJob:
-    """One budget of a candidate, on given samples."""
+    """Some budgets of a candidate, on given samples; they share the plain run and what tuning the caches tries."""
 
-    budget: str
+    budgets: tuple[str, ...]
     bundles: tuple[NamedBundle, ...]  # the candidate first: its schedule, its call
     prompts: Sequence[str]  # one a sample
     seeds: Sequence[int]
@@ -34,8 +34,16 @@ class GateJob:
     tuning_seeds: Sequence[int]
 
 
-def measure_budget(workload: Workload, job: GateJob, report: Report) -> dict[str, list[float]]:
-    """PSNR in dB of every sample, for the bundles and every peer.
+def shared_out(costs: Mapping[str, float], parts: int) -> list[tuple[str, ...]]:
+    """The names in at most so many parts of about the same cost: the dearest first, each to the cheapest part."""
+    shared: list[list[str]] = [[] for _ in range(min(parts, len(costs)))]
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        min(shared, key=lambda part: sum(costs[each] for each in part)).append(name)
+    return [tuple(part) for part in shared]
+
+
+def measure_budgets(workload: Workload, job: GateJob, report: Report) -> dict[str, dict[str, list[float]]]:
+    """PSNR in dB of every sample, by budget, for the bundles and every peer.
 
     Raises:
         BundleError: a bundle is not what it was when it was registered.
@@ -48,7 +56,7 @@ def measure_budget(workload: Workload, job: GateJob, report: Report) -> dict[str
     methods = default_methods(
         pipe,
         {name: bundle.predictor for name, bundle in bundles.items()},
-        {job.budget: manifest.budgets[job.budget].schedule},
+        {budget: manifest.budgets[budget].schedule for budget in job.budgets},
         call=manifest.call,
         settings=settings,
         tuning_prompts=job.tuning_prompts,
@@ -58,4 +66,7 @@ def measure_budget(workload: Workload, job: GateJob, report: Report) -> dict[str
     results = evaluate_methods(
         pipe, methods, job.prompts, job.seeds, call=manifest.call, settings=settings, report=report, timing=False
     )
-    return {row.method: results.values(job.budget, row.method, "psnr").tolist() for row in results.rows}
+    return {
+        budget: {row.method: results.values(budget, row.method, "psnr").tolist() for row in results.at(budget)}
+        for budget in job.budgets
+    }
