@@ -217,12 +217,18 @@ def step_weights_of_stage(workload: Workload, job: Job, expert: Expert, train: T
     size = params.history_sizes[job.stage]
     steps = [step for step in range(1, schedule.num_steps) if stages[step] == job.stage]
     device = expert.low.device
+    anchors = {step: schedule.anchors(step, size) for step in steps}
+    with torch.no_grad():
+        alphas = {
+            step: expert.alpha(gates.offsets(train.sigmas, step, past)[None].to(device), [step])
+            for step, past in anchors.items()
+            if len(past) == size
+        }
 
     def predict(history: Sequence[torch.Tensor], step: int) -> torch.Tensor:
         if len(history) < size:
             return history[0]
-        offsets = gates.offsets(train.sigmas, step, schedule.anchors(step, size))[None].to(device)
-        return history[0] + expert.alpha(offsets, [step]) * expert.project(history[:size])
+        return history[0] + alphas[step] * expert.project(history[:size])
 
     return fit_step_weights(
         train, schedule, steps, predict, history_size=params.step_history, ridge=params.ridge, device=device
