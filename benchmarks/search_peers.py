@@ -70,7 +70,7 @@ class Tuner:
     @classmethod
     def of(cls, workload: Workload, pipe: Any, num_samples: int) -> Tuner:
         prompts = read_splits(workload.paths.prompts)["train"][:num_samples]
-        # The noise of the recorded trajectories: training noise on training prompts.
+        # Noise from the recording's range, on training prompts: nothing is judged on either.
         seeds = [workload.record.seed_offset + i for i in range(len(prompts))]
         train, _ = recorded_splits(workload)
         arguments = (pipe, prompts, seeds, workload.call)

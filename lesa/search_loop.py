@@ -40,7 +40,7 @@ JUMPS = (1, -1, 2, -2)  # how far full steps are moved
 HOPELESS = 3.0  # dB that a start may be behind the best one: no descent from farther behind has caught up
 
 
-class Error(Protocol):
+class ErrorOf(Protocol):
     """Error of a schedule, in dB; run as far as it takes to tell it from a schedule that was run in full."""
 
     def __call__(self, schedule: Schedule, against: Schedule | None = None, /) -> float: ...
@@ -102,7 +102,8 @@ def refine(
             runs.make(run, value, lambda: Race.of([train() * DECIBELS]))
         return runs.known[run].error
 
-    ranked = [start for start in sorted(starts, key=error) if error(start) <= min(map(error, starts)) + HOPELESS]
+    ranked = sorted(starts, key=error)
+    ranked = [start for start in ranked if error(start) <= error(ranked[0]) + HOPELESS]
     ends = []
     for number in range(settings.descents):
         left = settings.descents * settings.evaluations - len(runs.made)
@@ -154,7 +155,7 @@ def _descend(
     workload: Workload,
     sigmas: torch.Tensor,
     start: Schedule,
-    error: Error,
+    error: ErrorOf,
     runs: Runs,
     limit: int,
     generator: torch.Generator,
