@@ -20,7 +20,8 @@ from benchmarks.learned_peers import learned_peers
 from benchmarks.monotone import warned
 from benchmarks.peers import external_peers
 from lesa.bundle import load_bundle
-from lesa.evaluate import TUNING_SAMPLES, compare, load_scorer
+from lesa.evaluate import compare
+from lesa.evaluate_jobs import TUNING_SAMPLES, load_scorer
 from lesa.fingerprint import fingerprint
 from lesa.fixed_peers import peers_from_file
 from lesa.methods import Method, lesa_method

@@ -30,7 +30,8 @@ from benchmarks.keep import keep
 from benchmarks.learned_peers import learned_peers
 from benchmarks.lesa_schedules import lesa_schedules
 from benchmarks.monotone import warned
-from lesa.evaluate import TUNING_SAMPLES, load_scorer, refuse_trained
+from lesa.evaluate import refuse_trained
+from lesa.evaluate_jobs import TUNING_SAMPLES, load_scorer
 from lesa.fingerprint import fingerprint
 from lesa.fixed_peers import fixed_peers
 from lesa.jobs import load_figures, load_predictor, recorded_splits, save_predictor

@@ -5,11 +5,13 @@ python -m flows.evaluate [--workload NAME]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.parallel import kept_workers, run_jobs
 from flows.runtime import stage_main
 from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_run
 from flows.tracking import Tracker
@@ -35,8 +37,20 @@ def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
         "lesa": load_predictor(workload.paths.closed_loop),
         "lesa_ground_truth": load_predictor(workload.paths.ground_truth),
     }
-    curves = read_curves(metrics_folder(workload) / "train_stage2.csv")
-    results = evaluate_workload(workload, predictors, report=run.report, training=curves)
+    params, curves = workload.evaluate, read_curves(metrics_folder(workload) / "train_stage2.csv")
+
+    def side_by_side(work: Callable[..., Any], settings: Workload, jobs: Mapping[str, Any]) -> dict[str, Any]:
+        return run_jobs(
+            work,
+            settings,
+            jobs,
+            workers=params.workers,
+            threads_per_worker=params.threads_per_worker,
+            reporter=run.reporter,
+        )
+
+    with kept_workers(params.workers, params.threads_per_worker):
+        results = evaluate_workload(workload, predictors, training=curves, run=side_by_side)
     metrics = results.metrics()
     run.note(0, final_values(metrics))
     table = format_table(results)

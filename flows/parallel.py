@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,13 @@ from lesa.params import Workload
 
 J = TypeVar("J")
 MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpoint
+
+
+@contextlib.contextmanager
+def kept_workers(workers: int, threads_per_worker: int) -> Iterator[None]:
+    """Several `run_jobs` of the block share their processes, which keep what they have read and imported."""
+    with ray_session(workers * threads_per_worker) if workers > 1 else contextlib.nullcontext():
+        yield
 
 
 def run_jobs(

@@ -17,6 +17,7 @@ from lesa.params import CallParams
 from lesa.pipelines import sample
 from lesa.tuning import EVERYTHING, Bench, CacheSearch, Report, Trial, best_trial, bisect_threshold, tune_caches
 
+CACHES = ("first_block_cache", "mag_cache")
 FIRST_BLOCK_TRIALS = 8  # bisection steps for one target
 _THRESHOLDS = (1e-4, 4.0)  # of FirstBlockCache: relative changes of a residual
 _MAG_THRESHOLDS = np.geomspace(1e-4, 1e3, 400)
@@ -32,6 +33,7 @@ def tuned_caches(
     seeds: Sequence[int],
     batch_size: int,
     repeats: int = 3,
+    caches: Sequence[str] = CACHES,
     report: Report | None = None,
 ) -> list[Method]:
     """FirstBlockCache and MagCache, tuned for every budget.
@@ -44,6 +46,7 @@ def tuned_caches(
         seeds: noise of each.
         batch_size: samples a pipeline call.
         repeats: timed runs of each kind; their median counts.
+        caches: those of `CACHES` that are wanted.
         report: called after each search.
 
     Returns:
@@ -72,7 +75,8 @@ def tuned_caches(
             ),
             CacheSearch(name="mag_cache", eager=eager, search=partial(_search_mag_cache, ratios)),
         ]
-        return tune_caches(bench, ours, searches, repeats=repeats, report=report)
+        wanted = [each for each in searches if each.name in caches]
+        return tune_caches(bench, ours, wanted, repeats=repeats, report=report)
 
 
 def magnitude_ratios(

@@ -66,7 +66,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Judge a bundle against its peers and print the table, or every number as JSON."""
-    from lesa.evaluate import compare, load_scorer
+    from lesa.evaluate import compare
+    from lesa.evaluate_jobs import load_scorer
     from lesa.fingerprint import fingerprint
     from lesa.fixed_peers import peers_from_file
     from lesa.table import format_table

@@ -47,7 +47,7 @@ def learn_in_coordinates(
                 history = [features[:, at[earlier]] for earlier in past]
                 newest = history[0]
                 regressors = torch.stack([newest, *differences(history, size), torch.ones_like(newest)])
-                sums.add(place, alphas[index] * regressors, features[:, at[step]] - found[:, index])
+                sums.add([place], alphas[index] * regressors, (features[:, at[step]] - found[:, index])[None])
                 counts[place] += newest[..., 0].numel()
     if not sums.power.isfinite().all():
         raise TrainingError("recorded features are not finite: look for a bad trajectory with `lesa store verify`")

@@ -9,73 +9,69 @@ from typing import Any
 
 from lesa.acceleration import disable, enable
 from lesa.bundle import Bundle
-from lesa.measuring import Report, Scorer, default_methods, evaluate_methods, samples
+from lesa.cache_search import CACHES
+from lesa.default_methods import by_budget, default_methods, peer_methods, predictor_methods
+from lesa.evaluate_jobs import MeasureJob, Runner, TuneJob, measure_samples, one_by_one, tune_cache
+from lesa.gathering import gather
+from lesa.measured import share_out
+from lesa.measuring import Report, Scorer, check, evaluate_methods, samples
 from lesa.methods import Method
 from lesa.params import EvaluateParams, Workload
-from lesa.pipelines import load_pipeline
 from lesa.predictor import Predictor
 from lesa.prompts import PromptError, prompt_digests, read_splits
 from lesa.results import Results
 
-__all__ = ["compare", "default_methods", "evaluate_methods", "evaluate_workload", "samples"]
-
-TUNING_SAMPLES = 16  # training prompts that the peers' thresholds are tuned on
+__all__ = ["compare", "evaluate_methods", "evaluate_workload", "samples"]
 
 
 def evaluate_workload(
     workload: Workload,
     predictors: Mapping[str, Predictor],
     folder: Path | None = None,
-    report: Report | None = None,
-    pipe: Any = None,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    run: Runner = one_by_one,
 ) -> Results:
     """Judge predictors on the workload's held-out prompts with fresh seeds, and write the report.
+
+    The caches are tuned and the batches measured by jobs that load the workload's pipeline, under the same
+    conditions, since the caches are given the predictor's time.
 
     Args:
         workload: its settings.
         predictors: by name; "lesa" first.
         folder: where the report goes; None is the workload's place.
-        report: called with progress.
-        pipe: the workload's pipeline where it is loaded already.
         training: curves of the closed loop for the report, budget -> [(optimiser step, loss)].
+        run: runs jobs, `evaluate.workers` of them at once if it can; by default one after the other, here.
 
     Raises:
         PromptError: splits that overlap, or fewer test prompts than are to be judged.
     """
     splits = read_splits(workload.paths.prompts)
-    settings = workload.evaluate
+    settings, budgets = workload.evaluate, workload.budgets()
     if len(splits["test"]) < settings.prompts:
         raise PromptError(
             f"evaluate.prompts: {settings.prompts} test prompts are wanted, "
             f"{workload.paths.prompts}/test.txt has {len(splits['test'])}"
         )
-    pipe = load_pipeline(workload) if pipe is None else pipe
-    tuning = splits["train"][:TUNING_SAMPLES]
-    # Training noise, on purpose: what the peers are tuned on must not be what anybody is judged on.
-    tuning_seeds = [workload.record.seed_offset + i for i in range(len(tuning))]
-    methods = default_methods(
-        pipe,
-        predictors,
-        workload.budgets(),
-        call=workload.call,
-        settings=settings,
-        tuning_prompts=tuning,
-        tuning_seeds=tuning_seeds,
-        report=report,
-    )
+    ours = predictor_methods(predictors, budgets)
+    caches = run(tune_cache, workload, {cache: TuneJob(cache=cache, predictor=predictors["lesa"]) for cache in CACHES})
+    peers = [*peer_methods(budgets), *(method for found in caches.values() for method in found)]
+    methods = by_budget([*ours, *peers], budgets)
     prompts, seeds = samples(
         splits["test"][: settings.prompts], settings.seeds_per_prompt, settings.seed_offset
     )
-    results = evaluate_methods(
-        pipe,
+    check(methods, prompts, seeds)
+    jobs = {
+        f"part{index}": MeasureJob(methods=methods, prompts=prompts, seeds=seeds, part=part)
+        for index, part in enumerate(share_out(len(prompts), settings, settings.workers))
+    }
+    results = gather(
+        list(run(measure_samples, workload, jobs).values()),
         methods,
         prompts,
         seeds,
         call=workload.call,
         settings=settings,
-        scorer=load_scorer(workload),
-        report=report,
         about={"workload": workload.name, "default_budget": workload.schedule.default_budget},
     )
     from lesa.report import write_report  # matplotlib: only here
@@ -160,12 +156,3 @@ def refuse_trained(prompts: Sequence[str], training: Mapping[str, Any]) -> None:
             f"{len(seen)} of {len(prompts)} prompts were trained on, e.g. {seen[0][:60]!r}: "
             "judge on prompts that the bundle has not seen"
         )
-
-
-def load_scorer(workload: Workload) -> Scorer | None:
-    """The workload's scorer; None where it names none."""
-    if workload.scorer is None:
-        return None
-    from lesa.reference.scorer import load_scorer as load
-
-    return load(Path(workload.scorer))

@@ -15,8 +15,8 @@ from lesa.trajectories import Trajectories
 
 BATCH = 16  # trajectories read at a time
 
-# (features of the history, newest first; the step) -> what is predicted without step weights
-Prediction = Callable[[Sequence[torch.Tensor], int], torch.Tensor]
+# (features [B, L, C] of the history, newest first; n steps that have it) -> [n, B, L, C] without step weights
+Prediction = Callable[[Sequence[torch.Tensor], Sequence[int]], torch.Tensor]
 
 
 @torch.no_grad()
@@ -37,26 +37,30 @@ def fit_step_weights(
         data: training trajectories.
         schedule: which steps are full; step weights are good for no other.
         steps: predicted steps to fit; at all others the weights are zero.
-        predict: the prediction they correct, for features [B, L, C].
+        predict: the prediction they correct.
         history_size: K; early steps use what there is.
         ridge: relative weight of the pull to zero.
         indices: trajectories to use; None uses all.
     """
     chosen = list(range(len(data))) if indices is None else list(indices)
     needed = sorted({*steps}.union(*(schedule.anchors(step, history_size) for step in steps))) if steps else [0]
-    place = {step: index for index, step in enumerate(needed)}
+    at = {step: index for index, step in enumerate(needed)}
+    rows_by_past: dict[tuple[int, ...], list[int]] = {}  # steps between two full ones have one history
+    for row, step in enumerate(steps):
+        rows_by_past.setdefault(tuple(schedule.anchors(step, history_size)), []).append(row)
     sums: LeastSquares | None = None
     for start in range(0, len(chosen), BATCH):
         features = data.feature_batch(chosen[start : start + BATCH], needed).to(device)
         if sums is None:
             sums = LeastSquares(len(steps), history_size + 1, features.shape[-1], features.device)
-        for row, step in enumerate(steps):
-            history = [features[:, place[past]] for past in schedule.anchors(step, history_size)]
+        for past, rows in rows_by_past.items():
+            history, here = [features[:, at[step]] for step in past], [steps[row] for row in rows]
             regressors = torch.zeros(history_size + 1, *history[0].shape, device=features.device)
             regressors[0] = history[0]
             for index, change in enumerate(differences(history, history_size), start=1):
                 regressors[index] = change
             regressors[-1] = 1.0
-            sums.add(row, regressors, features[:, place[step]] - predict(history, step))
+            true = features[:, [at[step] for step in here]].transpose(0, 1)
+            sums.add(rows, regressors, true - predict(history, here))
     assert sums is not None, "no trajectories"
     return StepWeights.fitted(schedule.num_steps, steps, sums, ridge)

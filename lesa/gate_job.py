@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesa.bundle import load_bundle
-from lesa.measuring import Report, default_methods, evaluate_methods
+from lesa.default_methods import default_methods
+from lesa.measuring import Report, evaluate_methods
 from lesa.params import Workload
 from lesa.pipelines import load_pipeline
 

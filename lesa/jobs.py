@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,14 +43,30 @@ def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
 
 
 def _recorded(workload: Workload, step_counts: Sequence[int]) -> dict[int, Splits]:
-    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories
-    records = TrajectoryStore.open(path).records()
+    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories.resolve()
+    known = _verified(path, TrajectoryStore.open(path).state())
 
     def load(split: Literal["train", "validation"], num_steps: int) -> Trajectories:
-        prompts = splits[split][: workload.num_recorded(num_steps)[split]]
-        return load_trajectories(path, prompts, num_steps, records)
+        prompts = tuple(splits[split][: workload.num_recorded(num_steps)[split]])
+        if (prompts, num_steps) not in known.sets:
+            known.sets[prompts, num_steps] = load_trajectories(path, prompts, num_steps, known.records)
+        return known.sets[prompts, num_steps]
 
     return {num_steps: (load("train", num_steps), load("validation", num_steps)) for num_steps in step_counts}
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What this process has read of a store and found to be what was recorded."""
+
+    records: Mapping[str, Mapping[str, Any]]
+    sets: dict[tuple[tuple[str, ...], int], Trajectories]  # by prompts and number of steps
+
+
+@lru_cache(maxsize=1)
+def _verified(path: Path, state: str) -> _Verified:
+    """Kept from job to job of one process, until a file of the store is another (`TrajectoryStore.state`)."""
+    return _Verified(records=TrajectoryStore.open(path).records(), sets={})
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:

@@ -201,6 +201,8 @@ class EvaluateParams:
     batch_size: int = setting(32, low=1)
     bootstrap: int = setting(2000, low=100)  # resamples
     wall_clock_repeats: int = setting(3, low=1)
+    workers: int = setting(1, low=1)  # processes that share the samples; times are then taken side by side
+    threads_per_worker: int = setting(1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -253,7 +253,7 @@ def _measured(results: Results) -> str:
         (
             "Wall clock",
             f"whole pipeline call at {counts['batch_size']} samples a call, each beside a plain call; "
-            f"median of {counts['timed_calls']}"
+            f"median of {counts['timed_calls']}; {_processes(counts)}"
             if counts["timed_calls"]
             else "not measured",
         ),
@@ -262,6 +262,12 @@ def _measured(results: Results) -> str:
         facts.append(("Bundle", f"manifest sha256 {results.about['bundle']}"))
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts)
     return f'<table class="facts">{rows}</table>'
+
+
+def _processes(counts: Mapping[str, int]) -> str:
+    """What ran at the same time as a timed call."""
+    threads = f"{counts['threads']} thread{'s' if counts['threads'] > 1 else ''}"
+    return f"{counts['processes']} processes at once, {threads} each" if counts["processes"] > 1 else threads
 
 
 def _table(results: Results, budget: str) -> str:

@@ -134,6 +134,19 @@ class TrajectoryStore:
         """Keys of the committed trajectories, sorted."""
         return sorted(entry.name for entry in os.scandir(self.path) if _KEY.fullmatch(entry.name))
 
+    def state(self) -> str:
+        """SHA-256 over size, inode and time of change of every committed file: as long as it stays, so do the bytes."""
+        lines = []
+        for key in self.keys():
+            for file in _FILES:
+                try:
+                    found = (self.path / key / file).lstat()
+                except OSError as error:
+                    lines.append(f"{key}/{file} {error.errno}")
+                else:
+                    lines.append(f"{key}/{file} {found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}")
+        return atomic.sha256_bytes("\n".join(lines).encode())
+
     @contextmanager
     def writer_lock(self) -> Iterator[None]:
         """Held by whoever fills or prunes the store; `atomic.Locked` names the holder's pid."""

@@ -225,10 +225,11 @@ def step_weights_of_stage(workload: Workload, job: Job, expert: Expert, train: T
             if len(past) == size
         }
 
-    def predict(history: Sequence[torch.Tensor], step: int) -> torch.Tensor:
+    def predict(history: Sequence[torch.Tensor], steps: Sequence[int]) -> torch.Tensor:
         if len(history) < size:
-            return history[0]
-        return history[0] + alphas[step] * expert.project(history[:size])
+            return history[0].expand(len(steps), *history[0].shape)
+        reach = torch.cat([alphas[step] for step in steps])
+        return history[0] + reach[:, None, None, None] * expert.project(history[:size])
 
     return fit_step_weights(
         train, schedule, steps, predict, history_size=params.step_history, ridge=params.ridge, device=device

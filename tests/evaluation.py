@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lesa.evaluate import default_methods, evaluate_methods, samples
+from lesa.default_methods import default_methods
+from lesa.evaluate import evaluate_methods, samples
 from lesa.methods import first_block_method, mag_cache_method
 from lesa.params import EvaluateParams
 from lesa.results import Results

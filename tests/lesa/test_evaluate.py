@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lesa.evaluate import compare, evaluate_methods, evaluate_workload, samples
+from lesa.evaluate_jobs import one_by_one
 from lesa.methods import rule_method
 from lesa.params import BudgetParams, ModelParams, RecordParams, ScheduleParams, Workload
 from lesa.prompts import PromptError, prompt_digests
@@ -173,20 +176,22 @@ def test_a_workload_is_judged_on_its_test_prompts_and_reported(tmp_path: Path, m
         record=RecordParams(train_prompts=2, validation_prompts=1),
         evaluate=dataclasses.replace(SETTINGS, seeds_per_prompt=1, seed_offset=50, converged_fraction=0.0),
     )
-    pipe = pipeline()
-    predictor = extrapolating(pipe.transformer.inner_dim, sigmas(), BUDGETS["1.67x"])
-    seen: list[int] = []
-    found = evaluate_workload(
-        workload,
-        {"lesa": predictor, "lesa_ground_truth": predictor},
-        report=lambda step, values: seen.append(step),
-        pipe=pipe,
-    )
-    assert set(found.prompts) == {"one", "two"} and found.seeds == (50, 51) and seen
+    pipeline().save_pretrained(tmp_path / "data/base/tiny")
+    predictor = extrapolating(pipeline().transformer.inner_dim, sigmas(), BUDGETS["1.67x"])
+    asked: list[str] = []
+
+    def noting(work: Any, workload: Workload, jobs: Mapping[str, Any]) -> dict[str, Any]:
+        asked.extend(jobs)
+        return one_by_one(work, workload, jobs)
+
+    found = evaluate_workload(workload, {"lesa": predictor, "lesa_ground_truth": predictor}, run=noting)
+    assert set(found.prompts) == {"one", "two"} and found.seeds == (50, 51)
+    assert asked == ["first_block_cache", "mag_cache", "part0"]
+    assert {row.method for row in found.at("1.67x")} >= PEERS - {"taylor1_own"}
     twin = found.difference("1.67x", "lesa", "lesa_ground_truth")
     assert (twin.mean, twin.low, twin.high) == (0.0, 0.0, 0.0)
     page = tmp_path / "data/reports/tiny/index.html"
     assert "LESA, ground truth only" in page.read_text()
     few = dataclasses.replace(workload, evaluate=dataclasses.replace(workload.evaluate, prompts=3))
     with pytest.raises(PromptError, match="3 test prompts are wanted"):
-        evaluate_workload(few, {"lesa": predictor}, pipe=pipe)
+        evaluate_workload(few, {"lesa": predictor})

@@ -41,7 +41,7 @@ def test_least_squares_finds_the_weights_that_made_the_target() -> None:
     regressors[1] = 0.0  # history that is not there
     weights = torch.randn(3, C, generator=generator)
     sums = LeastSquares(1, 3, C, torch.device("cpu"))
-    sums.add(0, regressors, (weights[:, None, None] * regressors).sum(0))
+    sums.add([0], regressors, (weights[:, None, None] * regressors).sum(0, keepdim=True))
     found = sums.solve(ridge=0.0)
     torch.testing.assert_close(found[0, [0, 2]], weights[[0, 2]], rtol=1e-4, atol=1e-4)
     assert found[0, 1].eq(0).all()
@@ -56,7 +56,7 @@ def test_the_basis_combines_regressors_to_uncorrelated_ones_of_size_one() -> Non
     regressors = torch.stack([newest, older, torch.zeros_like(newest), torch.ones_like(newest)])
     target = 3.0 * torch.randn(4, 50, C, generator=generator)
     sums = LeastSquares(1, 4, C, torch.device("cpu"))
-    sums.add(0, regressors, target)
+    sums.add([0], regressors, target[None])
     basis = sums.basis(ridge=0.0)[0]  # [C, R, R]
     assert basis[:, 2].eq(0).all() and basis[:, :, 2].eq(0).all()
     combined = torch.einsum("cij,ibtc->jbtc", basis, regressors.double())[[0, 1, 3]]
@@ -69,7 +69,7 @@ def test_the_basis_combines_regressors_to_uncorrelated_ones_of_size_one() -> Non
 def test_regressors_that_go_together_exactly_have_a_basis_without_a_ridge() -> None:
     newest = torch.randn(4, 50, C, generator=torch.Generator().manual_seed(2))
     sums = LeastSquares(1, 3, C, torch.device("cpu"))
-    sums.add(0, torch.stack([newest, newest, torch.ones_like(newest)]), newest)
+    sums.add([0], torch.stack([newest, newest, torch.ones_like(newest)]), newest[None])
     assert sums.basis(ridge=0.0).isfinite().all()
 
 
@@ -78,8 +78,8 @@ def test_regressions_are_pooled_by_their_shares() -> None:
     regressors, target = torch.randn(2, 3, 4, 50, C, generator=generator), torch.randn(2, 4, 50, C, generator=generator)
     apart, together = LeastSquares(2, 3, C, torch.device("cpu")), LeastSquares(1, 3, C, torch.device("cpu"))
     for place, share in enumerate((1.0, 4.0)):
-        apart.add(place, regressors[place], target[place])
-        together.add(0, share**0.5 * regressors[place], share**0.5 * target[place])
+        apart.add([place], regressors[place], target[place][None])
+        together.add([0], share**0.5 * regressors[place], share**0.5 * target[place][None])
     pooled = apart.pooled(torch.tensor([1.0, 4.0]).double())
     torch.testing.assert_close(pooled.solve(0.1), together.solve(0.1))
     torch.testing.assert_close(pooled.basis(0.1), together.basis(0.1))
@@ -170,7 +170,7 @@ def test_the_closed_form_is_nearer_than_what_it_corrects(tmp_path: Path) -> None
     schedule = Schedule.uniform(training_set.STEPS, 3)
     steps = [s for s in range(schedule.num_steps) if schedule.anchors(s, 2)[1:]]
     fitted = fit_step_weights(
-        train, schedule, steps, lambda history, step: history[0], history_size=3, ridge=1e-3
+        train, schedule, steps, lambda history, _: history[0], history_size=3, ridge=1e-3
     )
     assert fitted.basis[0].eq(0).all() and fitted.basis[3].abs().gt(0).any()
     for step in schedule.predicted_steps:
