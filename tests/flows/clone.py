@@ -29,9 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prompts": 4,
         "seeds_per_prompt": 1,
         "converged_fraction": 0.0,
-        "batch_size": 4,
+        "batch_size": 2,
         "bootstrap": 100,
         "wall_clock_repeats": 1,
+        "workers": 2,
     },
     "publish": {"gate_prompts": 4},
 }
