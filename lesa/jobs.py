@@ -34,39 +34,58 @@ Figures = dict[str, float]
 def recorded_splits(workload: Workload) -> Splits:
     """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
     steps = workload.call.num_inference_steps
-    return _recorded(workload, (steps,))[steps]
+    return _recorded(workload, (steps,), _open_store(workload))[steps]
 
 
 def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
     """`recorded_splits` at each of `record.step_counts`."""
-    return _recorded(workload, workload.record.step_counts)
+    return _recorded(workload, workload.record.step_counts, _open_store(workload))
 
 
-def _recorded(workload: Workload, step_counts: Sequence[int]) -> dict[int, Splits]:
-    splits, path = read_splits(workload.paths.prompts), workload.paths.trajectories.resolve()
-    known = _verified(path, TrajectoryStore.open(path).state())
+def kept_splits(workload: Workload) -> Splits:
+    """`recorded_splits`, read and verified once a process as long as the store's files stay as they are."""
+    steps = workload.call.num_inference_steps
+    return _recorded(workload, (steps,), _kept_store(workload))[steps]
 
-    def load(split: Literal["train", "validation"], num_steps: int) -> Trajectories:
-        prompts = tuple(splits[split][: workload.num_recorded(num_steps)[split]])
-        if (prompts, num_steps) not in known.sets:
-            known.sets[prompts, num_steps] = load_trajectories(path, prompts, num_steps, known.records)
-        return known.sets[prompts, num_steps]
 
-    return {num_steps: (load("train", num_steps), load("validation", num_steps)) for num_steps in step_counts}
+def kept_elsewhere(workload: Workload) -> dict[int, Splits]:
+    """`recorded_elsewhere`, kept likewise."""
+    return _recorded(workload, workload.record.step_counts, _kept_store(workload))
 
 
 @dataclass(frozen=True)
 class _Verified:
-    """What this process has read of a store and found to be what was recorded."""
+    """What has been read of a store and found to be what was recorded."""
 
     records: Mapping[str, Mapping[str, Any]]
     sets: dict[tuple[tuple[str, ...], int], Trajectories]  # by prompts and number of steps
 
 
+def _open_store(workload: Workload) -> _Verified:
+    return _Verified(records=TrajectoryStore.open(workload.paths.trajectories).records(), sets={})
+
+
+def _kept_store(workload: Workload) -> _Verified:
+    path = workload.paths.trajectories.resolve()
+    return _store_at(path, TrajectoryStore.open(path).state())
+
+
 @lru_cache(maxsize=1)
-def _verified(path: Path, state: str) -> _Verified:
-    """Kept from job to job of one process, until a file of the store is another (`TrajectoryStore.state`)."""
+def _store_at(path: Path, state: str) -> _Verified:
     return _Verified(records=TrajectoryStore.open(path).records(), sets={})
+
+
+def _recorded(workload: Workload, step_counts: Sequence[int], store: _Verified) -> dict[int, Splits]:
+    splits = read_splits(workload.paths.prompts)
+
+    def load(split: Literal["train", "validation"], num_steps: int) -> Trajectories:
+        prompts = tuple(splits[split][: workload.num_recorded(num_steps)[split]])
+        if (prompts, num_steps) not in store.sets:
+            path = workload.paths.trajectories
+            store.sets[prompts, num_steps] = load_trajectories(path, prompts, num_steps, store.records)
+        return store.sets[prompts, num_steps]
+
+    return {num_steps: (load("train", num_steps), load("validation", num_steps)) for num_steps in step_counts}
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:
@@ -82,7 +101,7 @@ def list_ground_truth_jobs(workload: Workload) -> list[Job]:
 
 def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
     """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
-    train, validation = recorded_splits(workload)
+    train, validation = kept_splits(workload)
     ends = load_ends(transformer_folder(workload))
     return train_expert(
         workload,
@@ -90,7 +109,7 @@ def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[
         train,
         validation,
         ends,
-        others=recorded_elsewhere(workload) if job.budget == MIXED else None,
+        others=kept_elsewhere(workload) if job.budget == MIXED else None,
         work_dir=work_dir(workload) / "ground_truth",
         report=report,
     )
@@ -98,7 +117,7 @@ def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[
 
 def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
     """Train the experts of one of `closed_loop_budgets`, from the predictor of the first step; resumes likewise."""
-    train, validation = recorded_splits(workload)
+    train, validation = kept_splits(workload)
     return train_budget(
         workload,
         budget,
@@ -106,7 +125,7 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tupl
         load_pipeline(workload),
         train,
         validation,
-        others=recorded_elsewhere(workload) if budget == MIXED else None,
+        others=kept_elsewhere(workload) if budget == MIXED else None,
         work_dir=work_dir(workload) / "closed_loop",
         report=report,
     )

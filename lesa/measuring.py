@@ -105,7 +105,8 @@ def measure_part(
     result = {key: Measured() for key in (PLAIN, *keys)}
     converged = _converged(pipe, prompts, seeds, part, call, settings)
     sigmas = torch.empty(0)
-    for done, start in enumerate(part.starts, start=1):
+    done = 0
+    for start in part.starts:
         chunk = slice(start, min(start + size, len(prompts)))
         is_first, is_timed = start == 0, start in part.timed
         texts, noise = list(prompts[chunk]), seeds[chunk]
@@ -122,8 +123,9 @@ def measure_part(
             _score(result[key], images, plain, texts, scorer, slow)
             if is_first and method.same_steps:
                 result[key].feature_errors = _feature_errors(trace, plain_trace, len(sigmas) - 1)
+        done += len(texts)
         if report is not None:
-            report(min(done * size, len(prompts)), {"evaluated_samples": float(min(done * size, len(prompts)))})
+            report(done, {"evaluated_samples": float(done)})
     first = slice(part.starts[0], part.starts[0] + size)
     for _ in range(part.further):
         _time_all(pipe, methods, keys, prompts[first], seeds[first], call, sigmas, result)

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 
 from lesa.ends import load_ends
-from lesa.jobs import Figures, recorded_splits, transformer_folder, work_dir
+from lesa.jobs import Figures, kept_splits, recorded_splits, transformer_folder, work_dir
 from lesa.loop import Report
 from lesa.params import Workload, searched_budgets
 from lesa.pipelines import load_pipeline
@@ -57,7 +57,7 @@ def even_schedule(num_steps: int, count: int, leading: int) -> Schedule:
 
 def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[Schedule, Figures]:
     """Search one budget; a search that was killed goes on from its journal."""
-    train, _ = recorded_splits(workload)
+    train, _ = kept_splits(workload)
     return refine(
         load_pipeline(workload),
         workload,

@@ -16,7 +16,7 @@ from lesa.pipelines import load_pipeline, sample
 from lesa.predictor import Predictor
 from lesa.prompts import PromptError
 from lesa.record import record_all
-from lesa.store import TrajectoryStore
+from lesa.store import StoreError, TrajectoryStore
 from lesa.training import Job
 from tests.tiny import tiny_repository, write_prompts
 
@@ -200,6 +200,23 @@ def test_training_on_what_is_judged_is_refused(trained: Trained) -> None:
     train, validation = jobs.recorded_splits(trained.workload)
     assert set(train.prompts) == set(SPLITS["train"]) and set(validation.prompts) == set(SPLITS["validation"])
     assert not set(train.seeds) & set(validation.seeds)
+
+
+def test_a_store_is_read_once_a_process_while_it_stays_as_it_is(trained: Trained) -> None:
+    train, validation = jobs.kept_splits(trained.workload)
+    again = jobs.kept_splits(trained.workload)
+    assert again[0] is train and again[1] is validation
+    assert train.keys == jobs.recorded_splits(trained.workload)[0].keys
+    file = trained.workload.paths.trajectories / train.keys[0] / "features/c/0/0/0/0"
+    good, times = file.read_bytes(), file.stat()
+    file.write_bytes(good[:40] + bytes([good[40] ^ 1]) + good[41:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
+    try:
+        with pytest.raises(StoreError, match=train.keys[0]):
+            jobs.kept_splits(trained.workload)
+    finally:
+        file.write_bytes(good)
+    assert jobs.kept_splits(trained.workload)[0].keys == train.keys
 
 
 def test_the_second_step_wants_the_first_of_the_same_settings(trained: Trained) -> None:
