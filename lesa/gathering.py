@@ -146,8 +146,7 @@ def _alphas(methods: Sequence[Method], sigmas: torch.Tensor) -> dict[str, dict[s
         schedule, at = method.schedule, curves.setdefault(method.budget, {})
         alphas = method.predictor.alphas(schedule, sigmas)
         at[method.name] = [
-            float("nan") if schedule.is_full(step) else float(alphas[step])
-            for step in range(schedule.num_steps)
+            float("nan") if schedule.is_full(step) else float(alphas[step]) for step in range(schedule.num_steps)
         ]
         at["taylor1"] = [_taylor_alpha(schedule, step) for step in range(schedule.num_steps)]
     return curves

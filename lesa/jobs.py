@@ -15,7 +15,6 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
 from lesa import atomic
-from lesa.closed_loop import train_budget
 from lesa.ends import load_ends
 from lesa.loop import Report
 from lesa.params import Workload
@@ -117,6 +116,8 @@ def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[
 
 def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
     """Train the experts of one of `closed_loop_budgets`, from the predictor of the first step; resumes likewise."""
+    from lesa.closed_loop import train_budget  # diffusers' hooks take seconds to import; the first step needs none
+
     train, validation = kept_splits(workload)
     return train_budget(
         workload,
