@@ -95,7 +95,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     from flows import record, train_stage1, train_stage2
     from flows.revisions import revisions
     from flows.tracking import tracked_run
-    from lesa.jobs import load_predictor, recorded_splits
+    from lesa.jobs import kept_splits, load_predictor
     from lesa.make_bundle import make_bundle
     from lesa.pipelines import load_pipeline, sample
 
@@ -108,7 +108,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
             with tracked_run(stage, experiment=NAME, params={}, tags={}, root=work) as tracker:
                 phases.run(stage, lambda train=train, tracker=tracker: train.fn(workload, tracker))  # type: ignore[misc]
         pipe = phases.run("load_pipeline", lambda: load_pipeline(workload))
-        splits = recorded_splits(workload)
+        splits = kept_splits(workload)
         created = revisions(work)
         bundle = phases.run(
             "make_bundle",

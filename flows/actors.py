@@ -43,9 +43,8 @@ class Recorder:
 
         from lesa.pipelines import load_pipeline
 
-        for library in (diffusers, transformers):  # an actor's bars and advice only clutter the driver's log
+        for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
             library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
         # Before the first operation: the number of threads decides how sums are split, and so the last bit.
         torch.set_num_threads(workload.record.threads_per_actor)
         self._workload = workload

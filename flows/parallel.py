@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from flows.runtime import ray_session
 from flows.tracking import Reporter
 from lesa.params import Workload
+from lesa.pipelines import release_memory
 
 J = TypeVar("J")
 MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpoint
@@ -52,7 +53,9 @@ def run_jobs(
         from ray.exceptions import RayTaskError
 
         gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
-        task = ray.remote(_job).options(
+        # A process that has used a GPU keeps it and its memory: on GPUs each job has one of its own.
+        remote = ray.remote(max_calls=1)(_job) if gpus else ray.remote(_job)
+        task = remote.options(
             num_cpus=threads_per_worker,
             num_gpus=min(1.0, gpus / workers) if gpus else 0,
             max_retries=MAX_RETRIES,
@@ -90,4 +93,7 @@ def _job(
     import torch
 
     torch.set_num_threads(threads)
-    return work(workload, job, reporter.report)
+    try:
+        return work(workload, job, reporter.report)
+    finally:
+        release_memory()

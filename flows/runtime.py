@@ -174,8 +174,6 @@ def stage_main(
         logging.getLogger(name).addFilter(_without_traceback_of_refusals)
     try:
         (check or _check_settings)(args.workload)
-        if "diffusers" in sys.modules:  # its bars have no variable, and every stage loads a pipeline
-            sys.modules["diffusers"].utils.logging.disable_progress_bar()
         result = run_flow(flow, workload=args.workload)
     except KeyboardInterrupt:
         print("interrupted: what is committed stays, run again to go on", file=sys.stderr)

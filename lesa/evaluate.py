@@ -11,7 +11,7 @@ from lesa.acceleration import disable, enable
 from lesa.bundle import Bundle
 from lesa.cache_search import CACHES
 from lesa.default_methods import by_budget, default_methods, peer_methods, predictor_methods
-from lesa.evaluate_jobs import MeasureJob, Runner, TuneJob, measure_samples, one_by_one, tune_cache
+from lesa.evaluate_jobs import MeasureJob, Runner, TuneJob, measure_samples, one_by_one, tune
 from lesa.gathering import gather
 from lesa.measured import share_out
 from lesa.measuring import Report, Scorer, check, evaluate_methods, samples
@@ -54,7 +54,9 @@ def evaluate_workload(
             f"{workload.paths.prompts}/test.txt has {len(splits['test'])}"
         )
     ours = predictor_methods(predictors, budgets)
-    caches = run(tune_cache, workload, {cache: TuneJob(cache=cache, predictor=predictors["lesa"]) for cache in CACHES})
+    together = [CACHES] if settings.workers == 1 else [(cache,) for cache in CACHES]
+    tunings = {" ".join(caches): TuneJob(caches=caches, predictor=predictors["lesa"]) for caches in together}
+    caches = run(tune, workload, tunings)
     peers = [*peer_methods(budgets), *(method for found in caches.values() for method in found)]
     methods = by_budget([*ours, *peers], budgets)
     prompts, seeds = samples(

@@ -12,7 +12,7 @@ from lesa.measured import MeasuredPart, Part
 from lesa.measuring import Report, Scorer, measure_part
 from lesa.methods import Method, lesa_method
 from lesa.params import Workload
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import load_pipeline, release_memory
 from lesa.predictor import Predictor
 from lesa.prompts import read_splits
 
@@ -24,9 +24,9 @@ Runner = Callable[[Callable[[Workload, Any, Report], Any], Workload, Mapping[str
 
 @dataclass(frozen=True, kw_only=True)
 class TuneJob:
-    """Settings of one threshold cache, at all budgets."""
+    """Settings of threshold caches, at all budgets."""
 
-    cache: str  # of `lesa.cache_search.CACHES`
+    caches: tuple[str, ...]  # of `lesa.cache_search.CACHES`; together they share the plain run and the timing of ours
     predictor: Predictor  # whose time is the measure
 
 
@@ -40,8 +40,8 @@ class MeasureJob:
     part: Part
 
 
-def tune_cache(workload: Workload, job: TuneJob, report: Report) -> list[Method]:
-    """The cache at its best setting for every budget, on training prompts with training noise.
+def tune(workload: Workload, job: TuneJob, report: Report) -> list[Method]:
+    """The caches at their best settings for every budget, on training prompts with training noise.
 
     Training noise, on purpose: what the peers are tuned on must not be what anybody is judged on.
     """
@@ -54,7 +54,7 @@ def tune_cache(workload: Workload, job: TuneJob, report: Report) -> list[Method]
         seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
         batch_size=workload.evaluate.batch_size,
         repeats=workload.evaluate.wall_clock_repeats,
-        caches=(job.cache,),
+        caches=job.caches,
         report=report,
     )
 
@@ -87,4 +87,8 @@ def one_by_one(
     work: Callable[[Workload, Any, Report], Any], workload: Workload, jobs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Runs jobs in this process, in turn, without a word."""
-    return {name: work(workload, job, lambda step, values: None) for name, job in jobs.items()}
+    results = {}
+    for name, job in jobs.items():
+        results[name] = work(workload, job, lambda step, values: None)
+        release_memory()
+    return results

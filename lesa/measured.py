@@ -42,7 +42,7 @@ class Part:
     """What one process measures of all samples."""
 
     starts: tuple[int, ...]  # the first sample of each of its batches
-    timed: tuple[int, ...]  # those of them whose calls are timed: whole ones, once the process is warm
+    timed: tuple[int, ...]  # those of them whose calls are timed: whole ones, none of them looked into
     further: int = 0  # timed calls of everything beside them
 
 
@@ -65,19 +65,15 @@ def converged_indices(num_samples: int, fraction: float) -> list[int]:
 def share_out(num_samples: int, settings: EvaluateParams, processes: int = 1, timing: bool = True) -> list[Part]:
     """Batches in order, about as many to each of at most so many processes.
 
-    The first batch of all is never timed, since it is looked into; the first one of a process is where a converged
-    run has warmed it. Where that leaves fewer timed calls than are wanted, the first process makes the others.
+    The first batch of all is never timed, since it is looked into. Where that leaves fewer timed calls than are
+    wanted, the first process makes the others.
     """
     starts = range(0, num_samples, settings.batch_size)
     count = min(processes, len(starts))
-    converged = converged_indices(num_samples, settings.converged_fraction)
     parts = []
     for index in range(count):
         own = starts[index * len(starts) // count : (index + 1) * len(starts) // count]
-        is_warm = any(own.start <= sample < own.stop for sample in converged)
         timed = [start for start in own if start + settings.batch_size <= num_samples and start > 0]
-        if own.start in timed and not is_warm:
-            timed.remove(own.start)
         parts.append(Part(starts=tuple(own), timed=tuple(timed) if timing else ()))
     missing = settings.wall_clock_repeats - sum(len(part.timed) for part in parts) if timing else 0
     parts[0] = Part(starts=parts[0].starts, timed=parts[0].timed, further=max(0, missing))

@@ -202,7 +202,7 @@ class EvaluateParams:
     bootstrap: int = setting(2000, low=100)  # resamples
     wall_clock_repeats: int = setting(3, low=1)
     workers: int = setting(1, low=1)  # processes that share the samples; times are then taken side by side
-    threads_per_worker: int = setting(1, low=1)
+    threads_per_worker: int = setting(1, low=1)  # of torch, in each of them; with one process too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

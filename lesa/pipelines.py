@@ -6,6 +6,7 @@ Shapes: B samples, C latent channels, F frames, H and W pixels, L tokens.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 from collections.abc import Sequence
@@ -48,7 +49,10 @@ def load_pipeline(workload: Workload, device: torch.device | str | None = None) 
         PipelineError: what does not fit the family, is missing or names code, all in one message.
     """
     import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):  # their bars of loading have no setting of their own
+        library.utils.logging.disable_progress_bar()
     family = FAMILIES[workload.model.family]
     folder = pipeline_folder(workload)
     class_name = _check_index(folder, family)
@@ -58,6 +62,16 @@ def load_pipeline(workload: Workload, device: torch.device | str | None = None) 
     pipe.set_progress_bar_config(disable=True)
     pipe.to(pick_device(workload.device) if device is None else torch.device(device))
     return pipe
+
+
+def release_memory() -> None:
+    """Give back what a pipeline held that nobody uses any more.
+
+    One that has sampled stands in reference cycles: without this the next one is loaded beside it.
+    """
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def pipeline_folder(workload: Workload) -> Path:

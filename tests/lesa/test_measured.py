@@ -28,13 +28,12 @@ def test_every_batch_goes_to_one_process(processes: int) -> None:
     assert len(parts) == min(processes, 6) and all(part.starts for part in parts)
 
 
-def test_only_warm_whole_calls_are_timed() -> None:
-    cold, warm = settings(converged_fraction=0.0), settings(converged_fraction=1.0)
-    assert [part.timed for part in share_out(22, cold, 2)] == [(4, 8), (16,)]  # 20 is a batch of two
-    assert [part.timed for part in share_out(22, warm, 2)] == [(4, 8), (12, 16)]
-    assert [part.further for part in share_out(22, cold, 2)] == [0, 0]
-    assert [part.further for part in share_out(22, settings(converged_fraction=0.0, wall_clock_repeats=5), 2)] == [2, 0]
-    assert [(part.timed, part.further) for part in share_out(22, warm, 2, timing=False)] == [((), 0)] * 2
+def test_whole_calls_that_nobody_looks_into_are_timed() -> None:
+    assert [part.timed for part in share_out(22, settings(), 2)] == [(4, 8), (12, 16)]  # 20 is a batch of two
+    assert [part.further for part in share_out(22, settings(), 2)] == [0, 0]
+    assert [part.further for part in share_out(22, settings(wall_clock_repeats=6), 2)] == [2, 0]
+    assert [part.further for part in share_out(3, settings(), 2)] == [3]
+    assert [(part.timed, part.further) for part in share_out(22, settings(), 2, timing=False)] == [((), 0)] * 2
 
 
 def test_converged_samples_are_spread_over_all() -> None:

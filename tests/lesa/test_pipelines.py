@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lesa.pipelines import (
     initial_latents,
     load_pipeline,
     pick_device,
+    release_memory,
     sample,
 )
 from tests.tiny import CALL, PROMPTS, tiny_flux, tiny_repository
@@ -32,6 +34,16 @@ def pipe() -> FluxPipeline:
 def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
     monkeypatch.chdir(tiny_repository(tmp_path))
     return load_params()
+
+
+def test_a_pipeline_nobody_uses_any_more_is_given_back(workload: Workload, capfd) -> None:
+    loaded = load_pipeline(workload)
+    sample(loaded, PROMPTS[:1], [1], PLAIN)
+    watched = weakref.ref(loaded.transformer)
+    del loaded
+    release_memory()
+    assert watched() is None
+    assert "Loading" not in capfd.readouterr().err
 
 
 def test_device_is_one_setting() -> None:
