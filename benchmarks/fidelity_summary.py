@@ -27,6 +27,7 @@ PEERS = {  # of each the best row
     "TeaCache": r"teacache",
     "dynamic mode decomposition": r"dmd.*",
     "UniPC": r"unipc2.*",
+    "DPM-Solver++": r"dpm_solver_2m.*",
     "Adams-Bashforth": r"adams_bashforth2.*",
     "fewer steps": r"euler(_searched)?",
 }
