@@ -231,6 +231,8 @@ def on_training_prompts(
 ) -> dict[str, float]:
     """Mean PSNR of some methods on `count` training prompts, by `budget/name`: how much is learned by heart.
 
+    The prompts are spread over all of them in alphabetical order: the first ones begin alike, and may be easy alike.
+
     Args:
         first_seed: of fresh noise; None takes the noise that was trained on, which gives the pictures of training.
             What fresh noise loses was learned by heart; what held-out prompts lose beside it was not: to the model
@@ -240,8 +242,8 @@ def on_training_prompts(
     recorded: dict[str, int] = {}  # a prompt's first noise
     for prompt, seed in zip(train_set.prompts, train_set.seeds, strict=True):
         recorded.setdefault(prompt, seed)
-    prompts = list(recorded)[:count]
-    seeds = list(recorded.values())[:count]
+    chosen = torch.linspace(0, len(recorded) - 1, min(count, len(recorded))).round().long().tolist()
+    prompts, seeds = ([values[index] for index in chosen] for values in (list(recorded), list(recorded.values())))
     if first_seed is not None:
         seeds = list(range(first_seed, first_seed + len(prompts)))
     results = evaluate_methods(
