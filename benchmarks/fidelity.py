@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.by_heart import CONTROL, learned_by_heart
+from benchmarks.by_heart import table as heart_table
 from benchmarks.cache_dit_peer import masked_methods, reported_missing
 from benchmarks.changes import changed
 from benchmarks.choices import trained
@@ -49,7 +51,6 @@ from lesa.stages import stage_of_steps
 RESULTS = Path("benchmarks/results")
 COUNTS = (10, 8, 6)  # full steps
 LINCA_ITERATIONS = 150  # of each of its stages: some minutes a schedule
-CONTROL = "taylor1_ours"  # learns nothing: what it has more on training prompts is the prompts
 
 
 @dataclass(frozen=True)
@@ -226,41 +227,7 @@ def measure(
     )
 
 
-def on_training_prompts(
-    workload: Workload, pipe: Any, methods: Sequence[Method], count: int, first_seed: int | None = None
-) -> dict[str, float]:
-    """Mean PSNR of some methods on `count` training prompts, by `budget/name`: how much is learned by heart.
-
-    The prompts are spread over all of them in alphabetical order: the first ones begin alike, and may be easy alike.
-
-    Args:
-        first_seed: of fresh noise; None takes the noise that was trained on, which gives the pictures of training.
-            What fresh noise loses was learned by heart; what held-out prompts lose beside it was not: to the model
-            itself those prompts are strange.
-    """
-    train_set, _ = recorded_splits(workload)
-    recorded: dict[str, int] = {}  # a prompt's first noise
-    for prompt, seed in zip(train_set.prompts, train_set.seeds, strict=True):
-        recorded.setdefault(prompt, seed)
-    chosen = torch.linspace(0, len(recorded) - 1, min(count, len(recorded))).round().long().tolist()
-    prompts, seeds = ([values[index] for index in chosen] for values in (list(recorded), list(recorded.values())))
-    if first_seed is not None:
-        seeds = list(range(first_seed, first_seed + len(prompts)))
-    results = evaluate_methods(
-        pipe,
-        methods,
-        prompts,
-        seeds,
-        call=workload.call,
-        settings=dataclasses.replace(workload.evaluate, converged_fraction=0.0),
-        timing=False,
-    )
-    return {f"{row.budget}/{row.method}": row.psnr.mean for row in results.rows}
-
-
-def table(
-    results: Results, against: Mapping[str, str], by_heart: Mapping[str, float], same_prompts: Mapping[str, float]
-) -> str:
+def table(results: Results, against: Mapping[str, str]) -> str:
     """Markdown: one table a number of full steps, best first, our forms against the better TaylorSeer."""
     counts = results.counts
     lines = [
@@ -277,19 +244,16 @@ def table(
             f"### {budget} full steps",
             "",
             f"| method | steps | PSNR | 5th percentile | minus {results.row(budget, base).label} | its p5 minus | "
-            "to converged | training images | same prompts, fresh noise |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "to converged |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         floor = results.row(budget, base).psnr.p5
         for row in rows:
             gain = results.difference(budget, row.method, base)
-            key = f"{budget}/{row.method}"
-            known = [f"{values[key]:.2f}" if key in values else "" for values in (by_heart, same_prompts)]
             lines.append(
                 f"| {row.label} | {row.computed_steps:g} | {row.psnr.mean:.2f} [{row.psnr.low:.2f}, "
                 f"{row.psnr.high:.2f}] | {row.psnr.p5:.2f} | {gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] | "
-                f"{row.psnr.p5 - floor:+.2f} | {_mean(row.converged_psnr)} | "
-                f"{' | '.join(known)} |"
+                f"{row.psnr.p5 - floor:+.2f} | {_mean(row.converged_psnr)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -321,8 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="numbers of full steps")
     parser.add_argument("--part", default="0/1", help="train only every n-th form: part/n")
     parser.add_argument("--seed", type=int, default=0, help="of training")
-    parser.add_argument("--prompts", type=int, default=171, help="test prompts, from the first")
-    parser.add_argument("--seeds", type=int, default=3, help="noise seeds a prompt")
+    parser.add_argument("--prompts", type=int, default=256, help="test prompts, from the first")
+    parser.add_argument("--seeds", type=int, default=2, help="noise seeds a prompt")
     parser.add_argument("--seed-offset", type=int, default=60_000, help="the first of them")
     parser.add_argument("--converged", type=float, default=0.1, help="share of samples with a converged run")
     parser.add_argument(
@@ -358,17 +322,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         controls = [peer for peer in peers if peer.name == CONTROL]
         compared = sorted([*ours, *controls], key=lambda method: options.counts.index(int(method.budget)))
-        by_heart = on_training_prompts(workload, pipe, compared, options.prompts)
-        same_prompts = on_training_prompts(workload, pipe, compared, options.prompts, options.seed_offset + 1_000_000)
+        train_set, _ = recorded_splits(workload)
+        memory = learned_by_heart(workload, pipe, compared, train_set, results, options.seed_offset + 1_000_000)
         document = results.to_json() | {
-            "on_training_images": by_heart,
-            "on_training_prompts": same_prompts,
+            "learned_by_heart": {key: found.to_dict() for key, found in memory.items()},
             "warnings": warned(results),
         }
         document["training"] = {
             f"{form.name}-{form.count}": load_figures(folder / f"{form.name}-{form.count}") for form in chosen
         }
-        text = table(results, better_taylor(results), by_heart, same_prompts)
+        text = f"{table(results, better_taylor(results))}\n### Learned by heart\n\n{heart_table(memory)}\n"
         out = RESULTS / f"fidelity-{workload.name}-{'-'.join(map(str, options.counts))}.json"
         keep(out, document, text)
         values = {f"{b}/{m}": v["psnr"].tolist() for (b, m), v in results.samples.items() if "psnr" in v}

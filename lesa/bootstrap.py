@@ -45,12 +45,9 @@ def interval(
         ValueError: for no values, values that are not finite, or groups of another length.
     """
     numbers, members = _checked(values, groups)
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    _check_resamples(resamples)
     means = _resampled_means(numbers, members, resamples, np.random.default_rng(seed))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Interval(float(numbers.mean()), float(low), float(high))
+    return _around(float(numbers.mean()), means)
 
 
 def paired_interval(
@@ -67,6 +64,39 @@ def paired_interval(
             f"paired values have {first.size} and {second.size} samples: pairs need the same samples"
         )
     return interval(first - second, groups, resamples, seed)
+
+
+def unpaired_interval(
+    a: ArrayLike,
+    groups_a: ArrayLike,
+    b: ArrayLike,
+    groups_b: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `a` minus mean of `b`, whose samples have no prompt in common; each side is drawn anew by itself.
+
+    Args and errors as for `interval`; the sides may differ in their numbers of samples and of prompts.
+    """
+    numbers_a, members_a = _checked(a, groups_a)
+    numbers_b, members_b = _checked(b, groups_b)
+    _check_resamples(resamples)
+    rng = np.random.default_rng(seed)
+    means = _resampled_means(numbers_a, members_a, resamples, rng)
+    return _around(
+        float(numbers_a.mean() - numbers_b.mean()), means - _resampled_means(numbers_b, members_b, resamples, rng)
+    )
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+
+
+def _around(mean: float, resampled: NDArray[np.float64]) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return Interval(mean, float(low), float(high))
 
 
 def _checked(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64], list[NDArray[np.intp]]]:

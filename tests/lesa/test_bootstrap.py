@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lesa.bootstrap import interval, paired_interval
+from lesa.bootstrap import interval, paired_interval, unpaired_interval
 
 
 def test_a_constant_has_no_width() -> None:
@@ -65,6 +65,18 @@ def test_pairing_removes_what_samples_share() -> None:
     alone = interval(ours, np.arange(60) // 2)
     assert alone.high - alone.low > 3.0
     assert paired_interval(theirs, ours, np.arange(60) // 2).mean == pytest.approx(-paired.mean)
+
+
+def test_without_pairs_both_sides_widen_the_interval() -> None:
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(loc=2.0, size=300), rng.normal(size=200)
+    found = unpaired_interval(a, np.arange(300), b, np.arange(200), 4000)
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    expected = 2 * 1.96 * np.sqrt(a.var() / 300 + b.var() / 200)
+    assert found.high - found.low == pytest.approx(expected, rel=0.08)
+    assert unpaired_interval([3.0], [0], [1.0], [0], 50) == (2.0, 2.0, 2.0)
+    with pytest.raises(ValueError, match="resamples"):
+        unpaired_interval([3.0], [0], [1.0], [0], 0)
 
 
 @pytest.mark.parametrize(
