@@ -20,7 +20,7 @@ ZOOMS = ("wide", "medium", "close")
 ROWS = ("top row", "second row", "third row", "bottom row")
 COLUMNS = ("far left", "left", "centre left", "centre right", "right", "far right")
 MIRRORS = ("unmirrored", "mirrored")
-TONES = ("natural", "warm", "cold", "dim", "green", "violet")
+TONES = ("natural", "warm", "cold", "dim", "green", "violet", "rose", "teal")
 
 LANGUAGE = Language(
     form="a {zoom} view of the {photo}, {row}, {column}, {mirror}, {tone}",
@@ -33,7 +33,7 @@ LANGUAGE = Language(
         "tone": TONES,
     },
     defaults={"zoom": "medium", "mirror": "unmirrored", "tone": "natural"},
-    split_sizes={"base": 1008, "train": 400, "validation": 64, "test": 256},
+    split_sizes={"base": 1184, "train": 800, "validation": 64, "test": 256},
 )
 
 IMAGE_SIZE = 24  # pixels a side
@@ -46,6 +46,8 @@ GAIN = {  # of red, green and blue
     "dim": (0.5, 0.5, 0.5),
     "green": (0.7, 1.12, 0.76),
     "violet": (1.0, 0.68, 1.1),
+    "rose": (1.14, 0.76, 0.84),
+    "teal": (0.58, 1.06, 1.0),
 }
 _SUPERSAMPLE = 2
 
