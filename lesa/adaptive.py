@@ -1,53 +1,101 @@
-"""What `lesa.enable(..., adaptive=True)` takes from a bundle: the bounds of a budget and how far it may go."""
+"""What `lesa.enable(..., adaptive=True)` takes from a bundle: full steps by need, and what happens at an alarm."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lesa.bundle import Bundle
+from lesa.by_need import ByNeed, Path
 from lesa.fallback import Fallback
 from lesa.manifest import Manifest
 from lesa.moving_rule import MovingRule
 from lesa.schedule import Schedule
 
 
-def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
-    """The fallback of a budget: its error bounds, and the next slower budget to change over to.
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """What an adaptive run may do, at least one of two."""
+
+    fallback: Fallback | None  # of the budget that was asked for
+    by_need: ByNeed | None
+
+    @property
+    def promise(self) -> str:
+        """For the summary."""
+        return "; ".join(part.promise for part in (self.by_need, self.fallback) if part is not None)
+
+
+def adaptive_of(bundle: Bundle, chosen: str) -> Adaptive:
+    """What a bundle offers for a budget.
 
     Raises:
-        ValueError: what was chosen is no budget, is the slowest, or has no bounds.
+        ValueError: what was chosen is no budget, is the slowest, or the bundle has neither bounds nor levels for it.
     """
     manifest = bundle.manifest
     if chosen not in manifest.budgets:
         raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
-    budget = manifest.budgets[chosen]
-    name = slower_budget(manifest, chosen)
-    if not budget.bounds:
+    slower_budget(manifest, chosen)
+    found = Adaptive(_fallback(bundle, chosen), _by_need(bundle, chosen))
+    if found.fallback is None and found.by_need is None:
         raise ValueError(
             f"adaptive: budget {chosen!r} of this bundle has no error bounds; publish the bundle again, with at least "
             "two validation trajectories"
         )
-    schedule = manifest.budgets[name].schedule
-    return Fallback(
-        budget.schedule,
-        budget.bounds,
-        schedule,
-        MovingRule(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
-        name,
+    return found
+
+
+def _fallback(bundle: Bundle, name: str) -> Fallback | None:
+    """To the next slower budget; None for the slowest and for one without bounds."""
+    manifest = bundle.manifest
+    budget = manifest.budgets[name]
+    slower = _next_slower(manifest, name)
+    if slower is None or not budget.bounds:
+        return None
+    schedule = manifest.budgets[slower].schedule
+    return Fallback(budget.schedule, budget.bounds, schedule, _rule(bundle, schedule), slower)
+
+
+def _by_need(bundle: Bundle, asked: str) -> ByNeed | None:
+    """None where the bundle has no level for the budget: it is the fastest of them, or nothing was calibrated."""
+    entry = bundle.manifest.difficulty
+    if entry is None or bundle.difficulty is None or asked not in entry.levels:
+        return None
+    budgets = bundle.manifest.budgets
+    paths = {
+        name: Path(
+            schedule=budgets[name].schedule,
+            rule=_rule(bundle, budgets[name].schedule),
+            bounds=budgets[name].bounds,
+            fallback=_fallback(bundle, name),
+        )
+        for name in entry.budgets
+    }
+    return ByNeed(
+        difficulty=bundle.difficulty, names=entry.budgets, paths=paths, level=entry.levels[asked], asked=asked
     )
+
+
+def _rule(bundle: Bundle, schedule: Schedule) -> MovingRule:
+    return MovingRule(bundle.predictor, schedule, torch.tensor(bundle.manifest.sigmas))
 
 
 def slower_budget(manifest: Manifest, name: str) -> str:
     """The next slower budget; `ValueError` for the slowest one and for none."""
     if name not in manifest.budgets:
         raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
+    slower = _next_slower(manifest, name)
+    if slower is None:
+        raise ValueError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
+    return slower
+
+
+def _next_slower(manifest: Manifest, name: str) -> str | None:
     full = {other: budget.schedule.num_full for other, budget in manifest.budgets.items()}
     slower = [other for other, count in full.items() if count > full[name]]
-    if not slower:
-        raise ValueError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
-    return min(slower, key=full.__getitem__)
+    return min(slower, key=full.__getitem__) if slower else None
 
 
 def adaptive_problems(scheduler: Any, schedule: Schedule) -> list[str]:
