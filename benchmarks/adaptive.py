@@ -1,10 +1,12 @@
 """What `adaptive=True` does for runs like those the bundle was measured with, and for runs that are not.
 
 python -m benchmarks.adaptive data/bundles/flux-digits --prompts 64 --seeds 2
+python -m benchmarks.adaptive data/bundles/flux-photos --prompts 256 --seeds 2 --strengths 0
 
 Held-out prompts with fresh noise, one sample a run, on the model as it is and with adapters (LoRA of random weights, at
 several strengths) that the predictor was never trained with. Each is compared with the plain run of the same adapted
 model: the budget alone, the budget with `adaptive=True`, and the next slower budget for all.
+    need      without an adapter: how many runs got how many full steps, and the 5th percentile beside the budget's
     traffic   half of the samples without and half with an adapter: the same mean number of full steps spent by need
               (`adaptive`) or blindly, the slower budget for a share of the samples drawn without looking
 Results: benchmarks/results/adaptive-<workload>.{json,md}.
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 import lesa
 from benchmarks.keep import keep
 from lesa.adaptive import slower_budget
-from lesa.bootstrap import paired_interval
+from lesa.bootstrap import paired_interval, percentile_gain
 from lesa.bundle import Bundle, load_bundle
 from lesa.evaluate import refuse_trained
 from lesa.metrics import psnr
@@ -77,6 +79,12 @@ def adapted(workload: Workload, strength: float, seed: int = 0) -> tuple[Any, fl
     if not changes:
         raise ValueError(f"{type(pipe.transformer).__name__}: no attention projections for an adapter")
     return pipe, float(np.median(changes))
+
+
+def shares(runs: Runs) -> dict[str, float]:
+    """Share of the runs by their number of full steps, fewest first."""
+    counts, found = np.unique(runs.full_steps, return_counts=True)
+    return {f"{count:g}": float(share) for count, share in zip(counts, found / len(runs.full_steps), strict=True)}
 
 
 def measure(
@@ -173,12 +181,15 @@ def study(
         }
         parts[strength] = runs
         gain = paired_interval(runs["adaptive"].psnr, runs["fast"].psnr, groups)
+        tail = percentile_gain(runs["adaptive"].psnr, runs["fast"].psnr, groups)
         rows.append(
             {
                 "strength": strength,
                 "relative_weight_change": change,
                 **{name: figures(values) for name, values in runs.items()},
                 "gain": [gain.mean, gain.low, gain.high],
+                "tail_gain": [tail.mean, tail.low, tail.high],
+                "share_by_full_steps": shares(runs["adaptive"]),
             }
         )
         print(f"strength {strength:g}: {rows[-1]['adaptive']}", file=sys.stderr, flush=True)
@@ -201,17 +212,18 @@ def table(document: Mapping[str, Any]) -> str:
         "held-out prompts, one a run; PSNR in dB to the plain run of the same model and adapter, 95% intervals over "
         "prompts.",
         "",
-        f"| adapter: strength, change of weights | {budget} | 5th pct. | adaptive | 5th pct. | gain | full steps | "
-        f"runs changed over | {slower} for all | 5th pct. |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| adapter: strength, change of weights | {budget} | 5th pct. | adaptive | 5th pct. | gain | gain of the 5th "
+        f"pct. | full steps | runs by full steps | runs changed over | {slower} for all | 5th pct. |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in document["rows"]:
         fast, adaptive, slow = row["fast"], row["adaptive"], row["slow"]
-        mean, low, high = row["gain"]
+        gain, tail = ("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[key]) for key in ("gain", "tail_gain"))
+        spread = ", ".join(f"{count}: {share:.0%}" for count, share in row["share_by_full_steps"].items())
         name = "none" if row["strength"] == 0 else f"{row['strength']:g}, {row['relative_weight_change']:.0%}"
         lines.append(
             f"| {name} | {fast['psnr_mean']:.2f} | {fast['psnr_p5']:.2f} | {adaptive['psnr_mean']:.2f} | "
-            f"{adaptive['psnr_p5']:.2f} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {adaptive['mean_full_steps']:.2f} | "
+            f"{adaptive['psnr_p5']:.2f} | {gain} | {tail} | {adaptive['mean_full_steps']:.2f} | {spread} | "
             f"{adaptive['share_changed']:.1%} | {slow['psnr_mean']:.2f} | {slow['psnr_p5']:.2f} |"
         )
     lines += [

@@ -113,13 +113,44 @@ def _checked(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64],
     return numbers, [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
 
+def percentile_gain(
+    a: ArrayLike,
+    b: ArrayLike,
+    groups: ArrayLike,
+    percentile: float = 5.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """A percentile of `a` minus that of `b`, of samples that share prompt and noise; args and errors as above."""
+    first, members = _checked(a, groups)
+    second, _ = _checked(b, groups)
+    _check_resamples(resamples)
+    places, counted = _drawn(members, resamples, np.random.default_rng(seed))
+    tails = [
+        np.nanpercentile(np.where(counted, v[places], np.nan).reshape(resamples, -1), percentile, axis=1)
+        for v in (first, second)
+    ]
+    gain = float(np.percentile(first, percentile) - np.percentile(second, percentile))
+    return _around(gain, tails[0] - tails[1])
+
+
 def _resampled_means(
     numbers: NDArray[np.float64],
     members: Sequence[NDArray[np.intp]],
     resamples: int,
     rng: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """[resamples] means: prompts drawn with replacement, then as many seeds of each as it has."""
+    """[resamples] means."""
+    places, counted = _drawn(members, resamples, rng)
+    total = np.where(counted, numbers[places], 0.0).sum(axis=(1, 2))
+    means: NDArray[np.float64] = total / counted.sum(axis=(1, 2))
+    return means
+
+
+def _drawn(
+    members: Sequence[NDArray[np.intp]], resamples: int, rng: np.random.Generator
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Samples [resamples, P, seeds] and which of them count: P prompts with replacement, of each as many as it has."""
     sizes = np.array([len(member) for member in members])
     table = np.zeros((len(members), sizes.max()), dtype=np.intp)  # samples of each prompt, padded
     for row, member in enumerate(members):
@@ -127,8 +158,4 @@ def _resampled_means(
     drawn = rng.integers(len(members), size=(resamples, len(members)))
     lengths = sizes[drawn]
     places = (rng.random((*drawn.shape, table.shape[1])) * lengths[..., None]).astype(np.intp)
-    picked = numbers[table[drawn[..., None], places]]
-    counted = np.arange(table.shape[1]) < lengths[..., None]
-    total = np.where(counted, picked, 0.0).sum(axis=(1, 2))
-    means: NDArray[np.float64] = total / lengths.sum(axis=1)
-    return means
+    return table[drawn[..., None], places], np.arange(table.shape[1]) < lengths[..., None]

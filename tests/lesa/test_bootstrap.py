@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lesa.bootstrap import interval, paired_interval, unpaired_interval
+from lesa.bootstrap import interval, paired_interval, percentile_gain, unpaired_interval
 
 
 def test_a_constant_has_no_width() -> None:
@@ -77,6 +77,19 @@ def test_without_pairs_both_sides_widen_the_interval() -> None:
     assert unpaired_interval([3.0], [0], [1.0], [0], 50) == (2.0, 2.0, 2.0)
     with pytest.raises(ValueError, match="resamples"):
         unpaired_interval([3.0], [0], [1.0], [0], 0)
+
+
+def test_the_gain_of_a_tail_is_that_of_the_samples_it_has() -> None:
+    rng = np.random.default_rng(7)
+    b = rng.normal(size=600)
+    lifted = np.maximum(b, -1.0)  # the tail alone
+    groups = np.arange(600) // 2
+    found = percentile_gain(lifted, b, groups, 5.0, 1000)
+    assert found.mean == pytest.approx(np.percentile(lifted, 5) - np.percentile(b, 5))
+    assert 0.4 < found.low < found.mean < found.high < 1.0
+    assert percentile_gain(b, b, groups, 5.0, 50) == (0.0, 0.0, 0.0)
+    shifted = percentile_gain(b + 2, b, groups, 50.0, 50)
+    assert shifted.low == pytest.approx(2.0) and shifted.high == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
