@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from lesa.bundle import Bundle
 from lesa.by_need import ByNeed, Path
 from lesa.fallback import Fallback
+from lesa.forecast import Rule
 from lesa.manifest import Manifest
 from lesa.moving_rule import MovingRule
 from lesa.schedule import Schedule
@@ -38,7 +41,12 @@ def adaptive_of(bundle: Bundle, chosen: str) -> Adaptive:
     if chosen not in manifest.budgets:
         raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
     slower_budget(manifest, chosen)
-    found = Adaptive(_fallback(bundle, chosen), _by_need(bundle, chosen))
+
+    @cache  # a slower budget's serves the runs that change over to it and those that begin on it
+    def rule(name: str) -> MovingRule:
+        return MovingRule(bundle.predictor, manifest.budgets[name].schedule, torch.tensor(manifest.sigmas))
+
+    found = Adaptive(_fallback(manifest, chosen, rule), _by_need(bundle, chosen, rule))
     if found.fallback is None and found.by_need is None:
         raise ValueError(
             f"adaptive: budget {chosen!r} of this bundle has no error bounds; publish the bundle again, with at least "
@@ -47,18 +55,16 @@ def adaptive_of(bundle: Bundle, chosen: str) -> Adaptive:
     return found
 
 
-def _fallback(bundle: Bundle, name: str) -> Fallback | None:
+def _fallback(manifest: Manifest, name: str, rule: Callable[[str], Rule]) -> Fallback | None:
     """To the next slower budget; None for the slowest and for one without bounds."""
-    manifest = bundle.manifest
     budget = manifest.budgets[name]
     slower = _next_slower(manifest, name)
     if slower is None or not budget.bounds:
         return None
-    schedule = manifest.budgets[slower].schedule
-    return Fallback(budget.schedule, budget.bounds, schedule, _rule(bundle, schedule), slower)
+    return Fallback(budget.schedule, budget.bounds, manifest.budgets[slower].schedule, rule(slower), slower)
 
 
-def _by_need(bundle: Bundle, asked: str) -> ByNeed | None:
+def _by_need(bundle: Bundle, asked: str, rule: Callable[[str], Rule]) -> ByNeed | None:
     """None where the bundle has no level for the budget: it is the fastest of them, or nothing was calibrated."""
     entry = bundle.manifest.difficulty
     if entry is None or bundle.difficulty is None or asked not in entry.levels:
@@ -67,19 +73,15 @@ def _by_need(bundle: Bundle, asked: str) -> ByNeed | None:
     paths = {
         name: Path(
             schedule=budgets[name].schedule,
-            rule=_rule(bundle, budgets[name].schedule),
+            rule=rule(name),
             bounds=budgets[name].bounds,
-            fallback=_fallback(bundle, name),
+            fallback=_fallback(bundle.manifest, name, rule),
         )
         for name in entry.budgets
     }
     return ByNeed(
         difficulty=bundle.difficulty, names=entry.budgets, paths=paths, level=entry.levels[asked], asked=asked
     )
-
-
-def _rule(bundle: Bundle, schedule: Schedule) -> MovingRule:
-    return MovingRule(bundle.predictor, schedule, torch.tensor(bundle.manifest.sigmas))
 
 
 def slower_budget(manifest: Manifest, name: str) -> str:
