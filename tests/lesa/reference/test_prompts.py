@@ -12,7 +12,7 @@ from lesa.reference.numbers import LANGUAGE as NUMBERS
 from lesa.reference.photos import LANGUAGE as PHOTOS
 
 COMMITTED = Path(__file__).parents[3] / "data" / "prompts"
-SIZES = {"flux-digits": 1620, "flux-photos": 1728, "qwen-digits": 1296, "hunyuan-moving-digits": 900}
+SIZES = {"flux-digits": 1620, "flux-photos": 2304, "qwen-digits": 1296, "hunyuan-moving-digits": 900}
 
 
 @pytest.fixture(params=DATA_SETS.values(), ids=DATA_SETS)
