@@ -64,6 +64,10 @@ def test_adapters_raise_the_alarm_and_the_model_as_it_is_does_not(place: Path) -
         assert row["fast"]["mean_full_steps"] == 5 and row["slow"]["mean_full_steps"] == 6
         gain = row["adaptive"]["psnr_mean"] - row["fast"]["psnr_mean"]
         assert row["gain"][0] == pytest.approx(gain, abs=1e-6)
+        tail = row["adaptive"]["psnr_p5"] - row["fast"]["psnr_p5"]
+        assert row["tail_gain"][0] == pytest.approx(tail, abs=1e-6)
+        spent = {float(count): share for count, share in row["share_by_full_steps"].items()}
+        assert sum(count * share for count, share in spent.items()) == pytest.approx(row["adaptive"]["mean_full_steps"])
         changed = row["adaptive"]["share_changed"]
         assert row["adaptive"]["mean_full_steps"] == pytest.approx(5 + changed, abs=1.0)
     assert usual["adaptive"]["share_changed"] == 0 and usual["gain"] == [0, 0, 0]
