@@ -103,6 +103,8 @@ def test_the_bundle_says_it_and_an_adaptive_run_goes_by_it(made, tmp_path: Path)
     assert entry["budgets"] == list(BUDGETS) and entry["samples"] == 10 and set(entry["levels"]) == {"2.67x", "2x"}
     again = make_bundle(tmp_path / "b", workload, pipe, predictor, train, validation, **arguments)
     assert again.digest == bundle.digest
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "`adaptive=True` spends full steps by need, each budget's number in the mean, at: 2.67x, 2x." in card
     loaded = load_bundle(tmp_path / "a")
     assert loaded.difficulty is not None and loaded.manifest.difficulty.levels == entry["levels"]
     full = []
