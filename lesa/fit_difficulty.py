@@ -6,8 +6,7 @@ flux-photos), and a choice made by it lifted the 5th percentile by half as much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,12 @@ import torch
 
 from lesa.by_need import levels, menu
 from lesa.difficulty import Difficulty, fit, pooled
-from lesa.forecast import Rule
-from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
+from lesa.error_bounds import accelerated_runs
 from lesa.metrics import psnr
 from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.pipelines import sample
 from lesa.predictor import Predictor
-from lesa.schedule import Schedule
 from lesa.trajectories import Trajectories
 
 FEWEST_SAMPLES = 8  # below that nothing is fitted
@@ -38,6 +35,7 @@ class Calibrated:
     names: tuple[str, ...]  # budgets, fewest full steps first
     levels: Mapping[str, float]  # dB, of the budgets that may be asked for
     samples: int
+    errors: Mapping[str, Mapping[int, list[float]]]  # of the meter in these runs, by budget and full step
     correlation: tuple[float, ...]  # of each budget's quality with what is said of it, samples left out
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,34 +73,21 @@ def fit_difficulty(
         return None
     rows = [runs[i] for i in torch.linspace(0, len(runs) - 1, count).round().long().tolist()]
     say(f"full steps by need: plain runs of {count} training prompts")
-    plain = _pictures(pipe, workload, train, rows)
-    columns = []
+    prompts, seeds = [train.prompts[row] for row in rows], [train.seeds[row] for row in rows]
+    plain = sample(pipe, prompts, seeds, workload.call, batch_size=workload.evaluate.batch_size)
+    columns: list[torch.Tensor] = []
+    errors: dict[str, Mapping[int, list[float]]] = {}
     for name in names:
         say(f"full steps by need: the same runs at budget {name}")
         rule = MovingRule(predictor, schedules[name], train.sigmas)
-        with _accelerated(pipe, schedules[name], rule):
-            columns.append(psnr(_pictures(pipe, workload, train, rows), plain).clamp(max=_HIGHEST))
+        made = accelerated_runs(pipe, workload, schedules[name], rule, train, rows)
+        columns.append(psnr(made.pictures, plain).clamp(max=_HIGHEST))
+        errors[name] = made.errors
     measured = torch.stack(columns, dim=1)
     difficulty, expected = fit(first_features(train, rows), measured)
     found = levels(expected, names, [schedules[name].num_full for name in names])
     correlation = tuple(map(_correlation, expected.unbind(dim=1), measured.unbind(dim=1)))
-    return Calibrated(difficulty, names, found, count, correlation)
-
-
-def _pictures(pipe: Any, workload: Workload, data: Trajectories, rows: list[int]) -> torch.Tensor:
-    """Pictures of the prompts and noise of recorded runs."""
-    prompts, seeds = [data.prompts[row] for row in rows], [data.seeds[row] for row in rows]
-    return sample(pipe, prompts, seeds, workload.call, batch_size=workload.evaluate.batch_size)
-
-
-@contextmanager
-def _accelerated(pipe: Any, schedule: Schedule, rule: Rule) -> Iterator[None]:
-    config = LesaCacheConfig(schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False)
-    apply_lesa_cache(pipe.transformer, config)
-    try:
-        yield
-    finally:
-        remove_lesa_cache(pipe.transformer)
+    return Calibrated(difficulty, names, found, count, errors, correlation)
 
 
 def first_features(data: Trajectories, rows: list[int]) -> torch.Tensor:

@@ -48,14 +48,15 @@ def make_bundle(
             and before its runs of `publish.need_samples` training prompts.
     """
     further = [data for count in sorted(others or {}) for data in (others or {})[count]]
+    measured = {n: float(q["psnr_mean"]) for n, q in quality.items() if isinstance(q.get("psnr_mean"), int | float)}
+    need = fit_difficulty(pipe, workload, predictor, train, measured, say)
 
     def bounds(name: str, schedule: Schedule) -> list[float | None]:
         say(f"error bounds of budget {name}: accelerated runs of the validation prompts")
         rule = MovingRule(predictor, schedule, validation.sigmas)
-        return calibrated_bounds(pipe, workload, schedule, rule, validation)
+        seen = {} if need is None else need.errors.get(name, {})
+        return calibrated_bounds(pipe, workload, schedule, rule, validation, seen)
 
-    measured = {n: float(q["psnr_mean"]) for n, q in quality.items() if isinstance(q.get("psnr_mean"), int | float)}
-    need = fit_difficulty(pipe, workload, predictor, train, measured, say)
     manifest = {
         "workload": workload.name,
         "created_from": dict(created_from),

@@ -124,6 +124,8 @@ def test_bounds_are_a_log_normal_s() -> None:
     assert bounds_of({3: [0.1, 0.1, float("nan")]}, schedule) == {}
     assert bounds_of({3: [0.1]}, schedule) == {}  # one sample tells nothing of the spread
     assert bounds_of({3: [0.1, 0.1]}, schedule)[3] > 0.1  # two that agree do not make it nothing
+    tail = [*errors[3], 0.9]  # one sample far out: what was seen once is no alarm
+    assert bounds_of({3: tail}, schedule)[3] == pytest.approx(0.9)
     wide = bounds_of({3: errors[3], 8: errors[8]}, Schedule.explicit(11, (0, 3, 8)))
     assert wide[3] > bounds[3]  # two chances to be beyond a bound: each one wider
 
