@@ -6,7 +6,6 @@ python -m benchmarks.adaptive data/bundles/flux-photos --prompts 256 --seeds 2 -
 Held-out prompts with fresh noise, one sample a run, on the model as it is and with adapters (LoRA of random weights, at
 several strengths) that the predictor was never trained with. Each is compared with the plain run of the same adapted
 model: the budget alone, the budget with `adaptive=True`, and the next slower budget for all.
-    need      without an adapter: how many runs got how many full steps, and the 5th percentile beside the budget's
     traffic   half of the samples without and half with an adapter: the same mean number of full steps spent by need
               (`adaptive`) or blindly, the slower budget for a share of the samples drawn without looking
 Results: benchmarks/results/adaptive-<workload>.{json,md}.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 
-from lesa.adaptive import adaptive_of, adaptive_problems
+from lesa.adaptive import adaptive_problems, fallback_of
 from lesa.bundle import Bundle, load_bundle
 from lesa.call_check import call_problems
 from lesa.families import family_of
@@ -52,16 +52,14 @@ def enable(
     max_loss_db: float | None = None,  # the fastest budget that measured at most so much below the bundle's best
     allow: Collection[str] = (),  # "lora", "quantized", "pipeline": accept what the bundle was not measured with
     measure: bool = True,  # at full steps, measure what the predictor would have been off by
-    adaptive: bool = False,  # full steps by need, the budget's number in the mean; more where errors ask for it
+    adaptive: bool = False,  # go on with a slower budget where that error exceeds the bound it was calibrated to
 ) -> None:
     """Accelerate a diffusers pipeline with a bundle made for its model.
 
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
     pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
-    With `adaptive`, the first step's feature picks one of the bundle's budgets, faster for what is easy and slower for
-    what is hard, so that single-sample runs have the asked budget's number of full steps in the mean (bundles made
-    for it, budgets that are neither the fastest nor the slowest). A run whose errors then leave their bounds, as with
+    With `adaptive`, a run whose errors stay within their bounds is the same as without. One that leaves them, as with
     an adapter that changes much, goes on with the bundle's next slower budget. The worst sample of a batch decides for
     all. Features of that budget's history are kept beside the own ones: up to twice the memory.
     It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
@@ -103,21 +101,21 @@ def enable(
         max_loss_db=max_loss_db,
     )
     schedule, chosen = choose()
-    plan = None
+    fallback = None
     if adaptive:
         if not measure:
             raise ValueError("adaptive: needs measure=True, since the measured errors decide")
-        plan = adaptive_of(loaded, chosen)
+        fallback = fallback_of(loaded, chosen)
     rule = MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
-    adaptive_note = {} if plan is None else {"adaptive": plan.promise}
+    adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
     notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
 
     def check(call: FirstCall) -> list[str]:
         notes.clear()  # adapters come and go between the runs
         notes.update(_notes(loaded, chosen, owner(), call.transformer) | adaptive_note)
         return [
-            *(adaptive_problems(call.scheduler, schedule) if plan is not None else ()),
+            *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
             *_scheduler_problems(call.scheduler, manifest),
             *_weights_problems(call.transformer, allow),
             *call_problems(owner(), manifest.call, call),
@@ -133,8 +131,7 @@ def enable(
             other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], MovingRule)
             if loaded.predictor.spec.step_counts and not adaptive
             else None,
-            fallback=None if plan is None else plan.fallback,
-            by_need=None if plan is None else plan.by_need,
+            fallback=fallback,
             check=check,
             num_branches=len(manifest.branches),
             late_start=type(pipe).__name__ not in family.pipeline_classes,

@@ -23,7 +23,6 @@ from safetensors.torch import save as save_safetensors
 
 from lesa import atomic
 from lesa.card import card
-from lesa.difficulty import Difficulty
 from lesa.manifest import SCHEMA, WEIGHTS, BundleError, Manifest
 from lesa.predictor import Predictor
 from lesa.strict_json import StrictJsonError, parse
@@ -31,7 +30,6 @@ from lesa.strict_json import StrictJsonError, parse
 MANIFEST, README = "manifest.json", "README.md"
 MAX_MANIFEST = MAX_README = 1 << 20  # bytes
 _FILES = (MANIFEST, README, WEIGHTS)
-_DIFFICULTY = "difficulty."  # what its tensors' names begin with; the others are the predictor's
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,7 +39,6 @@ class Bundle:
 
     manifest: Manifest
     predictor: Predictor
-    difficulty: Difficulty | None  # what `adaptive=True` chooses by
     digest: str
     path: Path
 
@@ -69,13 +66,10 @@ def load_bundle(folder: str | Path, expected_digest: str | None = None) -> Bundl
         manifest = Manifest.from_dict(document, folder)
         _read_file(folder, descriptor, README, MAX_README)  # for people; held to the same rules
         weights = _read_file(folder, descriptor, WEIGHTS, manifest.weights_bytes)
-    predictor, difficulty = _weights(folder, manifest, weights)
-    return Bundle(manifest, predictor, difficulty, digest, folder)
+    return Bundle(manifest, _predictor(folder, manifest, weights), digest, folder)
 
 
-def write_bundle(
-    folder: str | Path, manifest: Mapping[str, Any], predictor: Predictor, difficulty: Difficulty | None = None
-) -> Bundle:
+def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Predictor) -> Bundle:
     """Write a bundle beside `folder`, verify it as a reader would, then put it in place.
 
     Args:
@@ -83,15 +77,12 @@ def write_bundle(
         manifest: as in lesa.manifest, without `schema`, `predictor`, `channels`, `step_range` and `files`, which
             follow.
         predictor: what the sampler runs.
-        difficulty: the regression that the manifest's entry of that name speaks of.
 
     Raises:
         BundleError: listing what is wrong with the manifest; nothing is written to `folder` then.
     """
     folder = Path(folder)
-    of_need = {} if difficulty is None else difficulty.tensors()
-    held = {**predictor.tensors, **{f"{_DIFFICULTY}{name}": value for name, value in of_need.items()}}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in held.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in predictor.tensors.items()}
     weights = save_safetensors(tensors)
     document = {
         **manifest,
@@ -120,7 +111,7 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def _weights(folder: Path, manifest: Manifest, weights: bytes) -> tuple[Predictor, Difficulty | None]:
+def _predictor(folder: Path, manifest: Manifest, weights: bytes) -> Predictor:
     problems = []
     if len(weights) != manifest.weights_bytes:
         problems.append(f"{WEIGHTS}: {len(weights)} bytes, the manifest says {manifest.weights_bytes}")
@@ -138,27 +129,14 @@ def _weights(folder: Path, manifest: Manifest, weights: bytes) -> tuple[Predicto
         raise BundleError(
             folder, [f"{WEIGHTS}: tensor {name!r} has dtype {tensors[name].dtype}" for name in odd]
         )
-    of_need = {
-        name.removeprefix(_DIFFICULTY): tensors.pop(name) for name in list(tensors) if name.startswith(_DIFFICULTY)
-    }
     try:
-        difficulty = _difficulty(manifest, of_need)
         predictor = Predictor(manifest.predictor, tensors)
         sigmas = torch.tensor(manifest.sigmas)
         for budget in manifest.budgets.values():
             predictor.alphas(budget.schedule, sigmas)
     except ValueError as error:
         raise BundleError(folder, [f"{WEIGHTS}: {error}"]) from None
-    return predictor, difficulty
-
-
-def _difficulty(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Difficulty | None:
-    entry = manifest.difficulty
-    if entry is None:
-        if tensors:
-            raise ValueError(f"difficulty: tensors {', '.join(sorted(tensors))}, of which the manifest says nothing")
-        return None
-    return Difficulty.from_tensors(tensors, manifest.channels, len(entry.budgets))
+    return predictor
 
 
 @contextmanager

@@ -51,9 +51,6 @@ def card(manifest: Manifest) -> str:
             + " | ".join(cells)
             + " |"
         )
-    if manifest.difficulty is not None:
-        asked = ", ".join(sorted(manifest.difficulty.levels, key=list(manifest.budgets).index))
-        lines += ["", f"`adaptive=True` spends full steps by need, each budget's number in the mean, at: {asked}."]
     lines += [
         "",
         "PSNR in dB against the same model without acceleration, held-out prompts and seeds.",

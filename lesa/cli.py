@@ -70,10 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="sampler steps, in the bundle's range (default: the bundle's own)")
     sample.add_argument("--batch-size", type=int, default=16, help="pictures a pipeline call")
     sample.add_argument(
-        "--adaptive",
-        action="store_true",
-        help="full steps by need, the budget's number in the mean (with --batch-size 1: the sample that needs most "
-        "decides for its batch), and more where errors exceed their bounds",
+        "--adaptive", action="store_true", help="go on with a slower budget where errors exceed their calibrated bounds"
     )
     sample.add_argument("--plain", action="store_true", help="every step full, the bundle's call")
     sample.add_argument("--json", action="store_true", help="print the summary as JSON")

@@ -1,19 +1,18 @@
-"""Bounds of the error meter, calibrated on validation trajectories: what `adaptive=True` compares a run with.
+"""Bounds of the error meter, calibrated on recorded prompts and noise: what `adaptive=True` compares a run with.
 
-The accelerated sampler runs the prompts and noise of the validation trajectories, and the relative L1 error at each
-full step is taken of every sample. Over samples its logarithm is close to normal, so the bound is that of a
-log-normal: mean + z deviations, wider for the few samples it rests on, with z such that of runs like these a share of
-`ALARMS` is expected to have an error beyond its bound. Where samples differ much, its tail is longer than that
-(flux-photos: 13% of runs were beyond some bound of 32 samples), so no bound is below an error that was seen, and the
-training runs that full steps by need are calibrated on count too. Errors along the recorded trajectories would not do:
-on the drifted states of an accelerated run they are some percent larger, which is as much as samples differ.
+The accelerated sampler runs those of the validation trajectories and of a share of the training ones, and the relative
+L1 error at each full step is taken of every sample. Over samples its logarithm is close to normal, so the bound is that
+of a log-normal: mean + z deviations, wider for the few samples it rests on, with z such that of runs like these a share
+of `ALARMS` is expected to have an error beyond its bound. Where samples differ much, its tail is longer than that
+(flux-photos: 13% of held-out runs were beyond some bound that 32 runs gave, 0.2% beyond those of 832), so no bound is
+below an error that was seen. Errors along the recorded trajectories would not do: on the drifted states of an
+accelerated run they are some percent larger, which is as much as samples differ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -30,37 +29,29 @@ ALARMS = 0.02  # of runs of one sample: at 5x, and half a dozen further full ste
 _LEAST_DEVIATION = 0.02  # of the logarithm: a handful of samples that agree by chance must not make a tight bound
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Accelerated runs of recorded prompts and noise."""
-
-    pictures: torch.Tensor  # [N, ...]
-    errors: Mapping[int, list[float]]  # at each full step that has one, N of them: relative L1, worst guidance branch
-
-
-def accelerated_runs(
+def meter_errors(
     pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, data: Trajectories, rows: Sequence[int]
-) -> Runs:
-    """The runs of these rows of `data`, as a user's would be: the guard stays on."""
-    pictures: list[torch.Tensor] = []
-    errors: dict[int, list[float]] = {}
+) -> dict[int, list[float]]:
+    """Relative L1 error at each full step that has one, of the runs of these rows (the worst guidance branch)."""
+    found: dict[int, list[float]] = {}
     size = workload.evaluate.batch_size
     for first in range(0, len(rows), size):
         chunk = rows[first : first + size]
+        # The guard stays on: a run that it interferes with is as the user's would be.
         apply_lesa_cache(
             pipe.transformer,
             LesaCacheConfig(schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler),
         )
         try:
             prompts, seeds = [data.prompts[row] for row in chunk], [data.seeds[row] for row in chunk]
-            pictures.append(sample(pipe, prompts, seeds, workload.call, batch_size=size))
+            sample(pipe, prompts, seeds, workload.call, batch_size=size)
             records = cache_state(pipe.transformer).steps
         finally:
             remove_lesa_cache(pipe.transformer)
         for record in records:
             if record.sample_errors is not None and schedule.is_full(record.step):
-                errors.setdefault(record.step, []).extend(record.sample_errors.tolist())
-    return Runs(torch.cat(pictures), errors)
+                found.setdefault(record.step, []).extend(record.sample_errors.tolist())
+    return found
 
 
 def bounds_of(
@@ -86,20 +77,23 @@ def bounds_of(
 
 
 def calibrated_bounds(
-    pipe: Any,
-    workload: Workload,
-    schedule: Schedule,
-    rule: Rule,
-    validation: Trajectories,
-    further: Mapping[int, Sequence[float]],
+    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories, train: Trajectories
 ) -> list[float | None]:
     """The bound of each full step as a manifest has it, in three digits; None where the step decides nothing.
 
-    Args:
-        further: errors of other runs like these, of `accelerated_runs` on the same schedule.
+    They rest on all runs of `validation` and on `publish.bound_samples` runs spread evenly over those of `train`.
     """
-    rows = [row for row, branch in enumerate(validation.branch) if branch == 0]
-    errors = accelerated_runs(pipe, workload, schedule, rule, validation, rows).errors
-    bounds = bounds_of({step: [*found, *further.get(step, ())] for step, found in errors.items()}, schedule)
+    trained = _runs(train)
+    count = min(workload.publish.bound_samples, len(trained))
+    places = torch.linspace(0, len(trained) - 1, count).round().long().tolist()
+    errors = meter_errors(pipe, workload, schedule, rule, validation, _runs(validation))
+    for step, found in meter_errors(pipe, workload, schedule, rule, train, [trained[i] for i in places]).items():
+        errors[step] += found
+    bounds = bounds_of(errors, schedule)
     # Rounded, so that the last bits of another machine's arithmetic do not make another bundle of the same predictor.
     return [float(f"{bounds[step]:.3g}") if step in bounds else None for step in schedule.full_steps]
+
+
+def _runs(data: Trajectories) -> list[int]:
+    """One row of each recorded run."""
+    return [row for row, branch in enumerate(data.branch) if branch == 0]

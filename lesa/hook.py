@@ -20,7 +20,6 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from diffusers.utils.torch_utils import unwrap_module
 
-from lesa.by_need import ByNeed
 from lesa.clock import Clock, SchedulerClock, Tick, TimestepClock
 from lesa.fallback import Fallback
 from lesa.families import BlockList, blocks, family_of
@@ -60,7 +59,6 @@ class LesaCacheConfig:
     late_start: bool = False  # let a run begin where the scheduler's `begin_index` says, as from another picture
     measure: bool = True  # at full steps, record what the rule would have been off by
     fallback: Fallback | None = None  # what a run with too large errors changes over to; for runs on `schedule` alone
-    by_need: ByNeed | None = None  # picks schedule, rule and fallback after step 0; likewise for runs on `schedule`
     guard: bool = True  # run in full where the prediction is not finite or jumps in size
     notes: Mapping[str, str] = field(default_factory=dict)  # facts for the summary
     bounds: Mapping[int, float] = field(default_factory=dict)  # errors at full steps of `schedule`, for the summary
@@ -77,8 +75,6 @@ class LesaCacheConfig:
             problems.append(f"sigmas: got {len(self.sigmas)}, expected {self.schedule.num_steps + 1}")
         if self.fallback is not None and not (self.measure and self.other_steps is None):
             problems.append("fallback needs measure and no other_steps")
-        if self.by_need is not None and self.other_steps is not None:
-            problems.append("by_need needs no other_steps")
         if self.num_branches is not None and self.num_branches < 1:
             problems.append(f"num_branches must be at least 1, got {self.num_branches}")
         if problems:
@@ -138,8 +134,6 @@ class LesaRootHook(ModelHook):
             else TimestepClock(config.timesteps, config.num_branches)
         )
         self._first_step = 0  # of the run
-        self._fallback = config.fallback  # of the schedule that the run has
-        self._by_need: ByNeed | None = None  # until it has chosen
         self._num_tokens: int | None = None  # leading image tokens that are predicted; None: all
         self._compiled: list[tuple[dict[str, Any], Any]] = []  # blocks' attributes and what was taken from them
         self._started = 0.0  # host clock at the run's first call
@@ -199,9 +193,7 @@ class LesaRootHook(ModelHook):
             self._start_run(module, tick, args, kwargs)
             self._started = entered
         state = self._branch(tick.branch)
-        if self._by_need is not None and tick.step > 0:
-            self._choose(self._by_need)
-        if (fallback := self._fallback) is not None and tick.step == fallback.change:
+        if (fallback := self.config.fallback) is not None and tick.step == fallback.change:
             self._change_over(fallback, state)
         is_full = tick.step in self._full_steps or not self._has_its_history(tick.step)
         planned = "full" if is_full else "predicted"
@@ -213,22 +205,6 @@ class LesaRootHook(ModelHook):
         stage = None if self._stages is None else int(self._stages[tick.step])
         self.statistics.record(tick.step, planned, kind, stage)
         return tick, state, entered
-
-    def _choose(self, by_need: ByNeed) -> None:
-        """Take up what the features of step 0, in every branch's history now, ask for."""
-        self._by_need = None
-        branches = [s for s in self.state_manager._state_cache.values() if s.history.features]
-        path, words = by_need.choose([branch.history.features[0] for branch in branches])
-        self._keep_to(path.schedule, path.rule)
-        self._fallback = path.fallback
-        if path.fallback is not None:
-            path.fallback.begin()
-        self.statistics.schedule, self.statistics.bounds = path.schedule, path.bounds
-        self.statistics.notes = {**self.statistics.notes, "by need": words}
-        for branch in branches:
-            branch.history.size = max(path.rule.history_size, 1)
-            branch.other = None
-            self._keep_for_fallback(0, branch, branch.history.features[0])
 
     def _change_over(self, fallback: Fallback, state: LesaBranchState) -> None:
         """Go on with the slower schedule, whose full step this is; the first branch changes it for all."""
@@ -288,11 +264,9 @@ class LesaRootHook(ModelHook):
             expected_sigmas=expected_sigmas,
         )
         problems += _hook_problems(module)
-        self._fallback, self._by_need = config.fallback, config.by_need
         if config.fallback is not None:
             config.fallback.begin()
-        if config.fallback is not None or config.by_need is not None:
-            problems += _adaptive_problems(module, tick.step)
+            problems += _fallback_problems(module, tick.step)
         if config.check is not None:
             problems += config.check(call)
         if problems:
@@ -366,8 +340,8 @@ class LesaRootHook(ModelHook):
             if self.config.measure and enough and self._has_its_history(tick.step):
                 errors = _relative_l1(rule(history, tick.step), feature)
                 record._errors.append(errors)
-                if self._fallback is not None and self._fallback.watches(tick.step):
-                    self._fallback.observe(tick.step, float(errors.max()))
+                if self.config.fallback is not None and self.config.fallback.watches(tick.step):
+                    self.config.fallback.observe(tick.step, float(errors.max()))
             if tick.step in self._full_steps or rule.keeps_predictions:
                 # Other full steps stay out: a bound rule counts on the schedule's own anchors.
                 feature = _alone(feature)
@@ -391,7 +365,7 @@ class LesaRootHook(ModelHook):
 
     def _keep_for_fallback(self, step: int, state: LesaBranchState, feature: torch.Tensor) -> None:
         """Keep the feature of a full step of the slower schedule, predicted where it was not computed."""
-        fallback = self._fallback
+        fallback = self.config.fallback
         if fallback is None or self.schedule is fallback.slower or not fallback.slower.is_full(step):
             return
         if state.other is None:
@@ -567,7 +541,7 @@ def _hook_problems(transformer: torch.nn.Module) -> list[str]:
     return problems
 
 
-def _adaptive_problems(transformer: torch.nn.Module, first_step: int) -> list[str]:
+def _fallback_problems(transformer: torch.nn.Module, first_step: int) -> list[str]:
     problems = []
     if getattr(transformer, "_parallel_config", None) is not None:
         problems.append("adaptive: not with context parallelism, where every device would decide for itself")

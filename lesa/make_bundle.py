@@ -11,7 +11,6 @@ from lesa.bundle import Bundle, write_bundle
 from lesa.error_bounds import calibrated_bounds
 from lesa.families import FAMILIES, TAP
 from lesa.fingerprint import fingerprint
-from lesa.fit_difficulty import fit_difficulty
 from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.predictor import Predictor
@@ -44,18 +43,15 @@ def make_bundle(
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
         others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.
-        say: told of each budget before its error bounds are measured, in as many accelerated runs as `validation` has,
-            and before its runs of `publish.need_samples` training prompts.
+        say: told of each budget before its error bounds are measured, in accelerated runs of `validation` and of
+            `publish.bound_samples` runs of `train`.
     """
     further = [data for count in sorted(others or {}) for data in (others or {})[count]]
-    measured = {n: float(q["psnr_mean"]) for n, q in quality.items() if isinstance(q.get("psnr_mean"), int | float)}
-    need = fit_difficulty(pipe, workload, predictor, train, measured, say)
 
     def bounds(name: str, schedule: Schedule) -> list[float | None]:
-        say(f"error bounds of budget {name}: accelerated runs of the validation prompts")
+        say(f"error bounds of budget {name}: accelerated runs of validation and training prompts")
         rule = MovingRule(predictor, schedule, validation.sigmas)
-        seen = {} if need is None else need.errors.get(name, {})
-        return calibrated_bounds(pipe, workload, schedule, rule, validation, seen)
+        return calibrated_bounds(pipe, workload, schedule, rule, validation, train)
 
     manifest = {
         "workload": workload.name,
@@ -90,7 +86,6 @@ def make_bundle(
             for name, schedule in workload.budgets().items()
         },
         "default_budget": workload.schedule.default_budget,
-        "difficulty": None if need is None else need.to_dict(),
         "training": {
             "num_trajectories": sum(len(set(data.keys)) for data in (train, *further[::2])),
             "num_validation_trajectories": sum(len(set(data.keys)) for data in (validation, *further[1::2])),
@@ -104,7 +99,7 @@ def make_bundle(
         "license": "Apache-2.0",
         "base_license": None,
     }
-    return write_bundle(folder, manifest, predictor, None if need is None else need.difficulty)
+    return write_bundle(folder, manifest, predictor)
 
 
 def _branches(workload: Workload, num_branches: int) -> list[str]:

@@ -18,9 +18,8 @@ from lesa.params import CallParams
 from lesa.predictor import PredictorSpec
 from lesa.schedule import Schedule
 
-# 2: variants name their full steps; weights of each step. 3: a range of steps. 4: error bounds. 5: difficulty
-SCHEMA = 5
-READ = (3, 4, SCHEMA)  # bundles of schema 3 and 4 serve as before: not adaptive, and adaptive by their bounds alone
+SCHEMA = 4  # 2: variants name their full steps; weights of each step. 3: a range of steps. 4: error bounds
+READ = (3, SCHEMA)  # a bundle of schema 3 serves as before, and cannot be adaptive
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # workloads and budgets
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
@@ -43,7 +42,6 @@ _KEYS = (
     "sigmas",
     "budgets",
     "default_budget",
-    "difficulty",
     "predictor",
     "training",
     "evaluation",
@@ -87,14 +85,6 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeedEntry:
-    """How full steps by need are chosen; the regression itself is among the weights."""
-
-    budgets: tuple[str, ...]  # of the regression's columns, fewest full steps first
-    levels: Mapping[str, float]  # dB, of each budget that may be asked for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A checked manifest; `data` is the document itself."""
 
@@ -112,7 +102,6 @@ class Manifest:
     sigmas: tuple[float, ...]  # [S + 1]
     budgets: Mapping[str, Budget]
     default_budget: str
-    difficulty: NeedEntry | None  # None: the bundle has none
     predictor: PredictorSpec
     weights_bytes: int
     weights_sha256: str
@@ -129,10 +118,10 @@ class Manifest:
         if schema not in READ or not _is_int(schema):
             newer = isinstance(schema, int) and schema > SCHEMA
             remedy = "update lesa to read it" if newer else "make the bundle again"
-            known = ", ".join(map(str, READ))
+            known = " and ".join(map(str, READ))
             raise BundleError(where, [f"schema: got {schema!r}, this version reads {known}: {remedy}"])
         reader = _Reader(data)
-        reader.keys("", data, _KEYS if schema > 4 else tuple(key for key in _KEYS if key != "difficulty"))
+        reader.keys("", data, _KEYS)
         fields = _read(reader)
         if reader.problems:
             raise BundleError(where, reader.problems)
@@ -210,7 +199,6 @@ def _read(reader: _Reader) -> dict[str, Any]:
         "default_budget": reader.matching("default_budget", NAME, "the name of a budget"),
         "predictor": _predictor(reader),
     }
-    result["difficulty"] = _difficulty(reader, result["budgets"])
     if result["default_budget"] and result["default_budget"] not in result["budgets"]:
         known = ", ".join(result["budgets"]) or "none"
         reader.problems.append(f"default_budget: {result['default_budget']!r} is not one of {known}")
@@ -315,26 +303,6 @@ def _budgets(reader: _Reader, steps: int) -> dict[str, Budget]:
             error_bounds=tuple(bounds if has_bounds else [None] * schedule.num_full),
         )
     return result
-
-
-def _difficulty(reader: _Reader, budgets: Mapping[str, Budget]) -> NeedEntry | None:
-    entry = reader.data.get("difficulty")
-    if entry is None:
-        return None
-    if not isinstance(entry, Mapping):
-        reader.problems.append("difficulty: must be an object or null")
-        return None
-    reader.keys("difficulty", entry, ("budgets", "levels", "samples", "correlation"))
-    names, levels = entry.get("budgets"), entry.get("levels")
-    if not (isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) and n in budgets for n in names)):
-        reader.problems.append("difficulty.budgets: must be a list of names of budgets, two at least")
-        return None
-    if any(budgets[b].schedule.num_full <= budgets[a].schedule.num_full for a, b in pairwise(names)):
-        reader.problems.append("difficulty.budgets: each must have more full steps than the one before it")
-    if not (isinstance(levels, Mapping) and all(n in names and _is_number(v) for n, v in levels.items())):
-        reader.problems.append("difficulty.levels: must be a number for each of some of its budgets")
-        return None
-    return NeedEntry(budgets=tuple(names), levels={name: float(level) for name, level in levels.items()})
 
 
 def _predictor(reader: _Reader) -> PredictorSpec | None:

@@ -222,13 +222,12 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     at_gate = workload.publish.gate_prompts * judged.seeds_per_prompt
     every_method = METHODS * sum(accelerated.values())
     tuning = TUNING * sum(accelerated.values())
-    bounds = record.validation_prompts * record.seeds_per_prompt * sum(accelerated.values())
-    by_need = min(workload.publish.need_samples, record.train_prompts * record.seeds_per_prompt)
-    by_need *= len(set(full.values())) > 2
+    of_training = min(workload.publish.bound_samples, record.train_prompts * record.seeds_per_prompt)
+    bounds = (record.validation_prompts * record.seeds_per_prompt + of_training) * sum(accelerated.values())
     return {
         "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
         "search": searched * (search.descents * search.evaluations * search.samples + trained * (search.finalists > 1)),
         "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
         "evaluate": samples * (run + every_method) + converged + tuning,
-        "publish": at_gate * (run + every_method) + tuning + bounds + by_need * (run + sum(accelerated.values())),
+        "publish": at_gate * (run + every_method) + tuning + bounds,
     }

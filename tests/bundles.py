@@ -98,7 +98,6 @@ def manifest_for(
             for name, interval in BUDGETS.items()
         },
         "default_budget": "1.67x",
-        "difficulty": None,
         "training": {"num_trajectories": 0},
         "evaluation": {},
         "license": "Apache-2.0",

@@ -187,7 +187,7 @@ def spell(folder: Path, old: str, new: str) -> None:
 
 @attack("appears twice")
 def key_twice(folder: Path) -> None:
-    spell(folder, '"schema": 5', '"schema": 5, "schema": 5')
+    spell(folder, '"schema": 4', '"schema": 4, "schema": 4')
 
 
 @attack("NaN is not a number")
@@ -212,7 +212,7 @@ def endless_integer(folder: Path) -> None:
 
 @attack("-0 is not an integer")
 def negative_zero(folder: Path) -> None:
-    spell(folder, '"schema": 5', '"schema": -0')
+    spell(folder, '"schema": 4', '"schema": -0')
 
 
 @attack("nested deeper")
@@ -255,9 +255,9 @@ def terminal_escape(folder: Path) -> None:
     edit(folder, lambda document: document.update(license="\x1b[2J"))
 
 
-@attack("schema: got 6, this version reads 3, 4, 5: update lesa")
+@attack("schema: got 5, this version reads 3 and 4: update lesa")
 def from_the_future(folder: Path) -> None:
-    edit(folder, lambda document: document.update(schema=6))
+    edit(folder, lambda document: document.update(schema=5))
 
 
 @attack("workload: must be a name")
@@ -288,24 +288,6 @@ def sizes_beyond_memory(folder: Path) -> None:
 @attack("is not one of")
 def unknown_kind(folder: Path) -> None:
     edit(folder, lambda document: document["predictor"].update(kind="torch.hub.load"))
-
-
-@attack("difficulty.budgets: each must have more full steps")
-def budgets_by_need_out_of_order(folder: Path) -> None:
-    entry = {"budgets": ["1.43x", "1.67x"], "levels": {}, "samples": 8, "correlation": []}
-    edit(folder, lambda document: document.update(difficulty=entry))
-
-
-@attack("center: missing")
-def difficulty_without_its_weights(folder: Path) -> None:
-    entry = {"budgets": ["1.67x", "1.43x"], "levels": {"1.67x": 30.0}, "samples": 8, "correlation": []}
-    edit(folder, lambda document: document.update(difficulty=entry))
-
-
-@attack("of which the manifest says nothing")
-def weights_of_no_difficulty(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS) | {"difficulty.center": torch.zeros(2)}
-    reweigh(folder, save(tensors))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ PLUMBING = {
 
 # Sources that a stage imports but that have no part in its result.
 READING = {"store", "store_chunks", "store_format"}  # what is read is held to its digest
-ADAPTIVE = {"fallback", "by_need", "difficulty"}  # of `lesa.enable(adaptive=True)` alone; the hook imports them
+ADAPTIVE = {"fallback"}  # of `lesa.enable(adaptive=True)` alone; the hook imports it
 NOT_RUN = {
     "base": set(),
     "record": {"store_chunks"},  # what is there already is not read
@@ -72,7 +72,7 @@ NOT_RUN = {
         "trajectories",
         "windows",
     },
-    "publish": READING | {"fallback"},  # what the choice by need goes by is calibrated there
+    "publish": READING | ADAPTIVE,
 }
 
 

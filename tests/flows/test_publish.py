@@ -111,7 +111,7 @@ def test_the_first_good_candidate_becomes_champion(workload, monkeypatch):
     assert champion.fingerprint == bundle.manifest.fingerprint
     assert champion.tags["pipeline_class"] == "FluxPipeline"
     assert champion.tags["budgets"] == "2x" and champion.tags["psnr.2x"] == "30.000"
-    assert champion.tags["gate"] == "promoted" and champion.tags["schema"] == "5"
+    assert champion.tags["gate"] == "promoted" and champion.tags["schema"] == "4"
     assert registry.alias(CANDIDATE) is None
     assert registry.alias(fingerprint_alias(champion.fingerprint)) == champion
     assert recorded_decision()["manifest_sha256"] == champion.digest

@@ -243,7 +243,6 @@ def test_bounds_of_a_bundle_are_checked_and_older_bundles_are_read(folder: Path,
 
     def older(document):
         document["schema"] = 3
-        del document["difficulty"]
         for budget in document["budgets"].values():
             del budget["error_bounds"]
 

@@ -14,9 +14,11 @@ import torch
 
 import lesa
 from lesa.bundle import Bundle, load_bundle
+from lesa.error_bounds import bounds_of, calibrated_bounds, meter_errors
 from lesa.fingerprint import fingerprint
 from lesa.jobs import recorded_splits
 from lesa.make_bundle import make_bundle
+from lesa.moving_rule import MovingRule
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline, sample
 from lesa.prompts import prompt_digests
@@ -131,3 +133,23 @@ def test_making_it_again_gives_the_same_digest(made: Made, tmp_path: Path) -> No
     second = made.again(tmp_path / "tiny")  # in the place of the first
     assert first.digest == second.digest == made.bundle.digest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_bounds_rest_on_training_runs_too(made: Made) -> None:
+    workload, pipe = made.workload, made.pipe
+    train, validation = recorded_splits(workload)
+    predictor = untrained_predictor(workload, train.sigmas, train.channels)
+    schedule = workload.budgets()["2x"]
+    rule = MovingRule(predictor, schedule, train.sigmas)
+
+    def bounds(samples: int) -> list[float | None]:
+        publish = dataclasses.replace(workload.publish, bound_samples=samples)
+        other = dataclasses.replace(workload, publish=publish)
+        return calibrated_bounds(pipe, other, schedule, rule, validation, train)
+
+    seen = [meter_errors(pipe, workload, schedule, rule, data, range(len(data))) for data in (validation, train)]
+    assert [len(errors[3]) for errors in seen] == [2, 4]
+    assert bounds(0) == [None, None, None, *(float(f"{bounds_of(seen[0], schedule)[s]:.3g}") for s in (3, 6))]
+    every = {step: seen[0][step] + seen[1][step] for step in (3, 6)}
+    assert bounds(256) == [None, None, None, *(float(f"{bounds_of(every, schedule)[s]:.3g}") for s in (3, 6))]
+    assert bounds(2) not in (bounds(0), bounds(256))

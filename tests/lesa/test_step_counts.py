@@ -429,7 +429,7 @@ def test_the_command_line_samples_at_another_number_of_steps(place: Place, tmp_p
 
 def test_the_manifest_says_the_range_and_the_card_shows_it(place: Place, tmp_path: Path) -> None:
     manifest = place.bundle.manifest
-    assert manifest.step_range == (6, 16) and manifest.data["step_range"] == [6, 16] and manifest.data["schema"] == 5
+    assert manifest.step_range == (6, 16) and manifest.data["step_range"] == [6, 16] and manifest.data["schema"] == 4
     card = (place.bundle.path / "README.md").read_text()
     assert "6 to 16 steps (trained at 6, 10, 16; the figures below are at 10)" in card
     assert manifest.data["training"]["num_trajectories"] == 4 + 2 + 2
@@ -439,7 +439,7 @@ def test_the_manifest_says_the_range_and_the_card_shows_it(place: Place, tmp_pat
     for change, words in (
         ({"step_range": [6, 20]}, "step_range: got [6, 20], the predictor was trained on [6, 16]"),
         ({"step_range": [16, 6]}, "step_range: must be two numbers of steps, the lowest first"),
-        ({"schema": 2}, "schema: got 2, this version reads 3, 4, 5: make the bundle again"),
+        ({"schema": 2}, "schema: got 2, this version reads 3 and 4: make the bundle again"),
     ):
         folder = tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"
         shutil.copytree(place.bundle.path, folder)
