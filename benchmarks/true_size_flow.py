@@ -95,6 +95,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     from flows import record, train_stage1, train_stage2
     from flows.revisions import revisions
     from flows.tracking import tracked_run
+    from lesa.error_bounds import bounds_by_budget
     from lesa.jobs import kept_splits, load_predictor
     from lesa.make_bundle import make_bundle
     from lesa.pipelines import load_pipeline, sample
@@ -110,15 +111,18 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
         pipe = phases.run("load_pipeline", lambda: load_pipeline(workload))
         splits = kept_splits(workload)
         created = revisions(work)
+        predictor = load_predictor(workload.paths.closed_loop)
+        bounds = phases.run("error_bounds", lambda: bounds_by_budget(pipe, workload, predictor, *splits))
         bundle = phases.run(
             "make_bundle",
             lambda: make_bundle(
                 workload.paths.bundle,
                 workload,
                 pipe,
-                load_predictor(workload.paths.closed_loop),
+                predictor,
                 *splits,
                 quality={},
+                error_bounds=bounds,
                 evaluation={},
                 created_from=created,
             ),

@@ -5,6 +5,7 @@ python -m flows.publish [--workload NAME]
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from flows.connect import redact, tracking_uri
 from flows.gate import Decision
 from flows.manifest import budget_quality, evaluation_facts, read_metrics, registry_tags
 from flows.measure import measure_and_decide
+from flows.parallel import kept_workers, run_jobs
 from flows.registry import CANDIDATE, Registry, Version
 from flows.revisions import revisions
 from flows.runtime import ROOT, stage_main
 from flows.stage import experiment_name, metrics_folder, read_workload
+from flows.tracking import Reporter
 from lesa.atomic import write_json
+from lesa.bounds_job import measure_bounds
 from lesa.bundle import Bundle, load_bundle
+from lesa.gate_job import shared_out
 from lesa.jobs import load_predictor, recorded_elsewhere, recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import Workload
@@ -37,7 +42,8 @@ def publish(workload: str | None = None) -> dict[str, Any]:
 @task(name="judge and register", cache_policy=NO_CACHE)
 def judge_and_register(workload: Workload) -> dict[str, Any]:
     """A task so that Prefect shows it; the work is `publish_bundle`."""
-    return publish_bundle(workload, get_run_logger())
+    with kept_workers(workload.publish.workers, workload.publish.threads_per_worker):
+        return publish_bundle(workload, get_run_logger())
 
 
 def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str, Any]:
@@ -54,6 +60,8 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     """
     predictor = load_predictor(workload.paths.closed_loop)
     quality = budget_quality(workload, read_metrics(workload))
+    log.info("error bounds: accelerated runs of validation and training prompts")
+    error_bounds = measured_bounds(workload)  # before a pipeline is loaded here: two at once may be too many
     pipe = load_pipeline(workload)
     train, validation = recorded_splits(workload)
     bundle = make_bundle(
@@ -64,10 +72,10 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         train,
         validation,
         quality=quality,
+        error_bounds=error_bounds,
         evaluation=evaluation_facts(workload),
         created_from=revisions(root, workload.name),
         others=recorded_elsewhere(workload),
-        say=log.info,
     )
     del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
     log.info("registry: %s", redact(tracking_uri(root)))
@@ -92,6 +100,21 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         "gate: version %s %s: %s", candidate.number, registry_word(outcome), "; ".join(outcome["reasons"])
     )
     return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
+
+
+def measured_bounds(workload: Workload) -> dict[str, list[float | None]]:
+    """Error bounds of every budget, which are shared out to as many jobs as there are workers."""
+    publish = workload.publish
+    full_steps = {name: float(schedule.num_full) for name, schedule in workload.budgets().items()}
+    found = run_jobs(
+        measure_bounds,
+        workload,
+        {" ".join(part): part for part in shared_out(full_steps, publish.workers)},
+        workers=publish.workers,
+        threads_per_worker=publish.threads_per_worker,
+        reporter=Reporter(path=Path(os.devnull), name=f"error bounds {workload.name}"),
+    )
+    return {name: bounds for part in found.values() for name, bounds in part.items()}
 
 
 class Judgement:

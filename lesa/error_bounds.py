@@ -12,7 +12,7 @@ accelerated run they are some percent larger, which is as much as samples differ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -20,8 +20,11 @@ import torch
 
 from lesa.forecast import Rule
 from lesa.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
+from lesa.loop import Report
+from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.pipelines import sample
+from lesa.predictor import Predictor
 from lesa.schedule import Schedule
 from lesa.trajectories import Trajectories
 
@@ -74,6 +77,29 @@ def bounds_of(
         spread = max(stdev(logarithms), _LEAST_DEVIATION) * math.sqrt(1 + 1 / len(logarithms))
         bounds[step] = math.exp(max(fmean(logarithms) + z * spread, *logarithms))
     return bounds
+
+
+def bounds_by_budget(
+    pipe: Any,
+    workload: Workload,
+    predictor: Predictor,
+    train: Trajectories,
+    validation: Trajectories,
+    budgets: Collection[str] | None = None,
+    report: Report = lambda step, values: None,
+) -> dict[str, list[float | None]]:
+    """`calibrated_bounds` of these budgets of the workload, of all where none are named.
+
+    Args:
+        report: told after each budget how many are done, and how many of its full steps have a bound.
+    """
+    schedules = workload.budgets()
+    found: dict[str, list[float | None]] = {}
+    for name in schedules if budgets is None else budgets:
+        rule = MovingRule(predictor, schedules[name], validation.sigmas)
+        found[name] = calibrated_bounds(pipe, workload, schedules[name], rule, validation, train)
+        report(len(found), {"bounds": sum(bound is not None for bound in found[name])})
+    return found
 
 
 def calibrated_bounds(

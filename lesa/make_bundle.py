@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lesa.bundle import Bundle, write_bundle
-from lesa.error_bounds import calibrated_bounds
 from lesa.families import FAMILIES, TAP
 from lesa.fingerprint import fingerprint
-from lesa.moving_rule import MovingRule
 from lesa.params import Workload
 from lesa.predictor import Predictor
 from lesa.prompts import prompt_digests, prompts_digest
-from lesa.schedule import Schedule
 from lesa.step_counts import Splits
 from lesa.trajectories import Trajectories, trajectories_digest
 
@@ -29,10 +26,10 @@ def make_bundle(
     validation: Trajectories,
     *,
     quality: Mapping[str, Mapping[str, Any]],
+    error_bounds: Mapping[str, Sequence[float | None]],
     evaluation: Mapping[str, Any],
     created_from: Mapping[str, Any],
     others: Mapping[int, Splits] | None = None,
-    say: Callable[[str], object] = lambda _: None,
 ) -> Bundle:
     """Write the bundle of a workload.
 
@@ -40,19 +37,12 @@ def make_bundle(
         folder: where; an existing bundle is replaced.
         pipe: the loaded pipeline: class, scheduler and fingerprint are read from it.
         quality: what was measured, for each budget (psnr_mean, psnr_p5 in dB, ...).
+        error_bounds: of each budget, by full step (`lesa.error_bounds.bounds_by_budget`).
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
         others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.
-        say: told of each budget before its error bounds are measured, in accelerated runs of `validation` and of
-            `publish.bound_samples` runs of `train`.
     """
     further = [data for count in sorted(others or {}) for data in (others or {})[count]]
-
-    def bounds(name: str, schedule: Schedule) -> list[float | None]:
-        say(f"error bounds of budget {name}: accelerated runs of validation and training prompts")
-        rule = MovingRule(predictor, schedule, validation.sigmas)
-        return calibrated_bounds(pipe, workload, schedule, rule, validation, train)
-
     manifest = {
         "workload": workload.name,
         "created_from": dict(created_from),
@@ -81,7 +71,7 @@ def make_bundle(
                 "full_steps": list(schedule.full_steps),
                 "interval": workload.schedule.budgets[name].interval,
                 "quality": dict(quality.get(name, {})),
-                "error_bounds": bounds(name, schedule),
+                "error_bounds": list(error_bounds[name]),
             }
             for name, schedule in workload.budgets().items()
         },

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +13,7 @@ from lesa.params import EvaluateParams
 
 Key = tuple[str, str]  # budget and name of a method
 PLAIN: Key = ("", "plain")
+_BY_BATCH = ("psnr", "ssim", "agreement", "converged", "seconds")  # what a method has of each of its batches
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class Measured:
 
     def extend(self, later: Measured) -> None:
         """Add what a later part found."""
-        for name in ("psnr", "ssim", "agreement", "converged", "seconds"):
+        for name in _BY_BATCH:
             getattr(self, name).extend(getattr(later, name))
         self.calls += later.calls
         self.computed += later.computed
@@ -83,7 +85,11 @@ def share_out(num_samples: int, settings: EvaluateParams, processes: int = 1, ti
 def join(parts: Sequence[MeasuredPart]) -> MeasuredPart:
     """All parts as one; they come in the order of their samples."""
     first, *later = parts
+    joined = {key: copy(found) for key, found in first.found.items()}
+    for found in joined.values():
+        for name in _BY_BATCH:
+            setattr(found, name, list(getattr(found, name)))
     for part in later:
         for key, found in part.found.items():
-            first.found[key].extend(found)
-    return first
+            joined[key].extend(found)
+    return replace(first, found=joined)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa.bundle import Bundle
+from lesa.error_bounds import bounds_by_budget
 from lesa.jobs import finish, list_ground_truth_jobs, recorded_splits, run_closed_loop_job, run_ground_truth_job
 from lesa.make_bundle import make_bundle
 from lesa.params import (
@@ -140,6 +141,7 @@ def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories
         train,
         validation,
         quality={},
+        error_bounds=bounds_by_budget(pipe, workload, predictor, train, validation),
         evaluation={},
         created_from={},
     )

@@ -15,6 +15,7 @@ import yaml
 from benchmarks import adaptive
 from benchmarks.adaptive import Runs, blind, figures, traffic
 from lesa.bundle import load_bundle
+from lesa.error_bounds import bounds_by_budget
 from lesa.jobs import recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import load_params
@@ -46,7 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)
-        facts = {"quality": {}, "evaluation": {}, "created_from": {}}
+        bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
+        facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}
         make_bundle(Path(BUNDLE), workload, pipe, predictor, train, validation, **facts)
         yield root
     finally:

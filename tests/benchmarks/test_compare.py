@@ -17,6 +17,7 @@ from benchmarks import cache_dit_search, compare, search_peers
 from benchmarks.cache_dit_peer import INSTALL
 from benchmarks.learned_peers import learned_peers
 from lesa import rule_tuning
+from lesa.error_bounds import bounds_by_budget
 from lesa.jobs import recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import Workload, load_params
@@ -65,14 +66,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pipe = load_pipeline(workload)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train, validation = recorded_splits(workload)
+        predictor = untrained_predictor(workload, train.sigmas, train.channels)
         make_bundle(
             workload.paths.bundle,
             workload,
             pipe,
-            untrained_predictor(workload, train.sigmas, train.channels),
+            predictor,
             train,
             validation,
             quality={"2x": {"psnr_mean": 31.5, "psnr_p5": 27.0}},
+            error_bounds=bounds_by_budget(pipe, workload, predictor, train, validation),
             evaluation={"samples": 4},
             created_from={"git": "0" * 40},
         )

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import step_counts
 from lesa.bundle import load_bundle
+from lesa.error_bounds import bounds_by_budget
 from lesa.jobs import recorded_elsewhere, recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import load_params
@@ -45,7 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         (train, validation), others = recorded_splits(workload), recorded_elsewhere(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels, noise_levels(others))
-        facts = {"quality": {}, "evaluation": {}, "created_from": {}}
+        bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
+        facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}
         make_bundle(Path(BUNDLE), workload, pipe, predictor, train, validation, others=others, **facts)
         yield root
     finally:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import lesa
+from lesa.bounds_job import measure_bounds
 from lesa.bundle import Bundle, load_bundle
-from lesa.error_bounds import bounds_of, calibrated_bounds, meter_errors
+from lesa.error_bounds import bounds_by_budget, bounds_of, calibrated_bounds, meter_errors
 from lesa.fingerprint import fingerprint
-from lesa.jobs import recorded_splits
+from lesa.jobs import recorded_splits, save_predictor
 from lesa.make_bundle import make_bundle
 from lesa.moving_rule import MovingRule
 from lesa.params import Workload, load_params
@@ -63,6 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
                 train,
                 validation,
                 quality=QUALITY,
+                error_bounds=bounds_by_budget(pipe, workload, predictor, train, validation),
                 evaluation={"samples": 4},
                 created_from={"git": "0" * 40},
             )
@@ -153,3 +155,15 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     every = {step: seen[0][step] + seen[1][step] for step in (3, 6)}
     assert bounds(256) == [None, None, None, *(float(f"{bounds_of(every, schedule)[s]:.3g}") for s in (3, 6))]
     assert bounds(2) not in (bounds(0), bounds(256))
+
+
+def test_a_job_finds_the_bounds_with_the_predictor_that_was_saved(made: Made) -> None:
+    workload = made.workload
+    train, _ = recorded_splits(workload)
+    predictor = untrained_predictor(workload, train.sigmas, train.channels)
+    save_predictor(workload.paths.closed_loop, predictor, {})
+    told: list[tuple[int, dict[str, float]]] = []
+    found = measure_bounds(workload, ["2x"], lambda step, values: told.append((step, dict(values))))
+    manifest = json.loads((workload.paths.bundle / "manifest.json").read_text())
+    assert found == {"2x": manifest["budgets"]["2x"]["error_bounds"]}
+    assert told == [(1, {"bounds": 2})]

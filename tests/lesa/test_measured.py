@@ -54,6 +54,7 @@ def test_two_processes_find_what_one_finds() -> None:
     parts = share_out(len(prompts), asked, 2)
     assert [part.starts for part in parts] == [(0,), (2, 4)]
     found = [measure_part(pipeline(), methods(), prompts, seeds, part, scorer=EvenScorer(), **given) for part in parts]
+    gather(found, methods(), prompts, seeds, **given)  # leaves the parts as they were
     two = gather(found, methods(), prompts, seeds, **given)
     assert one.counts["processes"] == 1 and two.counts["processes"] == 2
     assert two.samples.keys() == one.samples.keys() and two.converged_indices == one.converged_indices

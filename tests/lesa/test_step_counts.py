@@ -19,6 +19,7 @@ from lesa.bundle import Bundle, BundleError, load_bundle
 from lesa.checkpoint import save_checkpoint
 from lesa.cli import main
 from lesa.closed_loop import ExpertRule, accelerated_latents, restore
+from lesa.error_bounds import bounds_by_budget
 from lesa.flops import predictor_flops
 from lesa.history import History
 from lesa.hook import LesaCacheConfig
@@ -109,6 +110,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             second,
             *splits,
             quality={"2x": {"psnr_mean": 30.0}, "2.5x": {"psnr_mean": 28.0}},
+            error_bounds=bounds_by_budget(pipe, workload, second, *splits),
             evaluation={},
             created_from={},
             others=others,
