@@ -225,13 +225,14 @@ def table(document: Mapping[str, Any]) -> str:
             f"{adaptive['psnr_p5']:.2f} | {gain} | {tail} | {adaptive['mean_full_steps']:.2f} | {spread} | "
             f"{adaptive['share_changed']:.1%} | {slow['psnr_mean']:.2f} | {slow['psnr_p5']:.2f} |"
         )
-    lines += [
-        "",
-        "Half of the runs without an adapter, half with one of the strength named:",
-        "",
-        "| strength | how full steps are spent | mean full steps | PSNR | 5th pct. |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    if document["traffic"]:
+        lines += [
+            "",
+            "Half of the runs without an adapter, half with one of the strength named:",
+            "",
+            "| strength | how full steps are spent | mean full steps | PSNR | 5th pct. |",
+            "| --- | --- | --- | --- | --- |",
+        ]
     words = {"fast": f"{budget} for all", "adaptive": "adaptive", "blind": f"{slower} for a share drawn blindly"}
     for strength, ways in document["traffic"].items():
         for name, said in words.items():

@@ -1,5 +1,7 @@
 """The README's tables of `benchmarks.fidelity`, from the kept files: our forms, and the best row of each peer.
 
+Labels are the rows' own; the README words some of them for readers without the module at hand.
+
 python -m benchmarks.fidelity_summary flux-digits flux-photos
 """
 

@@ -1,4 +1,4 @@
-"""Independent training jobs side by side as Ray tasks; in this process where only one may run at a time."""
+"""Independent jobs side by side as Ray tasks; in this process where only one may run at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def run_jobs(
     """Runs `work(workload, job, report)` for every job and returns the results by the jobs' names.
 
     Args:
-        work: a module-level function of lesa; it must go on from its own checkpoints when called again.
+        work: a module-level function of lesa; it may be called again, and goes on from its
+            checkpoints where it keeps any.
         jobs: name -> job; the names are the parts of the run that the values are reported under.
         workers: jobs at once. Where there are GPUs, they are shared among so many.
         threads_per_worker: torch threads of a job. It is part of the result: sums are split by it.

@@ -29,7 +29,7 @@ from lesa.gate_job import shared_out
 from lesa.jobs import load_predictor, recorded_elsewhere, recorded_splits
 from lesa.make_bundle import make_bundle
 from lesa.params import Workload
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import load_pipeline, release_memory
 from lesa.pull import pull
 
 
@@ -78,6 +78,7 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         others=recorded_elsewhere(workload),
     )
     del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
+    release_memory()
     log.info("registry: %s", redact(tracking_uri(root)))
     registry = Registry(experiment_name(workload), root)
     candidate = registry.register(

@@ -16,7 +16,7 @@ from typing import Any
 from flows.connect import connect, experiment_id, find_or_create_run, state_folder
 from flows.runtime import ROOT, waiting_lock
 from lesa.atomic import sha256_file
-from lesa.manifest import SCHEMA
+from lesa.manifest import READ
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"
@@ -43,7 +43,7 @@ class Version:
     def is_of_an_older_schema(self) -> bool:
         """Whether this version of lesa cannot read it any more, and never will."""
         schema = self.tags.get("schema", "")
-        return schema.isdecimal() and int(schema) < SCHEMA
+        return schema.isdecimal() and int(schema) < min(READ)
 
 
 class Registry:

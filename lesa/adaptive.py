@@ -26,8 +26,8 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
     name = slower_budget(manifest, chosen)
     if not budget.bounds:
         raise ValueError(
-            f"adaptive: budget {chosen!r} of this bundle has no error bounds; publish the bundle again, with at least "
-            "two validation trajectories"
+            f"adaptive: budget {chosen!r} of this bundle has no error bounds: they were calibrated on fewer than two "
+            "runs, or with errors that were no numbers; publish the bundle again"
         )
     schedule = manifest.budgets[name].schedule
     return Fallback(

@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with the ends of its 95% interval."""
+    """An estimate with the ends of its 95% interval."""
 
     mean: float
     low: float
@@ -121,7 +121,10 @@ def percentile_gain(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """A percentile of `a` minus that of `b`, of samples that share prompt and noise; args and errors as above."""
+    """A percentile of `a` minus that of `b`, of samples that share prompt and noise.
+
+    Args and errors as of `paired_interval`.
+    """
     first, members = _checked(a, groups)
     second, _ = _checked(b, groups)
     _check_resamples(resamples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lesa.error_bounds import bounds_by_budget
-from lesa.jobs import kept_splits, load_predictor
+from lesa.jobs import load_predictor, recorded_splits
 from lesa.loop import Report
 from lesa.params import Workload
 from lesa.pipelines import load_pipeline
@@ -17,6 +17,6 @@ def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -
     Raises:
         ValueError: predictor or trajectories are missing or not what was written.
     """
-    train, validation = kept_splits(workload)
+    train, validation = recorded_splits(workload)  # not kept: a process has one such job
     predictor = load_predictor(workload.paths.closed_loop)
     return bounds_by_budget(load_pipeline(workload), workload, predictor, train, validation, budgets, report)

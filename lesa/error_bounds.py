@@ -57,9 +57,7 @@ def meter_errors(
     return found
 
 
-def bounds_of(
-    errors: Mapping[int, Sequence[float]], schedule: Schedule, alarms: float = ALARMS
-) -> dict[int, float]:
+def bounds_of(errors: Mapping[int, Sequence[float]], schedule: Schedule) -> dict[int, float]:
     """The bound of each full step that predicted steps follow: the log-normal's, or the largest error seen.
 
     A step with fewer than two samples, or with an error that is no number, has none.
@@ -71,7 +69,7 @@ def bounds_of(
     }
     if not watched:
         return {}
-    z = NormalDist().inv_cdf(1 - min(alarms / len(watched), 0.5))
+    z = NormalDist().inv_cdf(1 - min(ALARMS / len(watched), 0.5))
     bounds = {}
     for step, logarithms in watched.items():
         spread = max(stdev(logarithms), _LEAST_DEVIATION) * math.sqrt(1 + 1 / len(logarithms))
@@ -116,8 +114,17 @@ def calibrated_bounds(
     for step, found in meter_errors(pipe, workload, schedule, rule, train, [trained[i] for i in places]).items():
         errors[step] += found
     bounds = bounds_of(errors, schedule)
-    # Rounded, so that the last bits of another machine's arithmetic do not make another bundle of the same predictor.
-    return [float(f"{bounds[step]:.3g}") if step in bounds else None for step in schedule.full_steps]
+    return [_rounded_up(bounds[step]) if step in bounds else None for step in schedule.full_steps]
+
+
+def _rounded_up(bound: float) -> float:
+    """To three digits.
+
+    So the last bits of another machine's arithmetic do not make another bundle of the same predictor; and upwards,
+    since a bound may be the very error that a run had.
+    """
+    unit = 10.0 ** (math.floor(math.log10(bound)) - 2)
+    return float(f"{math.ceil(bound / unit) * unit:.3g}")
 
 
 def _runs(data: Trajectories) -> list[int]:

@@ -4,7 +4,6 @@ pipeline."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lesa.acceleration import disable, enable
@@ -27,7 +26,6 @@ __all__ = ["compare", "evaluate_methods", "evaluate_workload", "samples"]
 def evaluate_workload(
     workload: Workload,
     predictors: Mapping[str, Predictor],
-    folder: Path | None = None,
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     run: Runner = one_by_one,
 ) -> Results:
@@ -39,7 +37,6 @@ def evaluate_workload(
     Args:
         workload: its settings.
         predictors: by name; "lesa" first.
-        folder: where the report goes; None is the workload's place.
         training: curves of the closed loop for the report, budget -> [(optimiser step, loss)].
         run: runs jobs, `evaluate.workers` of them at once if it can; by default one after the other, here.
 
@@ -78,7 +75,7 @@ def evaluate_workload(
     )
     from lesa.report import write_report  # matplotlib: only here
 
-    write_report(results, workload.paths.report if folder is None else Path(folder), training)
+    write_report(results, workload.paths.report, training)
     return results
 
 

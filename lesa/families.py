@@ -61,7 +61,6 @@ class Family:
     block_lists: tuple[BlockList, ...]
     embedders: tuple[str, ...] = ()  # modules whose output nothing but the blocks reads
     branches: tuple[str, ...] = ("denoise",)  # calls of the transformer per step, in the pipeline's order
-    guidance_argument: str = "guidance_scale"  # the pipeline argument that carries the guidance
     timestep_factor: float = 1.0  # what the transformer is given, over the scheduler's timestep
     guidance_factor: float = 1.0  # what the transformer is given as guidance, over the pipeline's argument
     grid: Callable[[Mapping[str, Any]], Grid | None] | None = None  # where the picture's tokens lie, from the arguments
@@ -123,7 +122,6 @@ FAMILIES: dict[str, Family] = {
             block_lists=(BlockList(attribute="transformer_blocks", hidden_index=1, encoder_index=0),),
             embedders=("img_in", "txt_in"),
             branches=("cond", "uncond"),
-            guidance_argument="true_cfg_scale",
             timestep_factor=1e-3,
             grid=by_shapes,
             pads_to_longest=True,

@@ -86,7 +86,7 @@ def searched_method(budget: str, found: Searched) -> Method:
     name = f"{found.method}_searched"
     notes = {"tuning_psnr": round(found.psnr, 3), "search_runs": found.runs}
     if found.method in SOLVERS:
-        label = f"{SOLVERS[found.method].label}, searched grid"
+        label = f"{SOLVERS[found.method].label}, its own searched grid"
         return solver_method(
             found.method,
             budget,
@@ -100,7 +100,7 @@ def searched_method(budget: str, found: Searched) -> Method:
     schedule = Schedule.explicit(found.num_steps, found.steps)
     family = LABELS[found.method]
     # The table's label names the table's settings; those that were found stand in the row's settings.
-    label = f"{family.split(',')[0] if found.options else family}, searched full steps"
+    label = f"{family.split(',')[0] if found.options else family}, its own searched full steps"
     return rule_method(
         found.method, budget, schedule, name=name, label=label, options=found.options, notes=notes
     )

@@ -213,7 +213,7 @@ class PublishParams:
     gate_seed_offset: int = setting(30_000, low=0, high=MAX_SEED)  # never the evaluation's seeds
     bound_samples: int = setting(256, low=0)  # training runs that error bounds rest on, beside all validation runs
     tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the 5th percentile may be at any budget
-    workers: int = setting(1, low=1)  # budgets judged side by side, each with a pipeline of its own
+    workers: int = setting(1, low=1)  # budgets calibrated and judged side by side, each process with a pipeline
     threads_per_worker: int = setting(1, low=1)
 
 

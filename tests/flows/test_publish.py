@@ -21,7 +21,7 @@ from flows.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
 from lesa.atomic import write_json
 from lesa.bundle import load_bundle
 from lesa.jobs import recorded_splits, save_predictor
-from lesa.manifest import SCHEMA
+from lesa.manifest import READ
 from lesa.params import Workload, load_params
 from lesa.pipelines import load_pipeline
 from lesa.predictor import Predictor
@@ -180,11 +180,11 @@ def test_after_the_format_has_changed_the_peers_decide(workload, monkeypatch):
     asked = decisions(monkeypatch, True, True)
     go(workload)
     registry = Registry("lesa-tiny", Path.cwd())
-    registry.tag(registry.alias(CHAMPION), {"schema": str(SCHEMA - 1)})
+    registry.tag(registry.alias(CHAMPION), {"schema": str(min(READ) - 1)})
     write_predictor(workload, 1e-3)
     assert go(workload)["champion"] == "2"
     assert asked == [None, None]
-    assert registry.alias(f"champion-schema{SCHEMA - 1}").number == "1"
+    assert registry.alias(f"champion-schema{min(READ) - 1}").number == "1"
     assert registry.alias(fingerprint_alias(registry.alias(CHAMPION).fingerprint)).number == "2"
 
 

@@ -137,6 +137,13 @@ def test_making_it_again_gives_the_same_digest(made: Made, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
 
 
+def _assert_rounded_up(found: list[float | None], exact: dict[int, float]) -> None:
+    """To three digits, and never below: the run that has the largest error must not be beyond its own bound."""
+    assert found[:3] == [None, None, None] and len(found) == 5
+    for bound, least in zip(found[3:], (exact[3], exact[6]), strict=True):
+        assert bound is not None and least <= bound <= 1.01 * least and float(f"{bound:.3g}") == bound
+
+
 def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     workload, pipe = made.workload, made.pipe
     train, validation = recorded_splits(workload)
@@ -151,9 +158,9 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
 
     seen = [meter_errors(pipe, workload, schedule, rule, data, range(len(data))) for data in (validation, train)]
     assert [len(errors[3]) for errors in seen] == [2, 4]
-    assert bounds(0) == [None, None, None, *(float(f"{bounds_of(seen[0], schedule)[s]:.3g}") for s in (3, 6))]
+    _assert_rounded_up(bounds(0), bounds_of(seen[0], schedule))
     every = {step: seen[0][step] + seen[1][step] for step in (3, 6)}
-    assert bounds(256) == [None, None, None, *(float(f"{bounds_of(every, schedule)[s]:.3g}") for s in (3, 6))]
+    _assert_rounded_up(bounds(256), bounds_of(every, schedule))
     assert bounds(2) not in (bounds(0), bounds(256))
 
 
