@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from decimal import ROUND_CEILING, Context
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
@@ -123,8 +124,7 @@ def _rounded_up(bound: float) -> float:
     So the last bits of another machine's arithmetic do not make another bundle of the same predictor; and upwards,
     since a bound may be the very error that a run had.
     """
-    unit = 10.0 ** (math.floor(math.log10(bound)) - 2)
-    return float(f"{math.ceil(bound / unit) * unit:.3g}")
+    return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(bound))
 
 
 def _runs(data: Trajectories) -> list[int]:

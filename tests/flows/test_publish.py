@@ -188,6 +188,17 @@ def test_after_the_format_has_changed_the_peers_decide(workload, monkeypatch):
     assert registry.alias(fingerprint_alias(registry.alias(CHAMPION).fingerprint)).number == "2"
 
 
+def test_a_champion_of_a_format_still_read_is_compared(workload, monkeypatch):
+    asked = decisions(monkeypatch, True, False)
+    go(workload)
+    registry = Registry("lesa-tiny", Path.cwd())
+    champion = registry.alias(CHAMPION)
+    registry.tag(champion, {"schema": str(min(READ))})
+    write_predictor(workload, 1e-3)
+    assert go(workload)["champion"] == "1"
+    assert asked == [None, champion.digest]
+
+
 def test_without_an_evaluation_nothing_is_touched(workload):
     (workload.paths.report / "metrics.json").unlink()
     with pytest.raises(ValueError, match="run the evaluate stage first"):
