@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, its table and its report
-	python -m flows.outcome --repro $(if $(WORKLOAD),--workload $(WORKLOAD))
+	python -m flows.repro --repro $(if $(WORKLOAD),--workload $(WORKLOAD))
 
 # What starts servers and actors and kills them has the machine to itself: its waits have ends.
 test: $(STAMP)  ## all tests: the quick ones two files at a time, then those with real servers and actors
@@ -40,7 +40,7 @@ lint: $(STAMP)  ## ruff and mypy
 	mypy
 
 retrain-local: $(STAMP)  ## Prefect server, pool, worker and the scheduled retraining on this machine, until Ctrl-C
-	python -m flows.local
+	python -m flows.retrain_local
 
 clean:  ## caches of tools; data, registry and environment stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -13,24 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache_dit_peer import masked_methods, reported_missing
-from benchmarks.cache_dit_search import tuned_cache_dit
-from benchmarks.keep import keep
-from benchmarks.learned_peers import learned_peers
-from benchmarks.monotone import warned
-from benchmarks.peers import external_peers
+from benchmarks.peers.cache_dit import masked_methods, reported_missing
+from benchmarks.peers.cache_dit_search import tuned_cache_dit
+from benchmarks.peers.external import external_peers
+from benchmarks.peers.learned import learned_peers
+from benchmarks.peers.rule_tuning import tuned_rules
+from benchmarks.results_files import keep, warned
 from lesa.bundle import load_bundle
-from lesa.evaluate import compare
-from lesa.evaluate_jobs import TUNING_SAMPLES, load_scorer
-from lesa.fingerprint import fingerprint
-from lesa.fixed_peers import peers_from_file
-from lesa.methods import Method, lesa_method
-from lesa.params import Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.prompts import read_splits
-from lesa.rule_tuning import tuned_rules
-from lesa.table import format_table
-from lesa.tuning import Bench
+from lesa.evaluation.compare import TUNING_SAMPLES, compare, load_scorer
+from lesa.evaluation.table import format_table
+from lesa.models.fingerprint import fingerprint
+from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.peers.lineup import peers_from_file
+from lesa.peers.method import Method, lesa_method
+from lesa.peers.tuning import Bench
+from lesa.recording.prompts import read_splits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=64, help="test prompts, from the first")
     parser.add_argument("--seeds", type=int, default=2, help="noise seeds a prompt")
     parser.add_argument("--seed", type=int, default=50_000, help="the first of them")
-    parser.add_argument("--peers", type=Path, help="steps found by benchmarks.search_peers; default: no such rows")
+    parser.add_argument("--peers", type=Path, help="steps that benchmarks.peers.search_peers found; default: none")
     parser.add_argument("--no-tuning", action="store_true", help="leave out all that is tuned on training prompts")
     parser.add_argument("--no-learned", action="store_true", help="leave L2P, LinCa and TeaCache out")
     parser.add_argument("--no-linca", action="store_true", help="leave LinCa out, which takes longest to train")

@@ -5,7 +5,7 @@ python -m benchmarks.fidelity measure --counts 10     # writes benchmarks/result
 
 `train` trains every form on recorded trajectories (kept under data/benchmarks/); `measure` samples held-out prompts
 with fresh noise, every method on the same ones. Searched schedules are those of the search stage; the peers' searched
-grids come from `python -m benchmarks.search_peers`.
+grids come from `python -m benchmarks.peers.search_peers`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.by_heart import CONTROL, learned_by_heart
-from benchmarks.by_heart import table as heart_table
-from benchmarks.cache_dit_peer import masked_methods, reported_missing
-from benchmarks.changes import changed
-from benchmarks.choices import trained
-from benchmarks.keep import keep
-from benchmarks.learned_peers import learned_peers
-from benchmarks.lesa_schedules import lesa_schedules
-from benchmarks.monotone import warned
-from lesa.evaluate import refuse_trained
-from lesa.evaluate_jobs import TUNING_SAMPLES, load_scorer
-from lesa.fingerprint import fingerprint
-from lesa.fixed_peers import fixed_peers
-from lesa.jobs import load_figures, load_predictor, recorded_splits, save_predictor
-from lesa.measuring import evaluate_methods, samples
-from lesa.methods import Method, lesa_method, rule_method
-from lesa.params import BudgetParams, Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.prompts import prompt_digests, read_splits
-from lesa.results import Results
-from lesa.schedule import Schedule, history_problems
-from lesa.schedules import with_schedules
-from lesa.searched import load_searched
-from lesa.stages import stage_of_steps
+from benchmarks.peers.cache_dit import masked_methods, reported_missing
+from benchmarks.peers.learned import learned_peers
+from benchmarks.results_files import changed, keep, warned
+from benchmarks.studies.choices import trained
+from benchmarks.studies.lesa_schedules import lesa_schedules
+from benchmarks.studies.memorization import CONTROL, learned_by_heart
+from benchmarks.studies.memorization import table as heart_table
+from lesa.evaluation.compare import TUNING_SAMPLES, evaluate_methods, load_scorer, refuse_trained
+from lesa.evaluation.measure import samples
+from lesa.evaluation.results import Results
+from lesa.models.fingerprint import fingerprint
+from lesa.models.pipelines import load_pipeline
+from lesa.params import BudgetParams, Workload
+from lesa.params_file import load_params
+from lesa.peers.lineup import fixed_peers, load_searched
+from lesa.peers.method import Method, lesa_method
+from lesa.peers.rules import rule_method
+from lesa.recording.dataset import recorded_splits
+from lesa.recording.prompts import prompt_digests, read_splits
+from lesa.schedule import Schedule, history_problems, stage_of_steps
+from lesa.search.schedules_file import with_schedules
+from lesa.training.jobs import load_figures, load_predictor, save_predictor
 
 RESULTS = Path("benchmarks/results")
 COUNTS = (10, 8, 6)  # full steps
@@ -98,7 +96,7 @@ def settings_of(workload: Workload, form: Form, schedule: Schedule, sigmas: torc
     """The workload with the form's one budget: its own settings for weights of each step, the LESA form's best for it.
 
     That form does best with a history of steps, and as much of it as the schedule allows, 3 at most
-    (`python -m benchmarks.choices`).
+    (`python -m benchmarks.studies.choices`).
     """
     predictor: dict[str, Any] = {"kind": form.kind}
     if form.kind == "lesa":
@@ -155,7 +153,7 @@ def peers_of(
         workload: whose trajectories and training prompts they are trained and tuned on.
         pipe: its pipeline.
         counts: numbers of full steps.
-        searched: file of `python -m benchmarks.search_peers`; without it those rows are absent.
+        searched: file of `python -m benchmarks.peers.search_peers`; without it those rows are absent.
         judged: prompts that nothing may be tuned or trained on.
         learned: also train the learned peers on the uniform rule, and L2P on our searched full steps.
     """
@@ -292,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--peers",
         type=Path,
-        help="file of benchmarks.search_peers (default: data/peers/<workload>.json, or else what is kept of the "
+        help="file of benchmarks.peers.search_peers (default: data/peers/<workload>.json, or else what is kept of the "
         "published tables, benchmarks/results/peers-<workload>.json)",
     )
     parser.add_argument("--no-learned", action="store_true", help="leave out the peers that are trained or tuned")

@@ -18,10 +18,9 @@ from typing import Any
 import diffusers
 import torch
 
-from benchmarks.keep import keep
-from lesa.presets import PRESETS
+from benchmarks.results_files import keep
+from lesa.models.published import PRESETS, FamilyFlops, family_flops
 from lesa.schedule import Schedule
-from lesa.true_size import FamilyFlops, family_flops
 
 OUT = Path("benchmarks/results/flops")
 INTERVALS = (7, 10)  # 10 and 8 full steps of 50 after three warm-up steps

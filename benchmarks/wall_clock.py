@@ -19,10 +19,9 @@ import torch
 import lesa
 from lesa.atomic import write_json
 from lesa.bundle import Bundle, load_bundle
-from lesa.params import load_params
-from lesa.pipelines import load_pipeline
-from lesa.prompts import read_prompts
-from lesa.timing import timed_sample
+from lesa.models.pipelines import load_pipeline, timed_sample
+from lesa.params_file import load_params
+from lesa.recording.prompts import read_prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

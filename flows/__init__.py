@@ -3,6 +3,6 @@
 Importing the package quiets prefect, ray and mlflow, which read their settings when they are imported.
 """
 
-from flows.runtime import quiet_environment
+from flows.environment import quiet_environment
 
 quiet_environment()

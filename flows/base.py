@@ -10,11 +10,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows.runtime import stage_main
-from flows.stage import final_values, metrics_folder, read_workload, stage_run
+from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run
 from lesa.atomic import write_json
-from lesa.pipelines import pick_device
-from lesa.prompts import BASE_SPLIT, PromptError, read_splits
+from lesa.models.pipelines import pick_device
+from lesa.recording.prompts import BASE_SPLIT, PromptError, read_splits
 
 
 @flow(name="base")
@@ -34,7 +33,10 @@ def base(workload: str | None = None) -> dict[str, Any]:
             f"prompts: {path} does not exist; a model that is trained here needs prompts of its own, "
             "which no predictor is trained on"
         )
-    from lesa.reference import DATA_SETS, STUDENTS, distil, train_base
+    from lesa.base_models.data_sets import DATA_SETS
+    from lesa.base_models.distillation import distil
+    from lesa.base_models.students import STUDENTS
+    from lesa.base_models.train import train_base
 
     given = settings.base
     with stage_run("base", settings, ("base", "seed", "device")) as run:

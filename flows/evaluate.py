@@ -11,15 +11,14 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.parallel import kept_workers, run_jobs
-from flows.runtime import stage_main
-from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_run
-from flows.tracking import Tracker
+from flows.ray_jobs import kept_workers, run_jobs
+from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_main, stage_run
+from flows.tracking.run import Tracker
 from lesa.atomic import write_bytes
-from lesa.evaluate import evaluate_workload
-from lesa.jobs import load_predictor
+from lesa.evaluation.compare import evaluate_workload
+from lesa.evaluation.table import format_table
 from lesa.params import Workload
-from lesa.table import format_table
+from lesa.training.jobs import load_predictor
 
 
 @flow(name="evaluate")

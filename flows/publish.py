@@ -12,25 +12,23 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.connect import redact, tracking_uri
-from flows.gate import Decision
-from flows.manifest import budget_quality, evaluation_facts, read_metrics, registry_tags
-from flows.measure import measure_and_decide
-from flows.parallel import kept_workers, run_jobs
-from flows.registry import CANDIDATE, Registry, Version
-from flows.revisions import revisions
-from flows.runtime import ROOT, stage_main
-from flows.stage import experiment_name, metrics_folder, read_workload
-from flows.tracking import Reporter
+from flows.environment import ROOT
+from flows.ray_jobs import kept_workers, run_jobs
+from flows.registry.promotion import Judgement
+from flows.registry.registry import CANDIDATE, Registry
+from flows.registry.tags import budget_quality, evaluation_facts, read_metrics, registry_tags
+from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
+from flows.tracking.client import redact, tracking_uri
+from flows.tracking.revisions import revisions
+from flows.tracking.run import Reporter
 from lesa.atomic import write_json
-from lesa.bounds_job import measure_bounds
-from lesa.bundle import Bundle, load_bundle
-from lesa.gate_job import shared_out
-from lesa.jobs import load_predictor, recorded_elsewhere, recorded_splits
-from lesa.make_bundle import make_bundle
+from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import Workload
-from lesa.pipelines import load_pipeline, release_memory
-from lesa.pull import pull
+from lesa.publishing.build import make_bundle
+from lesa.publishing.calibration import measure_bounds
+from lesa.publishing.gate import shared_out
+from lesa.recording.dataset import recorded_elsewhere, recorded_splits
+from lesa.training.jobs import load_predictor
 
 
 @flow(name="publish")
@@ -116,54 +114,6 @@ def measured_bounds(workload: Workload) -> dict[str, list[float | None]]:
         reporter=Reporter(path=Path(os.devnull), name=f"error bounds {workload.name}"),
     )
     return {name: bounds for part in found.values() for name, bounds in part.items()}
-
-
-class Judgement:
-    """Judges a candidate against whatever champion it meets; remembers the last decision."""
-
-    def __init__(self, workload: Workload, candidate: Bundle, registry: str, log: Any) -> None:
-        self.workload, self.candidate = workload, candidate
-        self.registry, self.log = registry, log
-        self.decision = Decision(
-            promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
-        )
-        self.measured_on: dict[str, Any] = {}
-
-    def __call__(self, champion: Version | None) -> bool:
-        try:
-            bundle = self._champion_bundle(champion)
-            self.decision, self.measured_on = measure_and_decide(
-                self.workload, self.candidate, bundle
-            )
-        except ValueError as error:
-            # A champion that is broken or cannot be compared is no reason to replace it unseen.
-            self.decision = Decision(promote=False, reasons=(f"not measured: {error}",), numbers={})
-        return self.decision.promote
-
-    def _champion_bundle(self, champion: Version | None) -> Bundle | None:
-        if champion is None:
-            return None
-        if champion.fingerprint != self.candidate.manifest.fingerprint:
-            self.log.info("champion %s was made for another transformer: the peers decide", champion.number)
-            return None
-        if champion.is_of_an_older_schema:
-            self.log.info("champion %s is of a format not read any more: the peers decide", champion.number)
-            return None
-        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.registry)
-        return load_bundle(folder, expected_digest=champion.digest)
-
-    def outcome(self, candidate: Version, before: Version | None, moved: bool) -> dict[str, Any]:
-        """What is recorded: decision.json and the files of the registered version's run."""
-        after = candidate if moved else before
-        return {
-            **self.decision.to_dict(),
-            "promote": moved and (before is None or before.number != candidate.number),
-            "candidate": candidate.number,
-            "manifest_sha256": candidate.digest,
-            "champion_before": before.number if before else None,
-            "champion": after.number if after else None,
-            "measured_on": self.measured_on,
-        }
 
 
 def registry_word(outcome: dict[str, Any]) -> str:

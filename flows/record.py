@@ -14,13 +14,13 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
-from flows.actors import RecorderPool
-from flows.runtime import ray_session, stage_main
-from flows.stage import read_workload
+from flows.ray_jobs import ray_session
+from flows.recorders import RecorderPool
+from flows.stage import read_workload, stage_main
 from lesa.atomic import format_bytes, require_space
 from lesa.params import Workload
-from lesa.record import count_by_steps, missing, plan_recording, recorded_prompts
-from lesa.store import TrajectoryStore
+from lesa.recording.plan import count_by_steps, missing, plan_recording, recorded_prompts
+from lesa.recording.store import TrajectoryStore
 
 
 @flow(name="record")
@@ -41,9 +41,9 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
     """Keep the actors recording until every planned trajectory is committed.
 
     Raises:
-        lesa.atomic.Locked: another recorder is at work on this store.
+        lesa.locks.Locked: another recorder is at work on this store.
         OSError: the disk cannot hold what is missing; nothing was recorded then.
-        flows.actors.RecordingFailed: a trajectory failed again and again; what is committed stays.
+        flows.recorders.RecordingFailed: a trajectory failed again and again; what is committed stays.
     """
     started = time.monotonic()
     store = TrajectoryStore.create(workload.paths.trajectories)

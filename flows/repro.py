@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import os
 import re
 import signal
@@ -10,9 +13,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.connect import state_folder
-from flows.runtime import ROOT
-from lesa.atomic import file_lock
+from flows.environment import ROOT, state_folder
+from flows.registry.registry import CHAMPION, Registry
+from flows.stage import experiment_name, metrics_folder, read_workload
+from lesa.locks import Locked, file_lock
+from lesa.params import Workload
+from lesa.params_file import load_params
 
 STOP_SECONDS = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints the names of its workers
@@ -38,7 +44,7 @@ def dvc_repro(pipeline: Path, show: Callable[[str], object] = print, root: Path 
     """Runs `dvc repro` for a pipeline file and returns its exit code.
 
     Raises:
-        lesa.atomic.Locked: another one of ours is at work; its process is named.
+        lesa.locks.Locked: another one of ours is at work; its process is named.
     """
     environment = dict(os.environ)
     # The stages' `python` must be the one we run on, whatever is on the path.
@@ -77,3 +83,58 @@ def _stop_group(process: subprocess.Popen[str]) -> None:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
+
+
+def show_outcome(workload: Workload) -> int:
+    """Prints table, report and decision; 0 if there is a champion for the bundle's transformer, else 1."""
+    report, decided = workload.paths.report, metrics_folder(workload) / "decision.json"
+    table = report / "table.txt"
+    if table.is_file():
+        print(table.read_text())
+    decision = json.loads(decided.read_text())
+    fingerprint = json.loads((workload.paths.bundle / "manifest.json").read_text())["model"]["fingerprint"]
+    name = experiment_name(workload)
+    champion = Registry(name).alias(CHAMPION)
+    print(f"report:   {report / 'index.html'}")
+    print(f"bundle:   {workload.paths.bundle}")
+    verdict = "promoted" if decision["promote"] else "kept as it was"
+    print(f"gate:     version {decision['candidate']}, champion {verdict}: {'; '.join(decision['reasons'])}")
+    if champion is None:
+        print(
+            f"champion: none; what the gate refused is in {decided}. If the "
+            "registry was removed or replaced, register again: dvc repro --force --single-item publish"
+        )
+        return 1
+    if champion.fingerprint != fingerprint:
+        print(
+            f"champion: version {champion.number} was made for another transformer and does not fit this one"
+        )
+        return 1
+    print(f'champion: version {champion.number}; lesa.enable(pipe, "models:/{name}@{CHAMPION}")')
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.repro", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--workload", default=None, help="section of params.yaml (default: its default_workload)"
+    )
+    parser.add_argument("--repro", action="store_true", help="run `dvc repro` first")
+    args = parser.parse_args(argv)
+    try:
+        workload = read_workload(args.workload)
+        if args.repro:
+            pipeline = dvc_file(workload.name, load_params("params.yaml").name)
+            code = dvc_repro(pipeline, show=functools.partial(print, flush=True))
+            if code != 0:
+                return code
+        return show_outcome(workload)
+    except (ValueError, FileNotFoundError, Locked) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -10,12 +10,11 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from flows.registry import CHAMPION, Registry
+from flows.registry.registry import CHAMPION, Registry
 from flows.repro import dvc_file, dvc_repro
-from flows.runtime import stage_main
-from flows.stage import experiment_name, metrics_folder, read_workload
-from lesa.atomic import Locked
-from lesa.params import load_params
+from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
+from lesa.locks import Locked
+from lesa.params_file import load_params
 
 
 @flow(name="retrain")

@@ -10,13 +10,12 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.parallel import run_jobs
-from flows.runtime import stage_main
-from flows.stage import final_values, read_workload, stage_run
-from flows.tracking import Tracker
+from flows.ray_jobs import run_jobs
+from flows.stage import final_values, read_workload, stage_main, stage_run
+from flows.tracking.run import Tracker
 from lesa.params import Workload
-from lesa.schedules import write_schedules
-from lesa.search_jobs import cheapest_starts, clear_searches, run_search_job
+from lesa.search.jobs import cheapest_starts, clear_searches, run_search_job
+from lesa.search.schedules_file import write_schedules
 
 
 @flow(name="search")

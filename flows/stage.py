@@ -1,20 +1,28 @@
-"""What every stage does around its work: read the settings, stand in the root, log one MLflow run."""
+"""What every stage does around its work: settings, a Prefect server, one MLflow run, exit codes."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.revisions import revisions
-from flows.runtime import ROOT
-from flows.tracking import Tracker, flatten, tracked_run
+from flows.environment import ROOT, prefect_home, quiet_environment
+from flows.prefect_server import shared_server
+from flows.tracking.revisions import revisions
+from flows.tracking.run import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes
-from lesa.params import Workload, load_params
-from lesa.schedules import with_schedules
+from lesa.locks import Locked
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.search.schedules_file import with_schedules
 
 
 def read_workload(name: str | None, *, searched: bool = False) -> Workload:
@@ -78,3 +86,106 @@ def final_values(values: dict[str, Any]) -> dict[str, float]:
         for k, v in flatten(values).items()
         if isinstance(v, int | float) and not isinstance(v, bool)
     }
+
+
+@contextlib.contextmanager
+def prefect_api() -> Iterator[None]:
+    """A Prefect API for the block: the one PREFECT_API_URL names, else this repository's shared server."""
+    quiet_environment()
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    with shared_server(prefect_home()) as server:
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+        values = {"PREFECT_API_URL": server.url, "PREFECT_API_AUTH_STRING": server.auth}
+        os.environ.update(values)  # for processes the flow starts
+        try:
+            with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.auth}):
+                yield
+        finally:
+            for key in values:
+                os.environ.pop(key, None)
+
+
+def run_flow(flow: Callable[..., Any], **params: Any) -> Any:
+    """Calls a Prefect flow with a server behind it; returns its result, raises its exception."""
+    with prefect_api():
+        return flow(**params)
+
+
+def stage_main(
+    flow: Callable[..., Any],
+    argv: list[str] | None = None,
+    check: Callable[[str | None], object] | None = None,
+) -> int:
+    """`python -m flows.<stage> [--workload NAME]`: runs the stage, prints its result, returns the exit code.
+
+    Args:
+        flow: the stage; it takes `workload`.
+        argv: arguments; None takes the command line's.
+        check: called with the workload's name before anything starts; None checks all settings.
+
+    Exit codes: 0 done, 1 failed, 2 refused (one message, no traceback), 130/143 interrupted.
+    """
+    parser = argparse.ArgumentParser(description=(flow.__doc__ or "").strip().splitlines()[0])
+    parser.add_argument(
+        "--workload", default=None, help="section of params.yaml (default: its default_workload)"
+    )
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback_of_refusals)
+    try:
+        (check or _check_settings)(args.workload)
+        result = run_flow(flow, workload=args.workload)
+    except KeyboardInterrupt:
+        print("interrupted: what is committed stays, run again to go on", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print("terminated: what is committed stays, run again to go on", file=sys.stderr)
+        return 143
+    except (ValueError, OSError, Locked) as error:
+        if not is_refusal(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result is not None:
+        print(json.dumps(result, indent=1, sort_keys=True, default=str))
+    return 0
+
+
+def _check_settings(workload: str | None) -> None:
+    pass
+
+    read_workload(workload)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether an error says that input, disk or another run is in the way, and our own code raised it so.
+
+    Any other error is a fault of code, and its traceback is wanted.
+    """
+    if not isinstance(error, ValueError | OSError | Locked):
+        return False
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module == "__main__" or module.startswith(("lesa.", "flows."))
+
+
+def _without_traceback_of_refusals(record: logging.LogRecord) -> bool:
+    if record.exc_info and is_refusal(record.exc_info[1]):
+        record.exc_info = None
+    return True
+
+
+class _Terminated(BaseException):
+    """SIGTERM as an exception, so that sessions and locks are closed on the way out."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated

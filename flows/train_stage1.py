@@ -10,13 +10,12 @@ from typing import Any
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.parallel import run_jobs
-from flows.runtime import stage_main
-from flows.stage import final_values, metrics_folder, read_workload, stage_run, write_curves
-from flows.tracking import Tracker
-from lesa.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
+from flows.ray_jobs import run_jobs
+from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
+from flows.tracking.run import Tracker
 from lesa.params import Workload
-from lesa.predictor import MIXED
+from lesa.predictor.spec import MIXED
+from lesa.training.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
 
 
 @flow(name="train_stage1")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lesa.acceleration import call_kwargs, disable, enable, summary
-    from lesa.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
+    from lesa.sampling.enable import call_kwargs, disable, enable, summary
+    from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
     from lesa.schedule import Schedule
 
 __all__ = [
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LesaCacheConfig": "lesa.hook",
+    "LesaCacheConfig": "lesa.sampling.hook",
     "Schedule": "lesa.schedule",
-    "apply_lesa_cache": "lesa.hook",
-    "call_kwargs": "lesa.acceleration",
-    "disable": "lesa.acceleration",
-    "enable": "lesa.acceleration",
-    "remove_lesa_cache": "lesa.hook",
-    "summary": "lesa.acceleration",
+    "apply_lesa_cache": "lesa.sampling.hook",
+    "call_kwargs": "lesa.sampling.enable",
+    "disable": "lesa.sampling.enable",
+    "enable": "lesa.sampling.enable",
+    "remove_lesa_cache": "lesa.sampling.hook",
+    "summary": "lesa.sampling.enable",
 }
 
 

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fast", action="store_true", help="leave the threshold caches out: they need tuning"
     )
     compare.add_argument(
-        "--peers", type=Path, help="also peers on steps of their own: a file of benchmarks.search_peers"
+        "--peers", type=Path, help="also peers on steps of their own: a file of benchmarks.peers.search_peers"
     )
     compare.add_argument("--json", action="store_true", help="print every number as JSON")
 
@@ -213,19 +213,19 @@ def _steps(text: str) -> list[int]:
 
 
 def _load_bundle(source: str, digest: str | None = None) -> Bundle:
-    from lesa.cli_pipeline import load
+    from lesa.commands import load
 
     return load(source, digest)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from lesa.cli_pipeline import run_sample
+    from lesa.commands import run_sample
 
     return run_sample(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lesa.cli_pipeline import run_compare
+    from lesa.commands import run_compare
 
     return run_compare(arguments)
 
@@ -257,16 +257,15 @@ def _schedule(arguments: argparse.Namespace) -> int:
 
 
 def _flops(arguments: argparse.Namespace) -> int:
-    from lesa.presets import PRESETS
+    from lesa.models.published import PRESETS, family_flops
     from lesa.schedule import Schedule
-    from lesa.true_size import family_flops
 
     uniform = (arguments.steps, arguments.interval, arguments.warmup)
     if arguments.budget is not None and uniform != (None, None, None):
         raise ValueError("give --budget, or --interval, --steps and --warmup")
     spec, of_bundle = None, None
     if arguments.bundle is not None:
-        from lesa.acceleration import choose_schedule
+        from lesa.bundle.budgets import choose_schedule
 
         manifest = _load_bundle(arguments.bundle).manifest
         spec = manifest.predictor
@@ -290,7 +289,7 @@ def _flops(arguments: argparse.Namespace) -> int:
 
 
 def _bundle_show(arguments: argparse.Namespace) -> int:
-    from lesa.card import card
+    from lesa.bundle.card import card
 
     bundle = _load_bundle(arguments.bundle, arguments.digest)
     if arguments.json:
@@ -317,7 +316,7 @@ def _bundle_verify(arguments: argparse.Namespace) -> int:
 
 
 def _store_verify(arguments: argparse.Namespace) -> int:
-    from lesa.store import TrajectoryStore
+    from lesa.recording.store import TrajectoryStore
 
     store = TrajectoryStore.open(arguments.store)
     problems = store.verify()
@@ -328,7 +327,7 @@ def _store_verify(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from lesa.doctor import examine, format_facts
+    from lesa.doctor.machine import examine, format_facts
 
     name = arguments.workload or arguments.name
     if arguments.workload and arguments.name not in (None, arguments.workload):
@@ -337,8 +336,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if name is None:
         print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
         return 0
-    from lesa.params import load_params
-    from lesa.readiness import examine_workload, format_readiness
+    from lesa.doctor.readiness import examine_workload, format_readiness
+    from lesa.params_file import load_params
 
     found = examine_workload(load_params("params.yaml", name))
     if arguments.json:

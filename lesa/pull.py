@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from lesa.bundle import load_bundle
-from lesa.manifest import BundleError
+from lesa.bundle import BundleError, load_bundle
 
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
 _URI = re.compile(

@@ -24,7 +24,7 @@ def _own_state() -> Iterator[None]:
     yield
     import shutil
 
-    from flows.server import stop
+    from flows.prefect_server import stop
 
     stop(_HOME / "prefect")
     shutil.rmtree(_HOME, ignore_errors=True)

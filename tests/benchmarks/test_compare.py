@@ -13,22 +13,23 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import cache_dit_search, compare, search_peers
-from benchmarks.cache_dit_peer import INSTALL
-from benchmarks.learned_peers import learned_peers
-from lesa import rule_tuning
-from lesa.error_bounds import bounds_by_budget
-from lesa.jobs import recorded_splits
-from lesa.make_bundle import make_bundle
-from lesa.params import Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.prompts import PromptError
-from lesa.record import record_all
-from lesa.rule_tuning import RULE_OPTIONS
-from lesa.searched import load_searched, save_searched
-from lesa.store import TrajectoryStore
-from lesa.training import untrained_predictor
-from tests.tiny import SPLITS, tiny_repository
+from benchmarks import compare
+from benchmarks.peers import cache_dit_search, rule_tuning, search_peers
+from benchmarks.peers.cache_dit import INSTALL
+from benchmarks.peers.learned import learned_peers
+from benchmarks.peers.rule_tuning import RULE_OPTIONS
+from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.peers.lineup import load_searched, save_searched
+from lesa.publishing.build import make_bundle
+from lesa.publishing.calibration import bounds_by_budget
+from lesa.recording.dataset import recorded_splits
+from lesa.recording.prompts import PromptError
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
+from lesa.training.experts import untrained_predictor
+from tests.helpers.tiny import SPLITS, tiny_repository
 
 EVALUATE = {
     "batch_size": 2,
@@ -157,7 +158,7 @@ def test_the_comparison_has_every_peer_and_their_steps(
 
 
 def test_peers_that_saw_the_prompts_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    from lesa.prompts import prompt_digests
+    from lesa.recording.prompts import prompt_digests
 
     if not PEERS.exists():
         assert search_peers.main(["--evaluations", "5", "--methods", "heun", *SMALL]) == 0

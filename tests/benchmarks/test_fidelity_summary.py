@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.fidelity import RESULTS, searched_file
 from benchmarks.fidelity_summary import chosen, main, table
-from lesa.searched import load_searched
+from lesa.peers.lineup import load_searched
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.reference import collect, summary, table
 from lesa.atomic import write_json
-from tests.bundles import NUM_STEPS
-from tests.evaluation import results
+from tests.helpers.bundles import NUM_STEPS
+from tests.helpers.evaluation import results
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from lesa.params import load_params
-from lesa.pipelines import load_pipeline
-from lesa.record import record_all
-from lesa.store import TrajectoryStore
+from lesa.models.pipelines import load_pipeline
+from lesa.params_file import load_params
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
 
 
 def die_at(pattern: str) -> None:

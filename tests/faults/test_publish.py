@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.connect import connect
-from flows.registry import CHAMPION, Registry
-from flows.runtime import ROOT
+from flows.environment import ROOT
+from flows.registry.registry import CHAMPION, Registry
+from flows.tracking.client import connect
 from lesa.atomic import sha256_file
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ NUM_CANDIDATES = 24
 RACER = """
 import random, sys
 from pathlib import Path
-from flows.registry import Registry
+from flows.registry.registry import Registry
 name, root, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 registry = Registry(name, root)
 score = lambda version: int(version.tags["score"])
@@ -44,7 +44,7 @@ while True:
 REGISTRAR = """
 import sys
 from pathlib import Path
-from flows.registry import Registry
+from flows.registry.registry import Registry
 registry = Registry(sys.argv[1], Path(sys.argv[2]))
 print("ready", flush=True)
 for folder in sys.argv[3:]:

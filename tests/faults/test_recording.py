@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.guard import MARK
-from lesa import atomic
-from lesa.params import load_params
-from lesa.pipelines import load_pipeline
-from lesa.record import record_all
-from lesa.store import TrajectoryStore
-from tests.lesa.test_store import trajectory
-from tests.tiny import tiny_repository
+from flows.ray_guard import MARK
+from lesa import atomic, locks
+from lesa.models.pipelines import load_pipeline
+from lesa.params_file import load_params
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
+from tests.helpers.tiny import tiny_repository
+from tests.lesa.recording.test_store import trajectory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -166,7 +166,8 @@ def test_a_kill_while_a_trajectory_is_being_written(
 def test_commits_killed_at_every_point_of_time_are_whole_or_absent(tmp_path: Path) -> None:
     """Nothing but commits, so that most kills fall inside one."""
     script = (
-        "import sys; from lesa.store import TrajectoryStore; from tests.lesa.test_store import trajectory\n"
+        "import sys; from lesa.recording.store import TrajectoryStore\n"
+        "from tests.lesa.recording.test_store import trajectory\n"
         "import os; trajectory(); import zarr; print('ready', flush=True)\n"
         "for line in sys.stdin:\n"
         "    pid = os.fork()\n"
@@ -240,7 +241,7 @@ def test_the_second_recorder_is_told_who_the_first_is(
     wait_for(lambda: committed(path))
     os.kill(pid, signal.SIGSTOP)
     store = TrajectoryStore.open(path)
-    with pytest.raises(atomic.Locked, match=f"process {pid}"), store.writer_lock():
+    with pytest.raises(locks.Locked, match=f"process {pid}"), store.writer_lock():
         pass
     os.kill(pid, signal.SIGCONT)
     assert status(recorder) == 0
@@ -253,8 +254,8 @@ def test_two_writers_of_one_trajectory_make_one(tmp_path: Path) -> None:
     path = tmp_path / "set.zarr"
     TrajectoryStore.create(path)
     script = (
-        "import sys, time; from lesa.store import TrajectoryStore; import zarr\n"
-        "from tests.lesa.test_store import trajectory\n"
+        "import sys, time; from lesa.recording.store import TrajectoryStore; import zarr\n"
+        "from tests.lesa.recording.test_store import trajectory\n"
         "items = [trajectory(seed) for seed in range(20)]; store = TrajectoryStore.open(sys.argv[1])\n"
         "print('ready', flush=True); sys.stdin.readline(); [store.commit(item) for item in items]"
     )
@@ -276,9 +277,9 @@ def test_two_writers_of_one_trajectory_make_one(tmp_path: Path) -> None:
 DISK = """
 import sys, errno, os
 from pathlib import Path
-from lesa import atomic
-from lesa.store import TrajectoryStore
-from tests.lesa.test_store import trajectory
+from lesa import atomic, locks
+from lesa.recording.store import TrajectoryStore
+from tests.lesa.recording.test_store import trajectory
 disk, free, elsewhere = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 store = TrajectoryStore.create(disk / "set.zarr")
 first = store.commit(trajectory(0))

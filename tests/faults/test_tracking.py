@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from flows import sender
-from flows.connect import connect, state_folder
-from flows.runtime import ROOT
-from flows.tracking import tracked_run
+from flows.environment import ROOT, state_folder
+from flows.tracking import sender
+from flows.tracking.client import connect
+from flows.tracking.run import tracked_run
 
 pytestmark = pytest.mark.slow
 CANARY = "canary-7f3a9b"
@@ -83,7 +83,7 @@ def test_training_does_not_wait_for_a_broken_server(fault, tmp_path, monkeypatch
         else:
             url = stack.enter_context(tcp_server(FAULTS[fault], asked))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-        monkeypatch.setattr("flows.tracking.DRAIN_SECONDS", 1.5)
+        monkeypatch.setattr("flows.tracking.run.DRAIN_SECONDS", 1.5)
         start = time.monotonic()
         with tracked_run("stage x", experiment="lesa-x", params={}, tags={}, root=tmp_path) as run:
             for step in range(200):
@@ -137,7 +137,7 @@ def stop_sender(root: Path) -> None:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"flows.sender" in words and str(root).encode() in words:
+                if b"flows.tracking.sender" in words and str(root).encode() in words:
                     os.kill(int(entry.name), signal.SIGKILL)
     deadline = time.monotonic() + 5
     while not sender._is_free(state_folder(root) / "sender.lock") and time.monotonic() < deadline:

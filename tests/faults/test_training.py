@@ -23,13 +23,15 @@ from typing import Any
 import pytest
 import torch
 
-from lesa import jobs
-from lesa.params import Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.predictor import Predictor
-from lesa.record import record_all
-from lesa.store import StoreError, TrajectoryStore
-from tests.tiny import tiny_repository
+from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.predictor.predictor import Predictor
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
+from lesa.recording.store_format import StoreError
+from lesa.training import jobs
+from tests.helpers.tiny import tiny_repository
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from flows.base import base
-from lesa.prompts import PromptError
-from tests.tiny import tiny_repository
+from lesa.recording.prompts import PromptError
+from tests.helpers.tiny import tiny_repository
 
 
 def test_a_model_without_prompts_of_its_own_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lesa.params import load_params
+from lesa.params_file import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

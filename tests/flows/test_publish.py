@@ -12,24 +12,26 @@ import torch
 import yaml
 
 from flows import publish
-from flows.connect import connect
-from flows.gate import Decision
-from flows.manifest import budget_quality, registry_tags
-from flows.measure import fresh_offset, measure_and_decide
 from flows.publish import publish_bundle
-from flows.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
+from flows.registry.promotion import fresh_offset, measure_and_decide
+from flows.registry.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
+from flows.registry.tags import budget_quality, registry_tags
+from flows.tracking.client import connect
 from lesa.atomic import write_json
 from lesa.bundle import load_bundle
-from lesa.jobs import recorded_splits, save_predictor
-from lesa.manifest import READ
-from lesa.params import Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.predictor import Predictor
-from lesa.record import record_all
-from lesa.store import TrajectoryStore
-from lesa.training import untrained_predictor
-from tests.flows.clone import PROMPTS, SETTINGS
-from tests.tiny import tiny_flux, tiny_repository
+from lesa.bundle.manifest import READ
+from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.predictor.predictor import Predictor
+from lesa.publishing.gate import Decision
+from lesa.recording.dataset import recorded_splits
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
+from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import save_predictor
+from tests.helpers.clone import PROMPTS, SETTINGS
+from tests.helpers.tiny import tiny_flux, tiny_repository
 
 LOG = logging.getLogger("tests")
 QUALITY = {"mean": 30.0, "low": 29.0, "high": 31.0, "p5": 25.0}

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.actors import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
+from flows.ray_jobs import ray_session
 from flows.record import drive
-from flows.runtime import ray_session
-from lesa import atomic
-from lesa.params import Workload, load_params
-from lesa.pipelines import load_pipeline
-from lesa.prompts import PromptError
-from lesa.record import plan_recording, record_all
-from lesa.store import TrajectoryStore
-from tests.flows.clone import clone, run
-from tests.tiny import SPLITS, tiny_repository, write_prompts
+from flows.recorders import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
+from lesa import atomic, locks
+from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
+from lesa.params_file import load_params
+from lesa.recording.plan import plan_recording
+from lesa.recording.prompts import PromptError
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
+from tests.helpers.clone import clone, run
+from tests.helpers.tiny import SPLITS, tiny_repository, write_prompts
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_a_second_driver_is_refused_before_ray_starts(workload: Workload) -> Non
     import ray
 
     store = TrajectoryStore.create(workload.paths.trajectories)
-    with store.writer_lock(), pytest.raises(atomic.Locked, match=f"process {os.getpid()}"):
+    with store.writer_lock(), pytest.raises(locks.Locked, match=f"process {os.getpid()}"):
         drive(workload, logging.getLogger("test"))
     assert not ray.is_initialized()
 

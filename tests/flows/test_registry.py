@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.connect import connect
-from flows.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
+from flows.registry.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
+from flows.tracking.client import connect
 from lesa.atomic import sha256_file
 
 BASE_A, BASE_B = "sha256:" + "a" * 64, "sha256:" + "b" * 64

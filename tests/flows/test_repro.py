@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.connect import state_folder
-from flows.local import descendants
+from flows.environment import ROOT, state_folder
+from flows.prefect_server import alive
 from flows.repro import dvc_file, dvc_repro, printable
-from flows.runtime import ROOT
-from flows.server import alive
-from lesa.atomic import Locked, file_lock
-from tests.flows.clone import git
+from flows.retrain_local import descendants
+from lesa.locks import Locked, file_lock
+from tests.helpers.clone import git
 
 
 @pytest.fixture

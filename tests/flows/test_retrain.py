@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.local import descendants
-from flows.server import alive
-from tests.flows.clone import clone, commit, environment, run
-from tests.tiny import write_prompts
+from flows.prefect_server import alive
+from flows.retrain_local import descendants
+from tests.helpers.clone import clone, commit, environment, run
+from tests.helpers.tiny import write_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a minute's schedule, then a whole retraining
 NEW_PROMPT = "a heavy three"
@@ -30,9 +30,9 @@ import logging
 from flows.publish import publish_bundle
 from flows.stage import read_workload, stage_run
 from flows import evaluate, search, train_stage1, train_stage2
-from lesa.pipelines import load_pipeline
-from lesa.record import record_all
-from lesa.store import TrajectoryStore
+from lesa.models.pipelines import load_pipeline
+from lesa.recording.record import record_all
+from lesa.recording.store import TrajectoryStore
 
 workload = read_workload(None)
 record_all(workload, TrajectoryStore.create(workload.paths.trajectories), load_pipeline(workload))
@@ -76,7 +76,7 @@ def test_the_schedule_retrains_on_new_prompts(repository):
     log = repository / "local.log"
     with open(log, "wb") as output:
         local = subprocess.Popen(
-            [sys.executable, "-m", "flows.local", "--port", str(port)],
+            [sys.executable, "-m", "flows.retrain_local", "--port", str(port)],
             cwd=repository,
             env=environment(PREFECT_WORKER_QUERY_SECONDS="2"),
             stdout=output,

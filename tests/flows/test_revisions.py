@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from flows.revisions import revisions
-from tests.flows.clone import commit, git
+from flows.tracking.revisions import revisions
+from tests.helpers.clone import commit, git
 
 
 def test_outside_a_repository(tmp_path):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from flows import sender, tracking
-from flows.connect import connect, experiment_id, redact, state_folder, tracking_uri
-from flows.runtime import ROOT
-from flows.tracking import Reporter, Tracker, flatten, tracked_run
+from flows.environment import ROOT, state_folder
+from flows.tracking import run as tracking
+from flows.tracking import sender
+from flows.tracking.client import connect, experiment_id, redact, tracking_uri
+from flows.tracking.run import Reporter, Tracker, flatten, tracked_run
 
 
 @pytest.fixture(scope="module")

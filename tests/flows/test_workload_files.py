@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lesa.presets import PRESETS
+from lesa.models.published import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PATTERN = "flux-photos"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lesa import atomic
+from lesa import atomic, locks
 
 
 def test_write_bytes_replaces_whole_files_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_partials_of_dead_processes_are_swept_and_those_of_the_living_stay(tmp_p
 
 
 def test_a_number_given_to_a_later_process_counts_as_dead(tmp_path: Path) -> None:
-    assert atomic.process_alive(os.getpid())
-    assert atomic.process_alive(os.getpid(), since=time.time())
-    assert not atomic.process_alive(os.getpid(), since=time.time() - 10 * 365 * 86400)
+    assert locks.process_alive(os.getpid())
+    assert locks.process_alive(os.getpid(), since=time.time())
+    assert not locks.process_alive(os.getpid(), since=time.time() - 10 * 365 * 86400)
     zombie = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
-    assert not atomic.process_alive(zombie.pid)
+    assert not locks.process_alive(zombie.pid)
     zombie.wait()
 
 
@@ -136,13 +136,13 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(atomic.Locked, match=f"process {holder.pid}") as caught, atomic.file_lock(lock):
+        with pytest.raises(locks.Locked, match=f"process {holder.pid}") as caught, locks.file_lock(lock):
             pass
         assert caught.value.pid == holder.pid
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         assert lock.exists()  # what it left behind
-        with atomic.file_lock(lock):
+        with locks.file_lock(lock):
             assert int(lock.read_text()) == os.getpid()
         assert not lock.exists()
     finally:
@@ -159,14 +159,14 @@ def test_a_lock_lets_one_thread_in_at_a_time(tmp_path: Path) -> None:
         nonlocal inside, most, entered
         while True:
             try:
-                with atomic.file_lock(tmp_path / "lock"):
+                with locks.file_lock(tmp_path / "lock"):
                     inside += 1
                     most = max(most, inside)
                     time.sleep(0.002)
                     inside -= 1
                     entered += 1
                     return
-            except atomic.Locked:
+            except locks.Locked:
                 time.sleep(0.001)
 
     threads = [threading.Thread(target=work) for _ in range(16)]

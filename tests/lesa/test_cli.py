@@ -11,10 +11,10 @@ from PIL import Image
 
 from lesa.bundle import load_bundle
 from lesa.cli import main
-from lesa.prompts import prompt_digests
-from lesa.searched import Searched, SearchedPeers, save_searched
-from tests.bundles import make_bundle
-from tests.tiny import tiny_flux
+from lesa.peers.lineup import Searched, SearchedPeers, save_searched
+from lesa.recording.prompts import prompt_digests
+from tests.helpers.bundles import make_bundle
+from tests.helpers.tiny import tiny_flux
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,8 @@ def test_nothing_on_a_read_path_runs_code():
 
 def test_enabling_and_sampling_need_torch_and_diffusers_alone(tmp_path):
     """The core as `pip install lesa` gives it: make the bundle here, use it in a bare process."""
-    from tests.bundles import make_bundle
-    from tests.tiny import tiny_flux
+    from tests.helpers.bundles import make_bundle
+    from tests.helpers.tiny import tiny_flux
 
     pipe = tiny_flux(tmp_path / "pipeline")
     make_bundle(pipe, tmp_path / "bundle")
@@ -120,8 +120,8 @@ def test_import_brings_nothing_heavy():
 
 @pytest.mark.slow
 def test_loading_a_bundle_takes_little_longer_than_importing_diffusers(tmp_path):
-    from tests.bundles import make_bundle
-    from tests.tiny import tiny_flux
+    from tests.helpers.bundles import make_bundle
+    from tests.helpers.tiny import tiny_flux
 
     make_bundle(tiny_flux(), tmp_path / "bundle")
     code = """

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lesa.params import ParamsError, load_params, searched_budgets
+from lesa.params import searched_budgets
+from lesa.params_file import ParamsError, load_params
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {

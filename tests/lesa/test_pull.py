@@ -13,8 +13,8 @@ import lesa
 from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle
 from lesa.pull import PullError, pull
-from tests.bundles import make_bundle
-from tests.tiny import tiny_flux
+from tests.helpers.bundles import make_bundle
+from tests.helpers.tiny import tiny_flux
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lesa.needs import PEAK_FLOPS, UTILISATION, needs_of
-from lesa.params import load_params
-from lesa.presets import PRESETS
+from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, needs_of
+from lesa.models.published import PRESETS
+from lesa.params_file import load_params
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
@@ -46,5 +46,5 @@ def test_the_rate_is_stated() -> None:
 
 
 def test_files_named_exist() -> None:
-    for name in ("data/workloads/README.md", "lesa/needs.py", "benchmarks/results/flops.md"):
+    for name in ("data/workloads/README.md", "lesa/doctor/estimate.py", "benchmarks/results/flops.md"):
         assert name in TEXT and (ROOT / name).exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lesa.stages import boundary_problems, stage_of_steps
+from lesa.schedule import boundary_problems, stage_of_steps
 
 
 def test_a_step_is_in_the_stage_of_its_noise_level() -> None:

@@ -1,0 +1,1 @@
+"""What is compared from elsewhere, and the searches for every peer's best settings."""

@@ -1,0 +1,1 @@
+"""One question each, asked once, its answer kept in results/."""

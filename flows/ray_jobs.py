@@ -1,0 +1,143 @@
+"""Independent jobs side by side as Ray tasks; in this process where only one may run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flows.environment import quiet_environment
+from flows.ray_guard import no_orphans
+from flows.tracking.run import Reporter
+from lesa.models.pipelines import release_memory
+from lesa.params import Workload
+
+RAY_ATTEMPTS = 3  # to start Ray
+
+
+@contextlib.contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
+    """A local Ray on loopback for the block, without dashboard; yields the ray module.
+
+    None of its processes outlives this one by more than seconds, however it ends.
+
+    An already initialised Ray is used as it is and left running. num_cpus None lets Ray count.
+    """
+    quiet_environment()
+    if os.environ["RAY_AUTH_MODE"] != "token":
+        raise ValueError("RAY_AUTH_MODE: must be 'token' (Ray listens beyond loopback); unset it")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    with no_orphans() as session_is:
+        for attempt in range(1, RAY_ATTEMPTS + 1):
+            try:
+                started = ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    logging_level=logging.WARNING,
+                )
+                break
+            except Exception as error:
+                ray.shutdown()
+                # Ray gives itself 30 s, which a very busy machine can exceed; nothing is lost by trying again.
+                if attempt == RAY_ATTEMPTS or "timed out during startup" not in str(error):
+                    raise
+        session_is(started.address_info["session_dir"])
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+J = TypeVar("J")
+MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpoint
+
+
+@contextlib.contextmanager
+def kept_workers(workers: int, threads_per_worker: int) -> Iterator[None]:
+    """Several `run_jobs` of the block share their processes, which keep what they have read and imported."""
+    with ray_session(workers * threads_per_worker) if workers > 1 else contextlib.nullcontext():
+        yield
+
+
+def run_jobs(
+    work: Callable[[Workload, Any, Any], Any],
+    workload: Workload,
+    jobs: Mapping[str, J],
+    *,
+    workers: int,
+    threads_per_worker: int,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Runs `work(workload, job, report)` for every job and returns the results by the jobs' names.
+
+    Args:
+        work: a module-level function of lesa; it may be called again, and goes on from its
+            checkpoints where it keeps any.
+        jobs: name -> job; the names are the parts of the run that the values are reported under.
+        workers: jobs at once. Where there are GPUs, they are shared among so many.
+        threads_per_worker: torch threads of a job. It is part of the result: sums are split by it.
+
+    Raises:
+        Whatever a job raised; the other jobs are stopped and keep their checkpoints.
+    """
+    if min(workers, len(jobs)) <= 1:
+        return {
+            name: _job(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd())
+            for name, job in jobs.items()
+        }
+    with ray_session(workers * threads_per_worker) as ray:
+        from ray.exceptions import RayTaskError
+
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
+        # A process that has used a GPU keeps it and its memory: on GPUs each job has one of its own.
+        remote = ray.remote(max_calls=1)(_job) if gpus else ray.remote(_job)
+        task = remote.options(
+            num_cpus=threads_per_worker,
+            num_gpus=min(1.0, gpus / workers) if gpus else 0,
+            max_retries=MAX_RETRIES,
+        )
+        calls = {
+            task.remote(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd()): name
+            for name, job in jobs.items()
+        }
+        results: dict[str, Any] = {}
+        waiting = list(calls)
+        while waiting:
+            done, waiting = ray.wait(waiting)  # the first error ends all, not only when its turn comes
+            for call in done:
+                try:
+                    results[calls[call]] = ray.get(call)
+                except RayTaskError as error:
+                    # A refusal by our own code comes back as it was; of anything else the worker's whole
+                    # traceback is wanted.
+                    places = [line for line in str(error).splitlines() if "File " in line]
+                    if isinstance(error.cause, ValueError) and places and "/lesa/" in places[-1]:
+                        raise ValueError(str(error.cause)) from None
+                    raise
+        return {name: results[name] for name in jobs}
+
+
+def _job(
+    work: Callable[[Workload, Any, Any], Any],
+    workload: Workload,
+    job: Any,
+    threads: int,
+    reporter: Reporter,
+    folder: str,
+) -> Any:
+    os.chdir(Path(folder))
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        return work(workload, job, reporter.report)
+    finally:
+        release_memory()

@@ -1,0 +1,201 @@
+"""Ray actors that record, and the driver that keeps them busy and replaces them when they die or hang.
+
+An actor holds one loaded pipeline and commits trajectories to the store itself: one writer, one trajectory. A call is
+what one run of the pipeline records.
+Every call may be made twice (Ray retries after a crash), so recording what is committed already does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lesa.params import Workload
+from lesa.recording.plan import PlannedTrajectory, RecordingSize, batches
+from lesa.recording.store import TrajectoryStore
+
+Batch = Sequence[PlannedTrajectory]
+MAX_ATTEMPTS = 3  # per batch, Ray's own restarts of an actor not counted
+START_TIMEOUT_S = 1800  # loading a pipeline of tens of gigabytes from a slow disk
+_LOG = logging.getLogger("lesa.actors")
+
+
+class Recorder:
+    """One loaded pipeline on one device; runs inside a Ray actor, and as it is in a test."""
+
+    def __init__(self, workload: Workload, root: str) -> None:
+        """
+        Args:
+            workload: what to record.
+            root: repository root; the workload's paths are relative to it.
+        """
+        os.chdir(root)
+        import diffusers
+        import torch
+        import transformers
+
+        from lesa.models.pipelines import load_pipeline
+
+        for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
+            library.utils.logging.set_verbosity_error()
+        # Before the first operation: the number of threads decides how sums are split, and so the last bit.
+        torch.set_num_threads(workload.record.threads_per_actor)
+        self._workload = workload
+        self._store = TrajectoryStore.create(workload.paths.trajectories)
+        self._pipe = load_pipeline(workload)
+
+    def pid(self) -> int:
+        """This actor's process; answering means that the pipeline is loaded."""
+        return os.getpid()
+
+    def describe(self) -> tuple[dict[str, Any], RecordingSize]:
+        """What of the pipeline determines a recording, and how large one trajectory is."""
+        from lesa.recording.plan import describe_source
+        from lesa.recording.record import measure_size
+
+        return describe_source(self._pipe), measure_size(self._pipe, self._workload)
+
+    def record(self, batch: Batch) -> list[str]:
+        """Record and commit a batch; nothing to do for what is there. Returns its keys."""
+        from lesa.recording.record import record_batch
+
+        todo = [item for item in batch if item.key not in self._store]
+        for trajectory in record_batch(self._pipe, todo, self._workload) if todo else ():
+            self._store.commit(trajectory)
+        return [item.key for item in batch]
+
+
+class RecordingFailed(RuntimeError):
+    """A trajectory that could not be recorded; what was committed before stays."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Actor:
+    handle: Any
+    pid: int | None = None  # of its first process; None until the pipeline is loaded
+    batch: Batch | None = None  # what it is recording
+    deadline: float = 0.0  # seconds of time.monotonic
+
+
+class RecorderPool:
+    """Recorders as Ray actors, with at most one call in flight each."""
+
+    def __init__(self, ray: Any, workload: Workload, root: Path) -> None:
+        self._ray, self._workload, self._root = ray, workload, root
+        self._gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
+        self._calls: dict[Any, _Actor] = {}  # what is in flight
+        self._idle: list[_Actor] = []
+
+    @property
+    def capacity(self) -> int:
+        """How many actors work side by side: one a GPU, or what the settings say where there is none."""
+        return self._gpus or self._workload.record.actors
+
+    def describe(self) -> tuple[dict[str, Any], RecordingSize]:
+        """Starts the first actor and asks it what `Recorder.describe` answers."""
+        actor = _Actor(self._new_handle())
+        answer: tuple[dict[str, Any], RecordingSize] = self._ray.get(
+            actor.handle.describe.remote(), timeout=START_TIMEOUT_S
+        )
+        actor.pid = self._ray.get(actor.handle.pid.remote())
+        self._idle.append(actor)
+        return answer
+
+    def record(self, todo: Sequence[PlannedTrajectory], on_done: Callable[[str], object]) -> None:
+        """Record all of `todo`; `on_done` gets every key once its batch is committed.
+
+        Raises:
+            RecordingFailed: naming the first key of the batch whose every attempt crashed or took too long.
+            Exception: what the recording itself raised, at once: another attempt would raise it again.
+        """
+        waiting: deque[Batch] = deque(batches(todo, self._workload.record.batch_size))
+        attempts = {batch[0].key: 0 for batch in waiting}
+        while len(self._idle) + len(self._calls) < min(self.capacity, len(waiting)):
+            self._start(_Actor(self._new_handle()))
+        while waiting or any(actor.batch for actor in self._calls.values()):
+            while waiting and self._idle:
+                self._submit(self._idle.pop(), waiting.popleft(), attempts)
+            for actor, batch, problem in self._wait():
+                if problem is None:
+                    self._idle.append(actor)
+                    for item in batch or ():
+                        on_done(item.key)
+                    continue
+                _LOG.warning("recorder process %s: %s", actor.pid, problem)
+                if batch is None:
+                    raise RecordingFailed(f"a recorder could not start: {problem}")
+                if attempts[batch[0].key] >= MAX_ATTEMPTS:
+                    which = f"trajectory {batch[0].key}"
+                    others = f" (and {len(batch) - 1} in the same call)" if len(batch) > 1 else ""
+                    raise RecordingFailed(
+                        f"{which}{others} failed {MAX_ATTEMPTS} times, at last: {problem}; what is committed stays"
+                    )
+                waiting.appendleft(batch)
+                self._start(_Actor(self._new_handle()))
+
+    def close(self) -> None:
+        """End every actor."""
+        for actor in (*self._idle, *self._calls.values()):
+            self._ray.kill(actor.handle, no_restart=True)
+        self._idle, self._calls = [], {}
+
+    def _new_handle(self) -> Any:
+        threads = self._workload.record.threads_per_actor
+        resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._gpus else {"num_cpus": threads}
+        remote = self._ray.remote(max_restarts=2, max_task_retries=2, **resources)(Recorder)
+        return remote.remote(self._workload, str(self._root))
+
+    def _start(self, actor: _Actor) -> None:
+        actor.deadline = time.monotonic() + START_TIMEOUT_S
+        self._calls[actor.handle.pid.remote()] = actor
+
+    def _submit(self, actor: _Actor, batch: Batch, attempts: dict[str, int]) -> None:
+        attempts[batch[0].key] += 1
+        actor.batch = batch
+        actor.deadline = time.monotonic() + self._workload.record.timeout_s
+        self._calls[actor.handle.record.remote(batch)] = actor
+
+    def _wait(self) -> list[tuple[_Actor, Batch | None, str | None]]:
+        """Calls that ended: the actor, what it recorded (None: it started), what went wrong if anything."""
+        nearest = min(actor.deadline for actor in self._calls.values())
+        timeout = max(0.0, nearest - time.monotonic())
+        done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout)
+        ended: list[tuple[_Actor, Batch | None, str | None]] = []
+        for call in done:
+            actor = self._calls.pop(call)
+            batch, actor.batch = actor.batch, None
+            try:
+                answer = self._ray.get(call)
+            except self._ray.exceptions.RayActorError as error:
+                ended.append((actor, batch, _first_line(error)))
+                continue
+            if batch is None:
+                actor.pid = answer
+            ended.append((actor, batch, None))
+        for call, actor in [(c, a) for c, a in self._calls.items() if a.deadline <= time.monotonic()]:
+            del self._calls[call]
+            batch, actor.batch = actor.batch, None
+            self._ray.kill(actor.handle, no_restart=True)
+            # A stopped process does not hear Ray; it is ours if it still runs what Ray started.
+            if actor.pid is not None and _is_recorder(actor.pid):
+                os.kill(actor.pid, signal.SIGKILL)
+            ended.append((actor, batch, "no answer in time"))
+        return ended
+
+
+def _is_recorder(pid: int) -> bool:
+    try:
+        return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

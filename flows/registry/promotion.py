@@ -1,0 +1,148 @@
+"""What the gate measures for a promotion: candidate, champion and every peer on the same fresh samples."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.ray_jobs import run_jobs
+from flows.registry.registry import Version
+from flows.tracking.run import Reporter
+from lesa.bundle import Bundle, load_bundle
+from lesa.evaluation.compare import refuse_trained
+from lesa.evaluation.measure import samples
+from lesa.params import Workload
+from lesa.publishing.gate import Decision, GateJob, NamedBundle, decide, measure_budgets, shared_out
+from lesa.pull import pull
+from lesa.recording.prompts import read_splits
+
+CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
+TUNING_PROMPTS = 16  # training prompts that peers with a threshold are tuned on
+
+
+def measure_and_decide(
+    workload: Workload, candidate: Bundle, champion: Bundle | None
+) -> tuple[Decision, dict[str, Any]]:
+    """Samples with every method, compares, decides; the budgets are shared out to as many jobs as there are workers.
+
+    Args:
+        candidate: the bundle as it lies on disk, not what its makers say of it.
+        champion: the champion's bundle if it was made for the same transformer; it runs at the candidate's
+            schedules.
+
+    Returns:
+        The decision, and what it was measured on: prompts, seeds, samples.
+
+    Raises:
+        ValueError: gate seeds or prompts that training or evaluation used too; a champion that cannot serve
+            the candidate's schedules.
+    """
+    splits = read_splits(workload.paths.prompts)
+    chosen = splits["test"][: workload.publish.gate_prompts]
+    bundles = {CANDIDATE: candidate} | ({} if champion is None else {CHAMPION: champion})
+    for bundle in bundles.values():
+        refuse_trained(chosen, bundle.manifest.data["training"])
+    offset = fresh_offset(workload, candidate, champion)
+    prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
+    tuning = splits["train"][:TUNING_PROMPTS]
+    full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
+    jobs = {
+        " ".join(part): GateJob(
+            budgets=part,
+            bundles=tuple(NamedBundle(name=n, folder=b.path.resolve(), digest=b.digest) for n, b in bundles.items()),
+            prompts=prompts,
+            seeds=seeds,
+            tuning_prompts=tuning,
+            tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
+        )
+        for part in shared_out(full_steps, workload.publish.workers)
+    }
+    measured = run_jobs(
+        measure_budgets,
+        workload,
+        jobs,
+        workers=workload.publish.workers,
+        threads_per_worker=workload.publish.threads_per_worker,
+        reporter=Reporter(path=Path(os.devnull), name=f"publish {workload.name}"),
+    )
+    by_budget = {budget: methods for part in measured.values() for budget, methods in part.items()}
+    psnr: dict[str, dict[str, Sequence[float]]] = {}
+    for budget in candidate.manifest.budgets:
+        for method, decibels in by_budget[budget].items():
+            psnr.setdefault(method, {})[budget] = decibels
+    groups = [chosen.index(prompt) for prompt in prompts]
+    decision = decide(
+        psnr.get(CANDIDATE, {}),
+        None if champion is None else psnr.get(CHAMPION, {}),
+        {name: values for name, values in psnr.items() if name not in (CANDIDATE, CHAMPION)},
+        groups=groups,
+        default_budget=candidate.manifest.default_budget,
+        tail_tolerance_db=workload.publish.tail_tolerance_db,
+    )
+    return decision, {"prompts": len(chosen), "samples": len(prompts), "first_seed": offset}
+
+
+def fresh_offset(workload: Workload, candidate: Bundle, champion: Bundle | None) -> int:
+    """First noise seed of this judgement: new for every pair of bundles, and repeatable for one.
+
+    It lies far above the seeds of recording and evaluation; were it the same every time, a long line of
+    candidates would be chosen for the luck they have with it.
+    """
+    pair = f"{candidate.digest}/{champion.digest if champion else ''}"
+    block = int.from_bytes(hashlib.sha256(pair.encode()).digest()[:3], "big")
+    start = workload.publish.gate_seed_offset + (1 << 32) + block * (1 << 16)
+    used = max(workload.record.seed_offset, workload.evaluate.seed_offset) + (1 << 24)
+    if start < used:
+        raise ValueError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
+    return start
+
+
+class Judgement:
+    """Judges a candidate against whatever champion it meets; remembers the last decision."""
+
+    def __init__(self, workload: Workload, candidate: Bundle, registry: str, log: Any) -> None:
+        self.workload, self.candidate = workload, candidate
+        self.registry, self.log = registry, log
+        self.decision = Decision(
+            promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
+        )
+        self.measured_on: dict[str, Any] = {}
+
+    def __call__(self, champion: Version | None) -> bool:
+        try:
+            bundle = self._champion_bundle(champion)
+            self.decision, self.measured_on = measure_and_decide(
+                self.workload, self.candidate, bundle
+            )
+        except ValueError as error:
+            # A champion that is broken or cannot be compared is no reason to replace it unseen.
+            self.decision = Decision(promote=False, reasons=(f"not measured: {error}",), numbers={})
+        return self.decision.promote
+
+    def _champion_bundle(self, champion: Version | None) -> Bundle | None:
+        if champion is None:
+            return None
+        if champion.fingerprint != self.candidate.manifest.fingerprint:
+            self.log.info("champion %s was made for another transformer: the peers decide", champion.number)
+            return None
+        if champion.is_of_an_older_schema:
+            self.log.info("champion %s is of a format not read any more: the peers decide", champion.number)
+            return None
+        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.registry)
+        return load_bundle(folder, expected_digest=champion.digest)
+
+    def outcome(self, candidate: Version, before: Version | None, moved: bool) -> dict[str, Any]:
+        """What is recorded: decision.json and the files of the registered version's run."""
+        after = candidate if moved else before
+        return {
+            **self.decision.to_dict(),
+            "promote": moved and (before is None or before.number != candidate.number),
+            "candidate": candidate.number,
+            "manifest_sha256": candidate.digest,
+            "champion_before": before.number if before else None,
+            "champion": after.number if after else None,
+            "measured_on": self.measured_on,
+        }

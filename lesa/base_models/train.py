@@ -1,0 +1,157 @@
+"""Trains a data set's base model and its scorer from nothing, and saves both as folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesa.base_models.architectures import Architecture, architecture_of
+from lesa.base_models.data_sets import DataSet
+from lesa.base_models.fit_flow import FlowData, fit_flow
+from lesa.base_models.fit_text import fit_text
+from lesa.base_models.fit_vae import encode, fit_vae, reconstruction_psnr
+from lesa.base_models.optim import Report, pick
+from lesa.base_models.sampling import full_call, sample_pictures
+from lesa.base_models.saving import save_folders
+from lesa.base_models.scorer import JUDGED_A_STEP, fit_scorer
+
+# The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
+MAX_TEXT_STEPS = 250
+MAX_SCORER_STEPS = 800
+VAE_IMAGES = 64  # in trial runs the autoencoder sees at most this many a step of the transformer
+MAX_FRAMES = 72_000  # of all videos together
+MAX_IMAGES = 24_000  # drawn once and encoded once
+SHORT_SHARE = 0.1  # of the training texts are in short form
+MAX_JUDGED = 120  # unseen prompts sampled for the reported agreement; those of the test are left alone
+
+
+def train_base(
+    data_set: DataSet,
+    *,
+    base_dir: Path,  # the pipeline folder to write; replaced when it exists
+    scorer_dir: Path,  # the scorer's folder; replaced when it exists, not touched where there is no scorer
+    prompts: list[str],  # the only ones the model is shown
+    steps: int,  # of the transformer
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: str,
+    report: Report,
+) -> dict[str, float]:
+    """Train autoencoder, text encoders, transformer and, where the data set has a reading, scorer, in fp32.
+
+    The same seed and number of threads give the same weights.
+
+    Returns vae_psnr (dB, held-out pictures), flow_loss and, with a scorer, scorer_accuracy (held-out pictures)
+    and agreement: the share of full samples of unseen prompts that the scorer reads as prompted.
+    Raises ValueError naming every argument out of range, before anything is written.
+    """
+    check_training(data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    base_dir, scorer_dir = Path(base_dir), Path(scorer_dir)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        architecture = architecture_of(data_set)
+        most = MAX_IMAGES if data_set.num_frames is None else MAX_FRAMES // data_set.num_frames
+        num_images = min(most, max(64, steps * batch_size))
+        scorer = None
+        if data_set.reading is not None:
+            scorer = fit_scorer(
+                data_set,
+                num_steps=min(MAX_SCORER_STEPS, steps),
+                num_images=num_images,
+                seed=seed + 1,
+                device=device,
+                report=report,
+            )
+        pipeline, autoencoder = architecture.build(data_set), data_set.autoencoder
+        fit_text(
+            architecture,
+            pipeline,
+            data_set,
+            prompts,
+            num_steps=min(MAX_TEXT_STEPS, steps),
+            seed=seed + 2,
+            device=device,
+            report=report,
+        )
+        generator = torch.Generator().manual_seed(seed + 3)
+        chosen = pick(len(prompts), num_images, generator)
+        images = data_set.load("model")([prompts[i] for i in chosen], generator)
+        fit_vae(
+            architecture,
+            pipeline.vae,
+            images,
+            num_steps=min(autoencoder.num_steps, steps * VAE_IMAGES // autoencoder.batch_size),
+            batch_size=autoencoder.batch_size,
+            seed=seed + 4,
+            device=device,
+            report=report,
+        )
+        splits = data_set.language.split_prompts()
+        unseen = [*splits["train"], *splits["validation"]]
+        held_out = data_set.load("held_out")(unseen[: JUDGED_A_STEP * steps], generator)
+        metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
+        shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
+        metrics["flow_loss"] = fit_flow(
+            architecture,
+            pipeline,
+            data_set,
+            _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened),
+            num_steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed + 5,
+            device=device,
+            report=report,
+        )
+    if scorer is not None:
+        metrics["scorer_accuracy"] = scorer.accuracy
+        judged = unseen[: min(MAX_JUDGED, 4 * steps)]
+        pictures = sample_pictures(pipeline.to(device), judged, full_call(data_set, len(judged)))
+        metrics["agreement"] = float(scorer.agreement(pictures, judged).float().mean())
+    pipeline.to("cpu")
+    folders: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
+    if scorer is not None:
+        folders[scorer_dir] = scorer.save
+    save_folders(folders)
+    return metrics
+
+
+def check_training(data_set: DataSet, prompts: list[str], *, steps: int, batch_size: int, learning_rate: float) -> None:
+    """Raises ValueError naming every argument out of range."""
+    problems = []
+    if steps < 1:
+        problems.append(f"steps is {steps}: at least 1")
+    if batch_size < 2:
+        problems.append(f"batch_size is {batch_size}: at least 2, half of it trains without guidance")
+    if not 0 < learning_rate < 1:
+        problems.append(f"learning_rate is {learning_rate}: between 0 and 1")
+    if not prompts:
+        problems.append("prompts is empty: give at least one")
+    for prompt in prompts:
+        try:
+            data_set.language.parse(prompt)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("base model cannot be trained: " + "; ".join(problems))
+
+
+def _flow_data(
+    architecture: Architecture,
+    pipeline: Any,
+    data_set: DataSet,
+    prompts: list[str],
+    images: torch.Tensor,
+    chosen: torch.Tensor,
+    shortened: torch.Tensor,
+) -> FlowData:
+    """Normalised latents of `images` and what the transformer is told of every text that may go with them."""
+    latents = architecture.to_transformer(pipeline, encode(architecture, pipeline.vae, images))
+    texts = [*prompts, *(data_set.language.shorten(prompt) for prompt in prompts), architecture.promptless]
+    with torch.no_grad():
+        conditioning = architecture.read(pipeline, data_set, texts)
+    return FlowData(latents=latents, text_index=chosen + len(prompts) * shortened, conditioning=conditioning)

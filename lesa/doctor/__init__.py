@@ -1,0 +1,4 @@
+"""What a workload takes against what this machine has.
+
+Imported by the command line.
+"""

@@ -1,0 +1,232 @@
+"""What making a workload's predictor takes, told before anything is downloaded: disk, GPU memory, operations.
+
+Disk is what files of these shapes take; memory and hours are estimates, and their assumptions are the constants here.
+Shapes: L image tokens, T text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lesa.doctor.model_size import ModelFacts, model_facts
+from lesa.models.families import blocks, family_of
+from lesa.models.flops import call_inputs, predictor_bytes
+from lesa.models.published import call_flops
+from lesa.params import ScheduleParams, Workload, searched_budgets
+from lesa.predictor.spec import PredictorSpec, Variant
+from lesa.recording.plan import RecordingSize
+from lesa.schedule import Schedule
+from lesa.training.step_weights import CHUNK
+
+PEAK_FLOPS = 989e12  # of an H100 SXM in bfloat16, dense, as its data sheet says
+UTILISATION = 0.4  # of it that a transformer call is taken to reach
+METHODS = 20  # that the evaluation and the gate run at every budget
+TUNING = 40 * 16  # runs at every budget in which the peers' thresholds are tuned: settings tried, prompts each
+BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the model's weights are frozen
+_BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
+_PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
+_FITTING_COPIES = 3  # of the features that sums are made of: as read, as rows, and with a constant beside them
+_DECODER_BYTES = 1024  # a pixel of a picture or a frame, while it is decoded
+_CHECKPOINT_COPIES = 20  # of a predictor's float32 weights: both results, optimiser, coordinates, best so far
+_ELEMENT = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """Bytes and operations."""
+
+    facts: ModelFacts
+    weights: dict[str, int]  # bytes of the pipeline's parts in the workload's dtype, on the GPU
+    download: int  # bytes, of a hub model: its parts in bfloat16; 0 for a local folder
+    trajectories: int
+    store: int  # bytes on disk
+    store_all_tokens: int  # the same with record.token_fraction 1
+    training: int  # bytes on disk: checkpoints, predictors, bundle
+    sampling: int  # bytes on the GPU beside the weights
+    fitting: int  # bytes on the GPU beside the weights, in the search; 0 where nothing is searched
+    closed_loop: int  # bytes on the GPU beside the weights; 0 where it has no iterations
+    run_flops: float  # of one unaccelerated run, all branches
+    flops: dict[str, float]  # by stage
+
+    @property
+    def gpu(self) -> int:
+        """Bytes of the GPU's memory that the largest stage takes."""
+        return sum(self.weights.values()) + max(self.sampling, self.fitting, self.closed_loop)
+
+    @property
+    def disk(self) -> int:
+        """Bytes beside the download."""
+        return self.store + self.training
+
+    def hours(self, stage: str | None = None) -> float:
+        """GPU hours of a stage, or of all, at `UTILISATION` of `PEAK_FLOPS`."""
+        operations = sum(self.flops.values()) if stage is None else self.flops[stage]
+        return operations / (PEAK_FLOPS * UTILISATION) / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "model": self.facts.name,
+            "parameters": self.facts.numbers,
+            "download_bytes": self.download,
+            "trajectories": self.trajectories,
+            "store_bytes": self.store,
+            "store_bytes_all_tokens": self.store_all_tokens,
+            "training_bytes": self.training,
+            "gpu_bytes": {
+                "weights": sum(self.weights.values()),
+                "sampling": self.sampling,
+                "fitting": self.fitting,
+                "closed_loop": self.closed_loop,
+                "most": self.gpu,
+            },
+            "run_tflops": self.run_flops / 1e12,
+            "gpu_hours": {stage: self.hours(stage) for stage in self.flops} | {"all": self.hours()},
+        }
+
+
+def needs_of(workload: Workload) -> Needs:
+    """The needs of a workload.
+
+    Raises:
+        ValueError: its model is neither a folder here nor a published one of `lesa.models.published`.
+    """
+    facts = model_facts(workload)
+    transformer, family = facts.transformer, family_of(facts.transformer)
+    element = _ELEMENT[workload.model.dtype]
+    call, record = workload.call, workload.record
+    branches = 2 if (call.true_cfg_scale or 0.0) > 1.0 else 1
+    model = call_flops(transformer, facts.grid, facts.text_tokens)
+    run = branches * call.num_inference_steps * model.total
+    full = full_step_counts(workload.schedule, call.num_inference_steps)
+    trajectories = {
+        count: sum(workload.num_recorded(count).values()) * record.seeds_per_prompt
+        for count in (call.num_inference_steps, *record.step_counts)
+    }
+    every_token = _recording(facts, call.num_inference_steps, branches, model.channels, 1.0)
+    kept = _recording(facts, call.num_inference_steps, branches, model.channels, record.token_fraction)
+    wide = (model.tokens + facts.text_tokens) * model.channels  # values of one block's streams
+    feature = model.tokens * model.channels
+    pixels = call.height * call.width * (call.num_frames or 1)
+    sampling = 2 * _BLOCK_VALUES * wide * element + pixels * _DECODER_BYTES
+    return Needs(
+        facts=facts,
+        weights={name: numbers * element for name, numbers in facts.numbers.items()},
+        download=0 if facts.is_local else 2 * sum(facts.numbers.values()),
+        trajectories=sum(trajectories.values()),
+        store=kept.bytes_of(trajectories),
+        store_all_tokens=every_token.bytes_of(trajectories),
+        training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
+        sampling=sampling * max(workload.evaluate.batch_size, record.batch_size),
+        fitting=_fitting(workload, kept.num_tokens * model.channels, model.channels),
+        closed_loop=_closed_loop(workload, full, branches, wide, feature, len(blocks(transformer, family))),
+        run_flops=run,
+        flops=_flops(workload, full, run),
+    )
+
+
+def full_step_counts(rule: ScheduleParams, num_steps: int) -> dict[str, int]:
+    """Full steps of every budget, searched or not."""
+    searched = searched_budgets(rule)
+    return {
+        name: searched[name]
+        if name in searched
+        else len(budget.full_steps)
+        if budget.full_steps is not None
+        else Schedule.uniform(num_steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps).num_full
+        for name, budget in rule.budgets.items()
+    }
+
+
+def _recording(facts: ModelFacts, steps: int, branches: int, channels: int, fraction: float) -> RecordingSize:
+    """One trajectory, as `lesa.recording.record.measure_size` measures it of a loaded pipeline."""
+    inputs = call_inputs(facts.transformer, facts.grid, facts.text_tokens)
+    tensors = {name: value.numel() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    latents = tensors.pop("hidden_states")
+    tensors.pop("timestep")
+    values = 2 * latents + branches * sum(tensors.values()) + steps * (1 + branches * channels)
+    kept = max(1, round(fraction * math.prod(facts.grid)))
+    return RecordingSize(
+        num_steps=steps,
+        num_branches=branches,
+        num_tokens=kept,
+        channels=channels,
+        context_values=values,
+        step_values=1 + branches * channels,
+    )
+
+
+def _predictor_bytes(workload: Workload, channels: int) -> int:
+    """Weights of one budget in float32."""
+    params = workload.predictor
+    spec = PredictorSpec(
+        channels=channels,
+        num_steps=workload.call.num_inference_steps,
+        boundaries=params.boundaries,
+        history_sizes=params.history_sizes,
+        variants=(Variant(name="counted", full_steps=(0,)),),
+        kind=params.kind,
+        step_history=params.step_history,
+        projection=params.projection,
+        rank=params.rank,
+    )
+    return predictor_bytes(spec, tokens=1, element_size=4)["weights"]
+
+
+def _fitting(workload: Workload, values: int, channels: int) -> int:
+    """Sums of products that the search makes on the GPU, and the features that it makes them of, in float64."""
+    if not searched_budgets(workload.schedule):
+        return 0
+    steps = workload.call.num_inference_steps
+    features = max(CHUNK, 8 * steps * values)
+    return _FITTING_COPIES * features + 2 * 8 * (steps + 1) ** 2 * channels
+
+
+def _closed_loop(
+    workload: Workload, full: dict[str, int], branches: int, wide: int, feature: int, num_blocks: int
+) -> int:
+    """Activations that the gradient through the sampler needs, of the largest budget."""
+    settings, element = workload.closed_loop, _ELEMENT[workload.model.dtype]
+    if settings.iterations == 0 or settings.gradient != "through_sampler":
+        return 0
+    steps = workload.call.num_inference_steps
+    a_block = wide * element * (1 if settings.gradient_checkpointing else _BLOCK_VALUES)
+    recomputed = wide * element * _BLOCK_VALUES
+    return settings.batch_size * max(
+        branches * (count * num_blocks * a_block + (steps - count) * feature * 4 * _PREDICTED_VALUES) + recomputed
+        for count in full.values()
+    )
+
+
+def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, float]:
+    """Transformer calls of each stage; training the experts on recorded features is little beside them."""
+    steps, record, judged = workload.call.num_inference_steps, workload.record, workload.evaluate
+    accelerated = {name: run * count / steps for name, count in full.items()}
+    searched = sum(accelerated[name] for name in searched_budgets(workload.schedule))
+    loop = workload.closed_loop
+    through = loop.gradient == "through_sampler"
+    an_iteration = loop.batch_size * (1 + through * (BACKWARD + loop.gradient_checkpointing))
+    search = workload.search
+    an_update = loop.batch_size * (1 + BACKWARD + loop.gradient_checkpointing)
+    screened = search.screened if search.screened > search.finalists else 0
+    trained = search.finalists * (search.finalist_iterations * an_update + 2 * search.samples)
+    trained += screened * (search.screen_iterations * an_update + 2 * search.samples)
+    validations = record.validation_prompts * record.seeds_per_prompt * (1 + loop.iterations // loop.checkpoint_every)
+    samples = judged.prompts * judged.seeds_per_prompt
+    converged = samples * judged.converged_fraction * run * judged.converged_steps / steps
+    at_gate = workload.publish.gate_prompts * judged.seeds_per_prompt
+    every_method = METHODS * sum(accelerated.values())
+    tuning = TUNING * sum(accelerated.values())
+    of_training = min(workload.publish.bound_samples, record.train_prompts * record.seeds_per_prompt)
+    bounds = (record.validation_prompts * record.seeds_per_prompt + of_training) * sum(accelerated.values())
+    return {
+        "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
+        "search": searched * (search.descents * search.evaluations * search.samples + trained * (search.finalists > 1)),
+        "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
+        "evaluate": samples * (run + every_method) + converged + tuning,
+        "publish": at_gate * (run + every_method) + tuning + bounds,
+    }

@@ -1,0 +1,4 @@
+"""Measure, aggregate, report.
+
+Imported by publishing, the command line, flows and benchmarks.
+"""

@@ -1,0 +1,266 @@
+"""Experts with their routing, as a sampler uses them: `h_hat = h_t + alpha z` (LESA, arXiv 2602.20497).
+
+Torch alone: alpha is evaluated once when a schedule is bound, and z depends on the cached features alone, so it is
+computed once an anchor; what is left for a predicted step is one multiply-add an element (kind `lesa`), or a few
+with weights of the step's own (kind `per_step`, see `lesa.training.step_weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lesa.predictor import alpha as gates
+from lesa.predictor import projection as projections
+from lesa.predictor import step_weights
+from lesa.predictor.rule import History
+from lesa.predictor.spec import MIXED_VARIANT, STEPS, PredictorSpec, Variant
+from lesa.schedule import Schedule, history_problems, stage_of_steps
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A spec with its tensors, named `<variant>/<stage>/projection.*`, `<variant>/<stage>/gate.*` and, with
+    kind `per_step`, `<variant>/steps/*`.
+
+    Experts for other numbers of steps (`MIXED`) have the LESA form whatever the kind, and a gate that multiplies
+    first-order extrapolation: alpha = KAN(dt) dt_0 / (dt_1 - dt_0). So z is a slope in noise level, and what the gate
+    has to learn changes little with the distance between steps.
+    """
+
+    spec: PredictorSpec
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        shapes = self.tensor_shapes(self.spec)
+        problems = [f"missing tensor {name}" for name in sorted(shapes.keys() - self.tensors.keys())]
+        problems += [f"unknown tensor {name}" for name in sorted(self.tensors.keys() - shapes.keys())]
+        for name in sorted(shapes.keys() & self.tensors.keys()):
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != shapes[name]:
+                problems.append(f"tensor {name} has shape {tuple(tensor.shape)}, needs {shapes[name]}")
+            elif not tensor.is_floating_point():
+                problems.append(f"tensor {name} has dtype {tensor.dtype}, needs a floating one")
+            elif not torch.isfinite(tensor).all():
+                problems.append(f"tensor {name} has values that are not finite")
+        if problems:
+            raise ValueError("predictor: " + "; ".join(problems))
+
+    @staticmethod
+    def tensor_shapes(spec: PredictorSpec) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor the spec calls for."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for variant in spec.all_variants:
+            for stage, size in enumerate(spec.sizes_of(variant)):
+                prefix = f"{variant.name}/{stage}/"
+                of_projection = projections.projection_shapes(spec.projection, spec.channels, size, spec.rank)
+                of_gate = gates.gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
+                shapes |= {f"{prefix}projection.{name}": shape for name, shape in of_projection.items()}
+                shapes |= {f"{prefix}gate.{name}": shape for name, shape in of_gate.items()}
+            if spec.kind == "per_step" and variant != MIXED_VARIANT:
+                of_steps = step_weights.step_weight_shapes(spec.num_steps, spec.step_history, spec.channels)
+                shapes |= {f"{variant.name}/{STEPS}/{name}": shape for name, shape in of_steps.items()}
+        return shapes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def variant_for(self, schedule: Schedule) -> Variant:
+        """As `PredictorSpec.variant_for`."""
+        return self.spec.variant_for(schedule)
+
+    def is_trained_for(self, schedule: Schedule) -> bool:
+        """As `PredictorSpec.is_trained_for`."""
+        return self.spec.is_trained_for(schedule)
+
+    def step_tensors(self, variant: Variant) -> dict[str, torch.Tensor]:
+        """The variant's step weights, named as in `lesa.training.step_weights`; empty with kind `lesa`."""
+        prefix = f"{variant.name}/{STEPS}/"
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+    def expert(self, variant: Variant, stage: int, part: str) -> dict[str, torch.Tensor]:
+        """One expert's tensors without their prefix; `part` is `projection` or `gate`."""
+        prefix = f"{variant.name}/{stage}/{part}."
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+    def alphas(self, schedule: Schedule, sigmas: torch.Tensor) -> torch.Tensor:
+        """[S] alpha of every step that has its expert's history (full steps too, for the error meter), else NaN.
+
+        Args:
+            schedule: the steps.
+            sigmas: [S + 1] noise levels.
+
+        Raises:
+            ValueError: every predicted step whose history is too short or whose offsets were never trained on, or
+                a number of steps outside `step_range`.
+        """
+        spec, variant = self.spec, self.variant_for(schedule)
+        sizes, is_mixed = spec.sizes_of(variant), variant == MIXED_VARIANT
+        low, high = spec.step_range
+        if is_mixed and not low <= schedule.num_steps <= high:
+            raise ValueError(f"num_inference_steps: got {schedule.num_steps}, the predictor serves {low} to {high}")
+        if sigmas.shape != (schedule.num_steps + 1,):
+            raise ValueError(
+                f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
+            )
+        stages = stage_of_steps(sigmas, spec.boundaries)
+        problems = []
+        if spec.kind == "lesa" or is_mixed:  # weights of each step use what history there is, without the expert
+            problems = history_problems(schedule, sizes, stages, spec.history)
+        if spec.gate == "table" and schedule.num_steps != spec.num_steps:
+            raise ValueError(
+                f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
+            )
+        untrained = spec.kind == "per_step" and not is_mixed and not self.is_trained_for(schedule)
+        if untrained and schedule.predicted_steps:
+            known = "; ".join(f"{v.name}: {list(v.full_steps)}" for v in spec.variants)
+            problems.append(f"weights of each step serve the full steps they were trained for only ({known})")
+        result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
+        for stage, size in enumerate(sizes):
+            tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
+            past = {
+                step: gates.history_steps(schedule, step, size, spec.history)
+                for step in range(schedule.num_steps)
+                if stages[step] == stage
+            }
+            steps = [step for step, entries in past.items() if len(entries) == size]
+            if not steps:
+                continue
+            dt = torch.stack([gates.offsets(sigmas.double(), step, past[step]) for step in steps])
+            strange = gates.out_of_range(dt, tensors["low"], tensors["high"]) & torch.tensor(
+                [not schedule.is_full(step) for step in steps]
+            )
+            if strange.any():
+                at = [step for step, bad in zip(steps, strange.tolist(), strict=True) if bad]
+                problems.append(
+                    f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
+                    f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
+                )
+            found = gates.alpha(spec.gate, tensors, dt, steps)
+            result[steps] = found = found * gates.linear_alpha(dt) if is_mixed else found
+            finite = dict(zip(steps, found.isfinite().tolist(), strict=True))
+            bad = [step for step in steps if not finite[step] and not schedule.is_full(step)]
+            if bad:
+                problems.append(f"alpha of noise stage {stage} is not finite at steps {bad}: the gate is damaged")
+        if problems:
+            raise ValueError(f"schedule ({schedule}): " + "; ".join(problems))
+        return result
+
+    def bind(
+        self,
+        schedule: Schedule,
+        sigmas: torch.Tensor,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> BoundPredictor:
+        """Fix the schedule: alphas evaluated, weights folded, cast and moved.
+
+        Raises:
+            ValueError: as `alphas`.
+        """
+        alphas = self.alphas(schedule, sigmas)
+        variant = self.variant_for(schedule)
+        stages, sizes = stage_of_steps(sigmas, self.spec.boundaries), self.spec.sizes_of(variant)
+        parts = {stage: self.expert(variant, stage, "projection") for stage in sorted(set(stages))}
+        by_step: dict[str, torch.Tensor] = {}
+        if self.spec.kind == "per_step" and self.is_trained_for(schedule):
+            by_step = fold_step_weights(self.step_tensors(variant), parts, stages, alphas)
+            parts = {stage: projections.without_channel_part(tensors) for stage, tensors in parts.items()}
+        experts = {
+            stage: {
+                name: tensor.to(device=device, dtype=dtype) for name, tensor in projections.fold(tensors).items()
+            }
+            for stage, tensors in parts.items()
+        }
+        return BoundPredictor(
+            name=f"lesa[{variant.name}]",
+            history_size=max(*sizes, self.spec.step_history if by_step else 1),
+            keeps_predictions=self.spec.history == "steps",
+            alphas=tuple(alphas.tolist()),
+            stages=tuple(stages),
+            # Weights of each step can say something from one feature on.
+            sizes=(1,) * len(sizes) if by_step else sizes,
+            expert_sizes=sizes,
+            experts=experts,
+            by_step={name: tensor.to(device=device, dtype=dtype) for name, tensor in by_step.items()},
+        )
+
+
+def fold_step_weights(
+    own: Mapping[str, torch.Tensor],
+    experts: Mapping[int, Mapping[str, torch.Tensor]],
+    stages: Sequence[int],
+    alphas: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Step weights that hold the per-channel part of `alpha z` too: it costs nothing more at a predicted step.
+
+    Args:
+        own: `weight` [S, K, C] and `bias` [S, C].
+        experts: projection tensors of each noise stage.
+        stages: of each step.
+        alphas: [S]; NaN where there is no prediction.
+    """
+    num_steps, size, channels = own["weight"].shape
+    deepest = max(size, *(tensors["scale"].shape[0] for tensors in experts.values()))
+    weight = torch.zeros(num_steps, deepest, channels)
+    weight[:, :size] = own["weight"]
+    bias = own["bias"].float().clone()
+    for step, (stage, alpha) in enumerate(zip(stages, alphas.tolist(), strict=True)):
+        if not math.isnan(alpha):
+            scale = step_weights.in_differences(experts[stage]["scale"].float())
+            weight[step, : len(scale)] += alpha * scale
+            bias[step] += alpha * experts[stage]["bias"].float()
+    return {"weight": weight, "bias": bias}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundPredictor:
+    """A predictor on one schedule: a `lesa.predictor.rule.Rule`."""
+
+    name: str
+    history_size: int
+    keeps_predictions: bool
+    alphas: tuple[float, ...]  # of each step; NaN where the history is too short
+    stages: tuple[int, ...]  # noise stage of each step
+    sizes: tuple[int, ...]  # features that a prediction needs, of each stage
+    expert_sizes: tuple[int, ...]  # K of each stage's expert
+    experts: Mapping[int, Mapping[str, torch.Tensor]] = field(repr=False)
+    by_step: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)  # step weights, folded
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        newest = history.features[0]
+        if not self.by_step:
+            return torch.add(newest, self._z(history, step), alpha=self.alphas[step])
+        weight = self.by_step["weight"][step]
+        # Summed up before the feature is added: in low precision one rounding at its size, not one a term.
+        change = step_weights.correction(newest, self._differences(history), weight, self.by_step["bias"][step])
+        if self.experts[self.stages[step]] and not math.isnan(self.alphas[step]):
+            change.add_(self._z(history, step), alpha=self.alphas[step])
+        return change.add_(newest)
+
+    def _z(self, history: History, step: int) -> torch.Tensor:
+        stage = self.stages[step]
+        z = history.memo.get(stage)
+        if z is None:
+            size = self.expert_sizes[stage]
+            for earlier in [key for key in history.memo if isinstance(key, int)]:
+                del history.memo[earlier]  # a run goes through each noise stage once
+            history.memo[stage] = z = projections.project_folded(history.features[:size], self.experts[stage])
+        return z
+
+    def _differences(self, history: History) -> list[torch.Tensor]:
+        found = [history.memo[key] for key in sorted(k for k in history.memo if isinstance(k, str))]
+        if not found and len(history.features) > 1:
+            found = step_weights.differences(history.features, self.by_step["weight"].shape[1])
+            history.memo |= {f"difference{index:02d}": change for index, change in enumerate(found)}
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.by_step.values(), *(t for expert in self.experts.values() for t in expert.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,143 @@
+"""Bounds of the error meter, calibrated on recorded prompts and noise: what `adaptive=True` compares a run with.
+
+The accelerated sampler runs those of the validation trajectories and of a share of the training ones, and the relative
+L1 error at each full step is taken of every sample. Over samples its logarithm is close to normal, so the bound is that
+of a log-normal: mean + z deviations, wider for the few samples it rests on, with z such that of runs like these a share
+of `ALARMS` is expected to have an error beyond its bound. Where samples differ much, its tail is longer than that
+(flux-photos: 13% of held-out runs were beyond some bound that 32 runs gave, 0.2% beyond those of 832), so no bound is
+below an error that was seen. Errors along the recorded trajectories would not do: on the drifted states of an
+accelerated run they are some percent larger, which is as much as samples differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from decimal import ROUND_CEILING, Context
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+import torch
+
+from lesa.models.pipelines import load_pipeline, sample
+from lesa.params import Report, Workload
+from lesa.predictor.predictor import Predictor
+from lesa.predictor.rule import Rule
+from lesa.recording.dataset import Trajectories, recorded_splits
+from lesa.sampling.binding import MovingRule
+from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
+from lesa.schedule import Schedule
+from lesa.training.jobs import load_predictor
+
+ALARMS = 0.02  # of runs of one sample: at 5x, and half a dozen further full steps each, 0.1 full steps in the mean
+_LEAST_DEVIATION = 0.02  # of the logarithm: a handful of samples that agree by chance must not make a tight bound
+
+
+def meter_errors(
+    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, data: Trajectories, rows: Sequence[int]
+) -> dict[int, list[float]]:
+    """Relative L1 error at each full step that has one, of the runs of these rows (the worst guidance branch)."""
+    found: dict[int, list[float]] = {}
+    size = workload.evaluate.batch_size
+    for first in range(0, len(rows), size):
+        chunk = rows[first : first + size]
+        # The guard stays on: a run that it interferes with is as the user's would be.
+        apply_lesa_cache(
+            pipe.transformer,
+            LesaCacheConfig(schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler),
+        )
+        try:
+            prompts, seeds = [data.prompts[row] for row in chunk], [data.seeds[row] for row in chunk]
+            sample(pipe, prompts, seeds, workload.call, batch_size=size)
+            records = cache_state(pipe.transformer).steps
+        finally:
+            remove_lesa_cache(pipe.transformer)
+        for record in records:
+            if record.sample_errors is not None and schedule.is_full(record.step):
+                found.setdefault(record.step, []).extend(record.sample_errors.tolist())
+    return found
+
+
+def bounds_of(errors: Mapping[int, Sequence[float]], schedule: Schedule) -> dict[int, float]:
+    """The bound of each full step that predicted steps follow: the log-normal's, or the largest error seen.
+
+    A step with fewer than two samples, or with an error that is no number, has none.
+    """
+    watched = {
+        step: [math.log(max(error, 1e-12)) for error in errors[step]]
+        for step, end in zip(schedule.full_steps, (*schedule.full_steps[1:], schedule.num_steps), strict=True)
+        if end - step > 1 and len(errors.get(step, ())) > 1 and all(map(math.isfinite, errors[step]))
+    }
+    if not watched:
+        return {}
+    z = NormalDist().inv_cdf(1 - min(ALARMS / len(watched), 0.5))
+    bounds = {}
+    for step, logarithms in watched.items():
+        spread = max(stdev(logarithms), _LEAST_DEVIATION) * math.sqrt(1 + 1 / len(logarithms))
+        bounds[step] = math.exp(max(fmean(logarithms) + z * spread, *logarithms))
+    return bounds
+
+
+def bounds_by_budget(
+    pipe: Any,
+    workload: Workload,
+    predictor: Predictor,
+    train: Trajectories,
+    validation: Trajectories,
+    budgets: Collection[str] | None = None,
+    report: Report = lambda step, values: None,
+) -> dict[str, list[float | None]]:
+    """`calibrated_bounds` of these budgets of the workload, of all where none are named.
+
+    Args:
+        report: told after each budget how many are done, and how many of its full steps have a bound.
+    """
+    schedules = workload.budgets()
+    found: dict[str, list[float | None]] = {}
+    for name in schedules if budgets is None else budgets:
+        rule = MovingRule(predictor, schedules[name], validation.sigmas)
+        found[name] = calibrated_bounds(pipe, workload, schedules[name], rule, validation, train)
+        report(len(found), {"bounds": sum(bound is not None for bound in found[name])})
+    return found
+
+
+def calibrated_bounds(
+    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories, train: Trajectories
+) -> list[float | None]:
+    """The bound of each full step as a manifest has it, in three digits; None where the step decides nothing.
+
+    They rest on all runs of `validation` and on `publish.bound_samples` runs spread evenly over those of `train`.
+    """
+    trained = _runs(train)
+    count = min(workload.publish.bound_samples, len(trained))
+    places = torch.linspace(0, len(trained) - 1, count).round().long().tolist()
+    errors = meter_errors(pipe, workload, schedule, rule, validation, _runs(validation))
+    for step, found in meter_errors(pipe, workload, schedule, rule, train, [trained[i] for i in places]).items():
+        errors[step] += found
+    bounds = bounds_of(errors, schedule)
+    return [_rounded_up(bounds[step]) if step in bounds else None for step in schedule.full_steps]
+
+
+def _rounded_up(bound: float) -> float:
+    """To three digits.
+
+    So the last bits of another machine's arithmetic do not make another bundle of the same predictor; and upwards,
+    since a bound may be the very error that a run had.
+    """
+    return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(bound))
+
+
+def _runs(data: Trajectories) -> list[int]:
+    """One row of each recorded run."""
+    return [row for row, branch in enumerate(data.branch) if branch == 0]
+
+
+def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -> dict[str, list[float | None]]:
+    """The bound of each full step of these budgets, with the predictor of the second training step.
+
+    Raises:
+        ValueError: predictor or trajectories are missing or not what was written.
+    """
+    train, validation = recorded_splits(workload)  # not kept: a process has one such job
+    predictor = load_predictor(workload.paths.closed_loop)
+    return bounds_by_budget(load_pipeline(workload), workload, predictor, train, validation, budgets, report)

@@ -1,0 +1,216 @@
+"""Which trajectories a workload's prompts and seeds ask for, and what they take of the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lesa import atomic
+from lesa.models.families import TAP
+from lesa.models.fingerprint import base_parameters, fingerprint
+from lesa.params import Workload
+from lesa.recording.prompts import PromptError, read_splits
+from lesa.recording.store import FORMAT, TrajectoryStore, estimate_bytes, trajectory_key
+
+RECORDED_SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTrajectory:
+    """One run to record."""
+
+    key: str
+    identity: dict[str, Any]
+    prompt: str
+    seed: int
+    split: str  # train or validation; not part of the identity
+    num_steps: int  # sampler steps; part of the identity's call
+
+
+def count_by_steps(plan: Iterable[PlannedTrajectory]) -> Counter[int]:
+    """How many planned trajectories have each number of steps."""
+    return Counter(item.num_steps for item in plan)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordingSize:
+    """How large one trajectory of a workload is."""
+
+    num_steps: int
+    num_branches: int
+    num_tokens: int  # kept ones
+    channels: int
+    context_values: int  # float32 values beside the features
+    step_values: int  # those of them that come with each step
+
+    def bytes(self, num_trajectories: int) -> int:
+        """Bytes on disk of so many."""
+        sizes = dataclasses.asdict(self)
+        del sizes["step_values"]
+        return estimate_bytes(num_trajectories, **sizes)
+
+    def bytes_of(self, counts: Mapping[int, int]) -> int:
+        """Bytes on disk of so many trajectories of each number of steps."""
+        return sum(self._with_steps(num_steps).bytes(count) for num_steps, count in counts.items())
+
+    def _with_steps(self, num_steps: int) -> RecordingSize:
+        values = self.context_values + (num_steps - self.num_steps) * self.step_values
+        return dataclasses.replace(self, num_steps=num_steps, context_values=values)
+
+
+def describe_source(pipe: Any) -> dict[str, Any]:
+    """What of a loaded pipeline determines a recording, as JSON: classes, weights, scheduler.
+
+    The transformer by its fingerprint; text encoders and tokenizers by a digest, because the same transformer
+    behind another encoder runs differently.
+    """
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    described = {
+        "fingerprint": fingerprint(pipe.transformer),
+        "pipeline": type(pipe).__name__,
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": config},
+        "text": _text_digest(pipe),
+        "transformer": type(pipe.transformer).__name__,
+    }
+    plain: dict[str, Any] = json.loads(
+        atomic.canonical_json(described)
+    )  # tuples become the lists they are stored as
+    return plain
+
+
+def _text_digest(pipe: Any) -> str:
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module) and name not in ("transformer", "vae"):
+            for parameter, value in base_parameters(part):
+                digest.update(f"{name}.{parameter} {list(value.shape)}".encode())
+                start = value.reshape(-1)[:64].to("cpu", torch.bfloat16)
+                digest.update(start.contiguous().view(torch.int16).numpy().tobytes())
+        elif hasattr(part, "get_vocab"):
+            digest.update(name.encode() + atomic.canonical_json(part.get_vocab()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[PlannedTrajectory]:
+    """Every trajectory of the workload: the first prompts of train.txt and validation.txt, in file order.
+
+    The call's own number of steps comes first, then each of `record.step_counts` with the first of the same
+    prompts and their noise. Prompt n of `train` has the seeds offset + 2 * (n * seeds_per_prompt + j), `validation`
+    the odd numbers between: appending prompts to either file leaves every other trajectory's seed, and so its key,
+    as it was.
+
+    Args:
+        source: what `describe_source` says of the pipeline.
+
+    Raises:
+        PromptError: unusable files, prompts in two splits, or fewer of them than are asked for.
+    """
+    known = recorded_prompts(workload)
+    planned = []
+    for num_steps in workload.step_counts:
+        for split, count in workload.num_recorded(num_steps).items():
+            for index, prompt in enumerate(known[split][:count]):
+                for repeat in range(workload.record.seeds_per_prompt):
+                    number = index * workload.record.seeds_per_prompt + repeat
+                    seed = workload.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
+                    identity = _identity(workload, source, prompt, seed, num_steps)
+                    planned.append(
+                        PlannedTrajectory(
+                            key=trajectory_key(identity),
+                            identity=identity,
+                            prompt=prompt,
+                            seed=seed,
+                            split=split,
+                            num_steps=num_steps,
+                        )
+                    )
+    return planned
+
+
+def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
+    """The prompts that are recorded, by split, in file order; PromptError as in `plan_recording`."""
+    splits = read_splits(workload.paths.prompts)
+    counts = workload.num_recorded(workload.call.num_inference_steps)
+    problems = [
+        f"record.{split}_prompts: {count} asked for, {split}.txt has {len(splits[split])}"
+        for split, count in counts.items()
+        if count > len(splits[split])
+    ]
+    if problems:
+        raise PromptError("; ".join(problems) + "; lower the number or add prompts")
+    return {split: splits[split][: counts[split]] for split in RECORDED_SPLITS}
+
+
+def _identity(
+    workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
+) -> dict[str, Any]:
+    batch_size = workload.record.batch_size
+    return {
+        **source,
+        # Left out at 1: who records one by one keeps the keys there were before there was a choice.
+        **({"batch_size": batch_size} if batch_size > 1 else {}),
+        "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},
+        "dtype": workload.model.dtype,
+        "format": FORMAT,
+        "prompt": prompt,
+        "seed": seed,
+        "tap": TAP,
+        "token_fraction": workload.record.token_fraction,
+    }
+
+
+def recorded_keys(workload: Workload, store: TrajectoryStore) -> dict[str, list[str]]:
+    """The committed keys by split, in the plan's order, without loading the pipeline.
+
+    Raises:
+        PromptError: a trajectory whose prompt is in neither split, or not at its number of steps: the store
+            belongs to other prompts.
+    """
+    known = recorded_prompts(workload)
+    place = {
+        (num_steps, prompt): (split, at, index)
+        for at, num_steps in enumerate(workload.step_counts)
+        for split, count in workload.num_recorded(num_steps).items()
+        for index, prompt in enumerate(known[split][:count])
+    }
+    found: dict[str, list[tuple[int, int, int, str]]] = {split: [] for split in RECORDED_SPLITS}
+    strangers = []
+    for key in store.keys():
+        record = store.record(key)
+        which = len(record["timesteps"]), record["prompt"]
+        if which not in place:
+            strangers.append(key)
+            continue
+        split, at, index = place[which]
+        found[split].append((at, index, record["seed"], key))
+    if strangers:
+        raise PromptError(
+            f"{store.path} holds {len(strangers)} trajectories of prompts that are not recorded any more, "
+            f"e.g. {strangers[0]}; run the record stage, which removes them"
+        )
+    return {split: [entry[-1] for entry in sorted(entries)] for split, entries in found.items()}
+
+
+def fewest_steps(most: int) -> int:
+    # Two, where there are two: a scheduler that stretches its noise levels (Qwen-Image's) divides by zero for one.
+    return min(2, most)
+
+
+def missing(store: TrajectoryStore, plan: Iterable[PlannedTrajectory]) -> list[PlannedTrajectory]:
+    """The part of the plan that is not committed yet, in its order, every key once."""
+    have = set(store.keys())
+    return list({item.key: item for item in plan if item.key not in have}.values())
+
+
+def batches(todo: Iterable[PlannedTrajectory], size: int) -> list[list[PlannedTrajectory]]:
+    """What a call of the pipeline each records, in the order of `todo`: at most `size`, of one number of steps."""
+    alike = (list(run) for _, run in itertools.groupby(todo, key=lambda item: item.num_steps))
+    return [run[start : start + size] for run in alike for start in range(0, len(run), size)]

@@ -1,0 +1,124 @@
+"""The bounded fallback: a run whose own errors are too large goes on with a slower schedule.
+
+At each full step the feature is compared with what the predictor would have said (the error meter). The first error
+beyond the bound its step was calibrated to (`publishing.calibration`) raises the alarm: from the slower schedule's next
+full step on, the run keeps to that schedule and to the predictor trained on it. What that predictor looks back on and
+this run has only predicted stands in its history as predicted. Single full steps put between the scheduled ones would
+do harm: weights trained through the whole sampler let the errors of different steps cancel, and a step that is suddenly
+exact leaves the others' uncancelled (`benchmarks/README.md`).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lesa.bundle import Bundle
+from lesa.bundle.budgets import slower_budget
+from lesa.predictor.rule import Rule
+from lesa.sampling.binding import MovingRule
+from lesa.schedule import Schedule
+
+
+class Fallback:
+    """Whether and when the run that is under way changes over.
+
+    Args:
+        schedule: that runs begin with.
+        bounds: largest relative L1 error of a sample, for the full steps that are watched.
+        slower: the schedule to change over to.
+        rule: predicts on it.
+        name: of it, for people.
+
+    Raises:
+        ValueError: naming every setting that does not fit.
+    """
+
+    def __init__(
+        self, schedule: Schedule, bounds: Mapping[int, float], slower: Schedule, rule: Rule, name: str
+    ) -> None:
+        problems = [f"bounds: step {step} is not a full step" for step in bounds if not schedule.is_full(step)]
+        problems += [f"bounds: {b} of step {s} is not above zero" for s, b in bounds.items() if not 0 < b < math.inf]
+        if slower.num_steps != schedule.num_steps:
+            problems.append(f"slower: has {slower.num_steps} steps, the schedule {schedule.num_steps}")
+        if rule.keeps_predictions:
+            problems.append("rule: looks back on predicted steps, and so on a run of its own from the first step on")
+        if problems:
+            raise ValueError("fallback: " + "; ".join(problems))
+        self.schedule, self.slower, self.rule, self.name = schedule, slower, rule, name
+        self._bounds = {step: bound for step, bound in bounds.items() if self._change_after(step) is not None}
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins."""
+        self.alarm: int | None = None  # full step with the first error beyond its bound
+        self.change: int | None = None  # full step from which on the slower schedule holds
+
+    def _change_after(self, step: int) -> int | None:
+        later = bisect_right(self.slower.full_steps, step)
+        return self.slower.full_steps[later] if later < self.slower.num_full else None
+
+    def watches(self, step: int) -> bool:
+        """Whether the error at `step` decides anything."""
+        return self.alarm is None and step in self._bounds
+
+    def observe(self, step: int, error: float) -> None:
+        """Take the error of full step `step`, of the worst sample and branch; one that is no number is too large."""
+        if not error <= self._bounds[step]:
+            self.alarm, self.change = step, self._change_after(step)
+
+    @property
+    def words(self) -> str:
+        """What the newest run did about it."""
+        return f"to {self.name} at step {self.change}: the error at step {self.alarm} was beyond its bound"
+
+    @property
+    def most(self) -> int:
+        """Full steps that a run may have beyond its schedule's, at the most."""
+        changes = [change for step in self._bounds if (change := self._change_after(step)) is not None]
+        return max((self._full_steps_with(change) - self.schedule.num_full for change in changes), default=0)
+
+    @property
+    def promise(self) -> str:
+        return f"{self.name} where errors are beyond their bounds, at most {self.most} full steps more"
+
+    def _full_steps_with(self, change: int) -> int:
+        return sum(s < change for s in self.schedule.full_steps) + sum(s >= change for s in self.slower.full_steps)
+
+
+def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
+    """The fallback of a budget: its error bounds, and the next slower budget to change over to.
+
+    Raises:
+        ValueError: what was chosen is no budget, is the slowest, or has no bounds.
+    """
+    manifest = bundle.manifest
+    if chosen not in manifest.budgets:
+        raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
+    budget = manifest.budgets[chosen]
+    name = slower_budget(manifest, chosen)
+    if not budget.bounds:
+        raise ValueError(
+            f"adaptive: budget {chosen!r} of this bundle has no error bounds: they were calibrated on fewer than two "
+            "runs, or with errors that were no numbers; publish the bundle again"
+        )
+    schedule = manifest.budgets[name].schedule
+    return Fallback(
+        budget.schedule,
+        budget.bounds,
+        schedule,
+        MovingRule(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
+        name,
+    )
+
+
+def adaptive_problems(scheduler: Any, schedule: Schedule) -> list[str]:
+    """What keeps a run from being adaptive: bounds are known for the bundle's own number of steps."""
+    steps = getattr(scheduler, "num_inference_steps", None)
+    if steps is None or steps == schedule.num_steps:
+        return []
+    return [f"adaptive: error bounds are known for {schedule.num_steps} steps; for other numbers enable without it"]

@@ -1,0 +1,209 @@
+"""enable, disable, summary: a bundle on somebody's pipeline, and off again without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+
+from lesa.bundle import Bundle, load_bundle
+from lesa.bundle.budgets import choose_schedule
+from lesa.models.families import family_of
+from lesa.models.fingerprint import adapters, is_quantized
+from lesa.sampling.adaptive import adaptive_problems, fallback_of
+from lesa.sampling.binding import MovingRule, OtherSteps
+from lesa.sampling.checks import (
+    FirstCall,
+    MismatchError,
+    call_problems,
+    pipeline_problems,
+    scheduler_problems,
+    weights_problems,
+)
+from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
+from lesa.sampling.statistics import RunStatistics
+from lesa.schedule import Schedule
+
+ALLOWANCES = ("lora", "quantized", "pipeline")
+REGISTRY_PREFIX = "models:/"
+
+
+@dataclass(frozen=True, slots=True)
+class _Enabled:
+    bundle: Bundle
+    schedule: Schedule
+
+
+_ENABLED: weakref.WeakKeyDictionary[torch.nn.Module, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable(
+    pipe: Any,
+    bundle: Bundle | str | Path,  # a bundle, its folder, or "models:/name@alias" of a registry
+    *,
+    interval: int | None = None,  # steps from one full step to the next; 1 is plain sampling
+    full_steps: Sequence[int] | None = None,  # the full steps themselves
+    budget: str | None = None,  # a schedule of the bundle by name; nothing asked for: its default budget
+    min_psnr: float | None = None,  # dB to the plain run: the fastest budget that measured at least so much
+    max_loss_db: float | None = None,  # the fastest budget that measured at most so much below the bundle's best
+    allow: Collection[str] = (),  # "lora", "quantized", "pipeline": accept what the bundle was not measured with
+    measure: bool = True,  # at full steps, measure what the predictor would have been off by
+    adaptive: bool = False,  # go on with a slower budget where that error exceeds the bound it was calibrated to
+) -> None:
+    """Accelerate a diffusers pipeline with a bundle made for its model.
+
+    A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
+    pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
+    schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
+    With `adaptive`, a run whose errors stay within their bounds is the same as without. One that leaves them, as with
+    an adapter that changes much, goes on with the bundle's next slower budget. The worst sample of a batch decides for
+    all. Features of that budget's history are kept beside the own ones: up to twice the memory.
+    It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
+    calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
+
+    The scheduler and the call are checked again at the first transformer call of every run, before anything
+    is computed. A run may have any number of steps in the bundle's `step_range`: a budget is carried to it,
+    with as many full steps as the bundle's fastest budget at least.
+
+    Raises:
+        MismatchError: the pipeline is not what the bundle was made for; every difference is listed, and the
+            pipeline is as it was.
+        BundleError: the bundle is broken.
+        ValueError: a schedule that the predictor cannot serve, an argument out of range, or `adaptive` with what has
+            no bounds (a schedule that is no budget, an older bundle) or no slower budget.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown or isinstance(allow, str):
+        got = allow if isinstance(allow, str) else ", ".join(unknown)
+        raise ValueError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
+    transformer = _transformer(pipe)
+    if is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError("another cache is enabled: call pipe.transformer.disable_cache() first")
+    family = family_of(transformer)
+    loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
+    manifest = loaded.manifest
+    problems = pipeline_problems(pipe, transformer, manifest, allow)
+    if problems:
+        raise MismatchError(f"bundle {manifest.workload} does not fit this pipeline", problems)
+    choose = partial(
+        choose_schedule,
+        manifest,
+        interval=interval,
+        full_steps=full_steps,
+        budget=budget,
+        min_psnr=min_psnr,
+        max_loss_db=max_loss_db,
+    )
+    schedule, chosen = choose()
+    fallback = None
+    if adaptive:
+        if not measure:
+            raise ValueError("adaptive: needs measure=True, since the measured errors decide")
+        fallback = fallback_of(loaded, chosen)
+    rule = MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
+    owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
+    adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
+    notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
+
+    def check(call: FirstCall) -> list[str]:
+        notes.clear()  # adapters come and go between the runs
+        notes.update(_notes(loaded, chosen, owner(), call.transformer) | adaptive_note)
+        return [
+            *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
+            *scheduler_problems(call.scheduler, manifest),
+            *weights_problems(call.transformer, allow),
+            *call_problems(owner(), manifest.call, call),
+        ]
+
+    apply_lesa_cache(
+        transformer,
+        LesaCacheConfig(
+            schedule=schedule,
+            rule=rule,
+            scheduler=lambda: getattr(owner(), "scheduler", None),
+            sigmas=manifest.sigmas,
+            other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], MovingRule)
+            if loaded.predictor.spec.step_counts and not adaptive
+            else None,
+            fallback=fallback,
+            check=check,
+            num_branches=len(manifest.branches),
+            late_start=type(pipe).__name__ not in family.pipeline_classes,
+            measure=measure,
+            notes=notes,
+            bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
+        ),
+    )
+    _ENABLED[transformer] = _Enabled(loaded, schedule)
+
+
+def disable(pipe: Any) -> None:
+    """Take LESA off a pipeline: it samples as before, bit for bit. Harmless where LESA is not enabled."""
+    transformer = _transformer(pipe)
+    remove_lesa_cache(transformer)
+    _ENABLED.pop(transformer, None)
+
+
+def summary(pipe: Any) -> RunStatistics:
+    """The newest run: `print` it for a table a step, `.to_dict()` for plain values.
+
+    Raises:
+        ValueError: LESA is not enabled on the pipeline.
+    """
+    transformer = _transformer(pipe)
+    if not is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+    return cache_state(transformer)
+
+
+def call_kwargs(pipe: Any) -> dict[str, Any]:
+    """The call the enabled bundle was made for: size, steps, guidance, text length, for the pipeline."""
+    enabled = _ENABLED.get(_transformer(pipe))
+    if enabled is None:
+        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    call = dataclasses.asdict(enabled.bundle.manifest.call)
+    given = {name: value for name, value in call.items() if value is not None and name in accepted}
+    if given.get("true_cfg_scale", 0.0) > 1.0:
+        given["negative_prompt"] = " "  # without one the pipelines leave out the unconditional branch
+    return given
+
+
+def _load(bundle: str | Path) -> Bundle:
+    if str(bundle).startswith(REGISTRY_PREFIX):
+        from lesa.pull import pull
+
+        folder = pull(str(bundle))
+        return load_bundle(folder, expected_digest=folder.name)
+    return load_bundle(bundle)
+
+
+def _transformer(pipe: Any) -> torch.nn.Module:
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, torch.nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
+    return unwrap_module(transformer)
+
+
+def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module) -> dict[str, str]:
+    notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
+    strange = []
+    if type(pipe).__name__ != bundle.manifest.pipeline_class:
+        strange.append(type(pipe).__name__)
+    if names := adapters(transformer):
+        strange.append(f"adapters {', '.join(names)}")
+    if strange:
+        notes["not measured with"] = ", ".join(strange)
+    if is_quantized(transformer):
+        notes["weights"] = "quantised; the fingerprint was not compared"
+    return notes

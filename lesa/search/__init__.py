@@ -1,0 +1,4 @@
+"""Where the full steps stand.
+
+Imported by flows and benchmarks.
+"""

@@ -1,0 +1,134 @@
+"""The search's last word: schedules that lead are trained through the sampler for a while before one is taken.
+
+Weights in closed form rank schedules as they are before training, and what training makes of a schedule differs by
+more than the leaders do. So those that lead, not too alike, get a short closed loop each, of step weights alone: what
+experts add, they add to all of them. A very short one screens many: it ranks them much as a longer one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from lesa.params import Workload
+from lesa.predictor.rule import History
+from lesa.predictor.spec import STEPS
+from lesa.predictor.step_weights import differences
+from lesa.recording.dataset import Trajectories, draw
+from lesa.schedule import Schedule
+from lesa.training.loop import LoopSettings, TrainingError, optimise
+from lesa.training.losses import log_latents_loss
+from lesa.training.rollout import accelerated_latents, freeze_pipeline
+from lesa.training.step_weights import StepWeights
+
+APART = 4  # steps by which the full steps of two finalists differ at least, taken together
+
+Steps = tuple[int, ...]
+
+
+@dataclass
+class StepRule:
+    """Step weights alone as a `lesa.predictor.rule.Rule`: predictions carry their gradients."""
+
+    weights: StepWeights
+    history_size: int  # K
+    name: str = "step weights in training"
+    keeps_predictions: bool = False
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        held = [feature.float() for feature in history.features]
+        change = self.weights(held[0], differences(held, self.history_size), step)
+        return (held[0] + change).to(history.features[0].dtype)
+
+
+def leaders(errors: Mapping[Steps, float], count: int, chosen: Sequence[Steps] = ()) -> list[Steps]:
+    """The lowest errors among schedules that are not too alike, the lowest first.
+
+    Args:
+        errors: of schedules with the same number of full steps.
+        count: how many at most.
+        chosen: schedules that come before all others.
+    """
+    found = list(chosen[:count])
+    for steps in sorted(errors, key=lambda steps: (errors[steps], steps)):
+        if len(found) == count:
+            break
+        if all(_apart(steps, other) >= APART for other in found):
+            found.append(steps)
+    return found
+
+
+def _silent(iteration: int, values: dict[str, float]) -> None:
+    """Of a finalist's training only the end is told."""
+
+
+def _apart(one: Steps, other: Steps) -> int:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def error_after_training(
+    pipe: Any,
+    workload: Workload,
+    data: Trajectories,
+    schedule: Schedule,
+    start: StepWeights,
+    *,
+    fitted: Sequence[int],
+    judged: Sequence[int],
+    iterations: int,
+) -> float:
+    """Error of the final latents after a short closed loop of step weights, as natural logarithm of the squared error.
+
+    Args:
+        pipe: the workload's pipeline; its parameters are frozen.
+        workload: its `closed_loop` section says how fast.
+        data: training trajectories.
+        schedule: on which the weights are good.
+        start: weights in closed form, trained in place.
+        fitted: trajectories that are learned from.
+        judged: others, for the error.
+        iterations: optimiser steps.
+
+    Returns:
+        The error, that of the start where training made it worse; infinity where it left the finite numbers.
+    """
+    settings = workload.closed_loop
+    freeze_pipeline(pipe)
+    rule = StepRule(start, workload.predictor.step_history)
+
+    def loss_of(indices: Sequence[int]) -> torch.Tensor:
+        latents = accelerated_latents(pipe, workload, schedule, rule, data, indices, settings.gradient_checkpointing)
+        return log_latents_loss(latents, data.latents[list(indices)].to(latents.device))
+
+    def batch_loss(batch: torch.Generator) -> torch.Tensor:
+        return loss_of([fitted[i] for i in draw(batch, len(fitted), settings.batch_size)])
+
+    @torch.no_grad()
+    def judged_loss() -> float:
+        return float(loss_of(judged))
+
+    loop = LoopSettings(
+        iterations=iterations,
+        learning_rate=0.0,  # there are no experts
+        gate_learning_rate=0.0,
+        step_learning_rate=settings.step_learning_rate,
+        weight_decay=0.0,
+        gradient_clip=settings.gradient_clip,
+        checkpoint_every=iterations,
+        seed=workload.seed,
+    )
+    weights = nn.ModuleDict({STEPS: start})
+    with TemporaryDirectory() as folder:  # too short to be taken up again
+        try:
+            return optimise(
+                weights, batch_loss, judged_loss, settings=loop, folder=Path(folder), key="", report=_silent
+            )
+        except TrainingError:
+            return math.inf

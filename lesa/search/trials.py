@@ -1,0 +1,130 @@
+"""A schedule run against the best so far, trajectory by trajectory, until it has plainly lost.
+
+Neighbouring schedules fail on the same trajectories, so the differences of their errors vary much less than the errors
+do, and a few of them tell most losers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from lesa import atomic
+from lesa.params import Report
+from lesa.search.finalists import Steps
+
+STRIDE = 8  # trajectories run at a time
+BEHIND = 2.0  # standard errors of the mean difference that a loser is behind
+WORST = 1e3  # dB: of a run that left the finite numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What a schedule came to.
+
+    error: in dB, of all trajectories; of a loser the best one's error and the mean difference to it, so far as it ran.
+    errors: in dB, of the trajectories that were run.
+    """
+
+    error: float
+    errors: tuple[float, ...]
+
+    @classmethod
+    def of(cls, errors: Sequence[float], rival: Race | None = None) -> Race:
+        """Of the errors of all trajectories; with a rival, of the first ones."""
+        finite = [error if math.isfinite(error) else WORST for error in errors]
+        if WORST in finite:
+            return cls(WORST, tuple(finite))
+        if rival is None or len(errors) == len(rival.errors):
+            return cls(fmean(finite), tuple(finite))
+        behind = fmean(a - b for a, b in zip(finite, rival.errors, strict=False))
+        return cls(rival.error + behind, tuple(finite))
+
+
+def raced(places: Sequence[int], run: Callable[[list[int]], list[float]], rival: Race | None) -> Race:
+    """Run a schedule on trajectories, `STRIDE` at a time, until it has lost or they are through.
+
+    Args:
+        places: trajectories, in the order of the rival's errors.
+        run: the errors of some of them, in dB.
+        rival: the best schedule's race, run on all of them; None runs all.
+    """
+    if rival is not None and rival.error == WORST:
+        rival = None
+    errors: list[float] = []
+    for start in range(0, len(places), STRIDE):
+        errors += run(list(places[start : start + STRIDE]))
+        if not all(map(math.isfinite, errors)) or (rival is not None and _lost(errors, rival.errors)):
+            break
+    return Race.of(errors, rival)
+
+
+def _lost(errors: Sequence[float], rivals: Sequence[float]) -> bool:
+    if len(errors) < STRIDE:
+        return False  # too few to tell
+    differences = [a - b for a, b in zip(errors, rivals, strict=False)]
+    return fmean(differences) > BEHIND * stdev(differences) / math.sqrt(len(differences))
+
+
+Run = tuple[int, Steps]  # optimiser steps before it, full steps
+
+
+class Runs:
+    """The runs of one search in their order.
+
+    Begun again, a search asks for the same runs in the same order: those that its journal has are taken from it.
+
+    Args:
+        journal: the file.
+        key: identity of the search: what its errors depend on.
+        report: called after every run with how many there are, its error and the lowest so far, in dB.
+
+    Attributes:
+        made: every run and what it came to.
+        known: the same by run; of one that was made again, the last.
+    """
+
+    def __init__(self, journal: Path, key: str, report: Report) -> None:
+        self.made: list[tuple[Run, Race]] = []
+        self.known: dict[Run, Race] = {}
+        self._journal, self._key, self._report = journal, key, report
+        self._kept = read_journal(journal, key)
+
+    def make(self, run: Run, value: str, play: Callable[[], Race]) -> Race:
+        """Make a run, or take it from the journal where it was the next one there; `value` names its error."""
+        place = len(self.made)
+        if place < len(self._kept) and self._kept[place][0] == run:
+            race = self._kept[place][1]
+        else:
+            race, self._kept = play(), []
+        self.made.append((run, race))
+        self.known[run] = race
+        if not self._kept:
+            write_journal(self._journal, self._key, self.made)
+        best = min(race.error for (iterations, _), race in self.known.items() if iterations == run[0])
+        self._report(len(self.made), {f"{value}_db": race.error, f"best_{value}_db": best})
+        return race
+
+
+def read_journal(path: Path, key: str) -> list[tuple[Run, Race]]:
+    """The runs that are done; none where the journal is of another search or torn."""
+    try:
+        record = json.loads(path.read_text())
+        if record["key"] == key:
+            return [
+                ((int(iterations), tuple(steps)), Race(error=float(error), errors=tuple(map(float, errors))))
+                for iterations, steps, error, errors in record["runs"]
+            ]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing is lost but time
+    return []
+
+
+def write_journal(path: Path, key: str, runs: list[tuple[Run, Race]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[iterations, list(steps), race.error, list(race.errors)] for (iterations, steps), race in runs]
+    atomic.write_json(path, {"key": key, "runs": rows})

@@ -1,0 +1,135 @@
+"""The two training steps cut into jobs that load what they need and can run anywhere, here or on a cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+
+from lesa import atomic
+from lesa.models.output_head import load_ends
+from lesa.models.pipelines import load_pipeline, pipeline_folder
+from lesa.params import Report, Workload
+from lesa.predictor.predictor import Predictor
+from lesa.predictor.spec import MIXED, PredictorSpec
+from lesa.recording.dataset import kept_elsewhere, kept_splits, recorded_splits
+from lesa.training.experts import Job, assemble, ground_truth_jobs
+from lesa.training.ground_truth import train_expert
+
+Tensors = dict[str, torch.Tensor]
+Figures = dict[str, float]
+
+
+def closed_loop_budgets(workload: Workload) -> list[str]:
+    """The jobs of the second training step: the experts for other numbers of steps, which take longest, and every
+    budget."""
+    return [*((MIXED,) if workload.record.step_counts else ()), *workload.schedule.budgets]
+
+
+def list_ground_truth_jobs(workload: Workload) -> list[Job]:
+    """The jobs of the first training step; impossible windows are refused here, before anything is trained."""
+    return ground_truth_jobs(workload, recorded_splits(workload)[1].sigmas)
+
+
+def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
+    """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
+    train, validation = kept_splits(workload)
+    ends = load_ends(transformer_folder(workload))
+    return train_expert(
+        workload,
+        job,
+        train,
+        validation,
+        ends,
+        others=kept_elsewhere(workload) if job.budget == MIXED else None,
+        work_dir=work_dir(workload) / "ground_truth",
+        report=report,
+    )
+
+
+def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
+    """Train the experts of one of `closed_loop_budgets`, from the predictor of the first step; resumes likewise."""
+    from lesa.training.closed_loop import (
+        train_budget,  # diffusers' hooks take seconds to import; the first step needs none
+    )
+
+    train, validation = kept_splits(workload)
+    return train_budget(
+        workload,
+        budget,
+        load_predictor(workload.paths.ground_truth),
+        load_pipeline(workload),
+        train,
+        validation,
+        others=kept_elsewhere(workload) if budget == MIXED else None,
+        work_dir=work_dir(workload) / "closed_loop",
+        report=report,
+    )
+
+
+def finish(
+    workload: Workload, step: str, experts: Mapping[Job, Tensors], figures: Mapping[str, Figures]
+) -> Predictor:
+    """Join all jobs' experts, save them as the step's result and drop the step's checkpoints.
+
+    Args:
+        step: `ground_truth` or `closed_loop`.
+    """
+    some = next(iter(experts.values()))
+    predictor = assemble(workload, some["projection.bias"].shape[0], dict(experts))
+    save_predictor(getattr(workload.paths, step), predictor, figures)
+    shutil.rmtree(work_dir(workload) / step, ignore_errors=True)
+    return predictor
+
+
+def work_dir(workload: Workload) -> Path:
+    """Where checkpoints of unfinished training lie; not an output of any stage."""
+    return Path("data/checkpoints") / workload.name / "work"
+
+
+def save_predictor(folder: Path, predictor: Predictor, figures: Mapping[str, Any]) -> None:
+    """Write `predictor.json` and `weights.safetensors` as one act."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / atomic.partial_name(folder.name)
+    partial.mkdir()
+    try:
+        weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+        atomic.write_bytes(partial / "weights.safetensors", weights)
+        record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
+        atomic.write_json(partial / "predictor.json", record)
+        atomic.replace_dir(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """The predictor that a training step saved; `ValueError` where it is missing, torn or altered."""
+    try:
+        record = json.loads((folder / "predictor.json").read_text())
+        weights = (folder / "weights.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} does not exist; run the training stages first") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: predictor.json is torn ({error}); train again") from None
+    if not isinstance(record, dict) or set(record) != {"spec", "sha256", "figures"}:
+        raise ValueError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
+    if record["sha256"] != atomic.sha256_bytes(weights):
+        raise ValueError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
+    return Predictor(PredictorSpec.from_dict(record["spec"]), parse_tensors(weights))
+
+
+def load_figures(folder: Path) -> dict[str, Any]:
+    """What the training step noted of itself: validation losses before and after, a job each."""
+    return json.loads((folder / "predictor.json").read_text())["figures"]
+
+
+def transformer_folder(workload: Workload) -> Path:
+    """Where the transformer alone lies, for what needs only its ends."""
+    return pipeline_folder(workload) / "transformer"

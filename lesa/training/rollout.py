@@ -1,0 +1,147 @@
+"""The accelerated pipeline as a differentiable function of the experts in its hook."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lesa.models.families import blocks, family_of
+from lesa.models.output_head import freeze
+from lesa.models.pipelines import call_arguments
+from lesa.params import Workload
+from lesa.predictor import alpha as gates
+from lesa.predictor.rule import History, Rule
+from lesa.predictor.step_weights import differences
+from lesa.recording.dataset import Trajectories
+from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
+from lesa.schedule import Schedule, stage_of_steps
+from lesa.training.expert import Expert
+from lesa.training.step_weights import StepWeights
+from lesa.training.targets import Windows
+
+
+@dataclass(kw_only=True)
+class ExpertRule:
+    """Experts in training as a `lesa.predictor.rule.Rule`: predictions carry gradients."""
+
+    experts: dict[int, Expert]
+    schedule: Schedule
+    sigmas: torch.Tensor
+    boundaries: tuple[float, ...]
+    sizes: tuple[int, ...]
+    history: str
+    step_weights: StepWeights | None = None  # kind per_step
+    step_history: int = 0
+    name: str = "experts in training"
+    captured: dict[tuple[int, int], torch.Tensor] | None = None  # (branch, step) -> history entry, where asked for
+    place: tuple[int, int] = (-1, 0)  # step and branch of the newest call, while capturing
+    stages: tuple[int, ...] = field(init=False)
+    history_size: int = field(init=False)
+    keeps_predictions: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stages = tuple(stage_of_steps(self.sigmas, self.boundaries))
+        self.history_size = max(*self.sizes, self.step_history)
+        self.keeps_predictions = self.history == "steps"
+
+    def windows(self, stage: int) -> Windows:
+        """What the expert of one noise stage predicts."""
+        return Windows.on(self.schedule, self.sigmas, self.stages, stage, self.sizes[stage], self.history)
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        stage = self.stages[step]
+        expert, size = self.experts[stage], self.sizes[stage]
+        past = history.steps[:size]
+        if self.captured is not None:
+            # Guidance branches are called one after the other, in the family's order.
+            self.place = (step, self.place[1] + 1 if self.place[0] == step else 0)
+            branch = self.place[1]
+            self.captured |= {(branch, s): f for s, f in zip(past, history.features[:size], strict=True)}
+        newest = history.features[0]
+        # Experts train in float32 whatever the pipeline's dtype.
+        change = torch.zeros((), device=newest.device)
+        if len(past) == size or self.step_weights is None:
+            if stage not in history.memo:
+                history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
+            offsets = gates.offsets(self.sigmas, step, past)[None]
+            change = expert.alpha(offsets.to(newest.device), [step]) * history.memo[stage]
+        if self.step_weights is not None:
+            held = [feature.float() for feature in history.features]
+            change = change + self.step_weights(held[0], differences(held, self.step_history), step)
+        return (newest.float() + change).to(newest.dtype)
+
+
+def freeze_pipeline(pipe: Any) -> None:
+    """Turn off gradients of all the pipeline's parameters: what is trained through it is not it."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            freeze(part)
+
+
+def accelerated_latents(
+    pipe: Any,
+    workload: Workload,
+    schedule: Schedule,
+    rule: Rule,
+    data: Trajectories,
+    indices: Sequence[int],
+    gradient_checkpointing: bool = False,
+) -> torch.Tensor:
+    """Final latents of the accelerated pipeline for the same prompts and noise as the recorded runs.
+
+    The pipeline's own call does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+    """
+    decorated: Any = type(pipe).__call__
+    call = decorated.__wrapped__
+    asked = dataclasses.replace(workload.call, num_inference_steps=schedule.num_steps)
+    prompts = [data.prompts[i] for i in indices]
+    with ExitStack() as stack:
+        for expert in rule.experts.values() if isinstance(rule, ExpertRule) else ():
+            stack.enter_context(expert.projection.held())
+        stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing))
+        return call(
+            pipe,
+            prompt=prompts,
+            generator=[torch.Generator("cpu").manual_seed(data.seeds[i]) for i in indices],
+            output_type="latent",
+            return_dict=False,
+            **call_arguments(pipe, asked, len(prompts)),
+        )[0]
+
+
+@contextmanager
+def in_loop(pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: bool) -> Iterator[None]:
+    """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
+    transformer = pipe.transformer
+    modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
+    config = LesaCacheConfig(
+        schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
+    )
+    if is_lesa_cache_enabled(transformer):
+        raise ValueError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
+    own = [block.__dict__.get("forward") for block in modules]  # of another tool's hook
+    try:
+        for block in modules:
+            block.forward = _recomputed(block.forward)  # beneath the hook: only full steps are recomputed
+        apply_lesa_cache(transformer, config)
+        yield
+    finally:
+        remove_lesa_cache(transformer)
+        for block, forward in zip(modules, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputing

@@ -1,0 +1,226 @@
+"""The published format: round trip, and one refusal for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lesa.atomic import sha256_file, tree_digest
+from lesa.bundle import load_bundle, write_bundle
+from lesa.bundle.card import card
+from lesa.bundle.manifest import NAME, BundleError, Manifest
+from lesa.schedule import Schedule
+from tests.attacks.hostile import ATTACKS, edit, reweigh
+from tests.helpers.bundles import extrapolating, make_bundle, manifest_for, run_sigmas
+from tests.helpers.tiny import tiny_flux
+
+WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_flux()
+
+
+@pytest.fixture(scope="module")
+def good(pipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "good"
+    make_bundle(pipe, folder)
+    return folder
+
+
+@pytest.fixture
+def spoiled(good, tmp_path) -> Path:
+    folder = tmp_path / "bundle"
+    shutil.copytree(good, folder)
+    return folder
+
+
+def refusal(folder: Path, **kwargs) -> str:
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder, **kwargs)
+    assert caught.value.problems
+    return str(caught.value)
+
+
+def test_round_trip(pipe, good):
+    bundle = load_bundle(good)
+    sigmas = run_sigmas(pipe)
+    expected = extrapolating(pipe.transformer.inner_dim, sigmas, Schedule.uniform(10, 3))
+    assert bundle.predictor.spec == expected.spec
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(bundle.predictor.tensors[name], tensor)
+    assert bundle.manifest.workload == "tiny"
+    assert torch.equal(torch.tensor(bundle.manifest.sigmas), sigmas)
+    assert bundle.manifest.budgets["1.67x"].schedule == Schedule.uniform(10, 3)
+    assert bundle.digest == sha256_file(good / MANIFEST)
+    assert sorted(path.name for path in good.iterdir()) == ["README.md", MANIFEST, WEIGHTS]
+    text = (good / "README.md").read_text()
+    assert "FluxPipeline" in text and "1.67x (default) | 6 of 10" in text
+
+
+def test_the_card_says_how_to_call_the_pipeline(good):
+    manifest = load_bundle(good).manifest
+    assert "from diffusers import FluxPipeline\n" in card(manifest)
+    assert "image = pipe(prompt, **lesa.call_kwargs(pipe)).images[0]" in card(manifest)
+    call = manifest.data["call"] | {"num_frames": 9}
+    video = dataclasses.replace(manifest, data=manifest.data | {"call": call})
+    assert "video = pipe(prompt, **lesa.call_kwargs(pipe)).frames[0]" in card(video)
+
+
+def test_the_same_predictor_makes_the_same_bytes(pipe, good, tmp_path):
+    make_bundle(pipe, tmp_path / "again")
+    assert tree_digest(tmp_path / "again") == tree_digest(good)
+
+
+def test_a_pinned_digest_is_held_to(good):
+    digest = load_bundle(good).digest
+    assert load_bundle(good, expected_digest=digest).digest == digest
+    assert load_bundle(good, expected_digest=f"sha256:{digest}").digest == digest
+    assert "expected " + "0" * 64 in refusal(good, expected_digest="0" * 64)
+
+
+def test_a_consistent_forgery_needs_a_pinned_digest(good, spoiled):
+    """Digests inside a bundle prove integrity, not origin."""
+    pinned = load_bundle(good).digest
+    from safetensors.torch import load_file, save
+
+    tensors = {name: 2 * tensor for name, tensor in load_file(spoiled / WEIGHTS).items()}
+    reweigh(spoiled, save(tensors))
+    assert load_bundle(spoiled).digest != pinned
+    assert "SHA-256" in refusal(spoiled, expected_digest=pinned)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(spoiled, name):
+    function, words = ATTACKS[name]
+    function(spoiled)
+    assert words in refusal(spoiled)
+    assert not (spoiled.parent / "canary").exists()
+
+
+def test_weights_cut_anywhere_are_refused(spoiled):
+    data = (spoiled / WEIGHTS).read_bytes()
+    for size in (*range(0, 1024), *range(1024, len(data), 37)):
+        (spoiled / WEIGHTS).write_bytes(data[:size])
+        with pytest.raises(BundleError):
+            load_bundle(spoiled)
+
+
+def test_weights_cut_anywhere_are_refused_also_when_vouched_for(spoiled):
+    data = (spoiled / WEIGHTS).read_bytes()
+    for size in range(0, len(data), 7):
+        reweigh(spoiled, data[:size])
+        with pytest.raises(BundleError):
+            load_bundle(spoiled)
+
+
+def test_any_flipped_bit_is_refused(spoiled):
+    for name in (WEIGHTS, MANIFEST):
+        data = bytearray((spoiled / name).read_bytes())
+        pinned = sha256_file(spoiled / MANIFEST)
+        for index in range(0, min(len(data), 4096), 3):
+            data[index] ^= 0x10
+            (spoiled / name).write_bytes(bytes(data))
+            with pytest.raises(BundleError):
+                load_bundle(spoiled, expected_digest=pinned)
+            data[index] ^= 0x10
+        (spoiled / name).write_bytes(bytes(data))
+    assert load_bundle(spoiled).manifest.workload == "tiny"
+
+
+def test_every_problem_is_listed(spoiled):
+    def change(document):
+        document["channels"] = 7
+        document["sigmas"][0] = "high"
+        del document["tap"]
+        document["model"]["fingerprint"] = "abc"
+
+    edit(spoiled, change)
+    message = refusal(spoiled)
+    for words in (
+        "predictor.channels: got 32, channels says 7",
+        "sigmas",
+        "tap: missing",
+        "model.fingerprint",
+    ):
+        assert words in message
+
+
+def test_a_budget_that_the_predictor_cannot_serve_is_refused(spoiled):
+    edit(spoiled, lambda document: document["budgets"]["1.67x"].update(full_steps=[0, 5], error_bounds=[None, 0.1]))
+    assert "needs 2 full steps before step 1" in refusal(spoiled)
+
+
+@pytest.mark.parametrize(
+    "key", ["schema", "model", "scheduler", "call", "sigmas", "budgets", "predictor", "files"]
+)
+def test_missing_and_wrong_sections_are_named(spoiled, key):
+    good = (spoiled / MANIFEST).read_text()
+    edit(spoiled, lambda document: document.pop(key))
+    assert key in refusal(spoiled)
+    (spoiled / MANIFEST).write_text(good)
+    for wrong in (None, 7, "text", [1], True):
+        edit(spoiled, lambda document, wrong=wrong: document.update({key: wrong}))
+        assert key.split(".")[0] in refusal(spoiled)
+        (spoiled / MANIFEST).write_text(good)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../x",
+        "/x",
+        "a/../../b",
+        "%2e%2e",
+        "..%252f",
+        "a\0",
+        "a\n",
+        "a\\b",
+        "C:\\a",
+        "a.",
+        "ａ",
+        "x" * 300,
+        "A",
+    ],
+)
+def test_names_that_could_be_paths_are_no_names(name):
+    assert not NAME.fullmatch(name)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    assert "cannot open the folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert "cannot open the folder" in refusal(tmp_path / "file")
+
+
+def test_writing_checks_first_and_leaves_what_was_there(pipe, good, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(good, folder)
+    before = tree_digest(folder)
+    sigmas = run_sigmas(pipe)
+    predictor = extrapolating(pipe.transformer.inner_dim, sigmas, Schedule.uniform(10, 3))
+    bad = manifest_for(pipe, sigmas) | {"workload": "Bad Name", "default_budget": "9x"}
+    with pytest.raises(BundleError) as caught:
+        write_bundle(folder, bad, predictor)
+    assert len(caught.value.problems) == 2
+    nan = manifest_for(pipe, sigmas) | {"evaluation": {"psnr": float("nan")}}
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        write_bundle(folder, nan, predictor)
+    assert tree_digest(folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+    changed = manifest_for(pipe, sigmas) | {"license": "MIT"}
+    assert write_bundle(folder, changed, predictor).digest != before
+    assert load_bundle(folder).manifest.data["license"] == "MIT"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_manifest_goes_through_json(good):
+    document = json.loads((good / MANIFEST).read_text())
+    assert Manifest.from_dict(document).to_dict() == document

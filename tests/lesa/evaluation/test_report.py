@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lesa.evaluation.plots import method_grid
+from lesa.evaluation.report import write_report
+from tests.helpers.bundles import NUM_STEPS
+from tests.helpers.evaluation import BUDGETS, results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "base.json").write_text("{}")
+    write_report(results(), folder, training={"ground truth": [(0, 1.0), (10, 0.1)]})
+    return folder
+
+
+def test_the_page_stands_alone(folder: Path) -> None:
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page and "http" not in page and "prefers-color-scheme: dark" in page
+    linked = re.findall(r'src="([^"]+)"', page)
+    assert {"psnr_vs_ratio.png", "alpha.png", "prompts.png", "training.png"} <= set(linked)
+    for name in linked:
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 100
+    assert {path.name for path in folder.glob("*.png")} == set(linked)
+    for row in results().rows:
+        assert row.label in page
+    assert "held-out prompts" in page and "20 steps from the same noise" in page
+
+
+def test_what_others_put_there_stays(folder: Path) -> None:
+    assert (folder / "base.json").read_text() == "{}"
+    assert not list(folder.glob("*.partial"))
+
+
+def test_prompts_cannot_break_the_page(tmp_path: Path) -> None:
+    hostile = dataclasses.replace(results(), about={"workload": "<script>alert(1)</script>"})
+    page = write_report(hostile, tmp_path).read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_metrics_and_results_are_plain(folder: Path) -> None:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["budgets"]) == set(BUDGETS)
+    assert metrics["budgets"]["1.67x"]["lesa"]["psnr"]["mean"] > 0
+    assert json.loads((folder / "results.json").read_text())["schema"] == 1
+
+
+def test_samples_can_be_checked_by_hand(folder: Path) -> None:
+    with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
+        assert arrays["prompt"].tolist() == list(results().prompts)
+        assert arrays["seed"].tolist() == list(results().seeds)
+        ours = arrays["1.67x/lesa/psnr"]
+        assert arrays["plain/converged_psnr"].shape == arrays["converged_index"].shape
+    assert np.array_equal(ours, results().values("1.67x", "lesa"))
+
+
+def test_curves_are_tables_for_dvc(folder: Path) -> None:
+    def read(name: str) -> list[dict[str, str]]:
+        with open(folder / name, newline="") as file:
+            return list(csv.DictReader(file))
+
+    ratio = read("psnr_vs_ratio.csv")
+    assert len(ratio) == len(results().rows)
+    assert {line["method"] for line in ratio} == {row.method for row in results().rows}
+    error = [line for line in read("feature_error_by_step.csv") if line["method"] == "taylor1"]
+    assert len(error) == NUM_STEPS * len(BUDGETS)
+    alpha = [line for line in read("alpha.csv") if (line["budget"], line["method"]) == ("1.67x", "lesa")]
+    assert [int(line["step"]) for line in alpha] == list(BUDGETS["1.67x"].predicted_steps)
+
+
+def test_writing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    write_report(results(), tmp_path)
+    for name in ("metrics.json", "results.json", "samples.npz", "alpha.csv", "psnr_vs_ratio.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_video_is_shown_by_its_first_middle_and_last_frame(tmp_path: Path) -> None:
+    """Downwards, and tall pictures get tall panels."""
+    frames = {key: pictures[:, None].repeat(1, 9, 1, 1, 1) for key, pictures in results().pictures.items()}
+    for pictures in frames.values():
+        pictures[:, 4] = 0.0
+        pictures[:, -1] = 1.0
+    videos = dataclasses.replace(results(), pictures=frames)
+    method_grid(videos, next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "videos.png")
+    method_grid(results(), next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "pictures.png")
+    tall, plain = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("videos", "pictures"))
+    assert tall.shape[0] > 1.5 * plain.shape[0] and tall.shape[1] == plain.shape[1]
+    assert (tall == 0).sum() > (plain == 0).sum() + 500, "the middle frame is black"

@@ -1,0 +1,59 @@
+"""Which schedules are trained before the search takes one, and what their training is judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lesa.schedule import Schedule
+from lesa.search import finalists
+from lesa.search.finalists import error_after_training, leaders
+from lesa.training.step_weights import StepFits
+from tests.lesa.training.test_closed_loop import Place, place  # noqa: F401 - fixtures
+
+
+def test_leaders_are_the_best_that_are_not_too_alike() -> None:
+    errors = {(0, 6, 20): 1.0, (0, 7, 22): 1.1, (0, 8, 22): 1.2, (0, 6, 12): 2.0, (0, 9, 25): 3.0}
+    assert leaders(errors, 3) == [(0, 6, 20), (0, 8, 22), (0, 6, 12)]  # (0, 7, 22) is three steps from the first
+    assert leaders(errors, 9) == [(0, 6, 20), (0, 8, 22), (0, 6, 12), (0, 9, 25)]
+    assert leaders(errors, 1) == [(0, 6, 20)]
+    assert leaders(errors, 3, [(0, 9, 25)]) == [(0, 9, 25), (0, 6, 20), (0, 8, 22)]  # the chosen come first
+    assert leaders(errors, 1, [(0, 9, 25), (0, 6, 12)]) == [(0, 9, 25)]
+
+
+def trained(place: Place, iterations: int, rate: float = 0.03) -> float:  # noqa: F811
+    workload = dataclasses.replace(
+        place.workload,
+        closed_loop=dataclasses.replace(place.workload.closed_loop, step_learning_rate=rate),
+    )
+    data, schedule = place.train, Schedule.explicit(8, (0, 2, 5))
+    fitted, judged = list(range(len(data) - 2)), list(range(len(data) - 2, len(data)))
+    fits = StepFits(data, fitted, workload.predictor.step_history, workload.predictor.ridge, place.pipe.device)
+    return error_after_training(
+        place.pipe,
+        workload,
+        data,
+        schedule,
+        fits.weights(schedule),
+        fitted=fitted,
+        judged=judged,
+        iterations=iterations,
+    )
+
+
+def test_training_lowers_the_error_of_trajectories_that_it_does_not_learn_from(place: Place) -> None:  # noqa: F811
+    start = trained(place, 1, rate=0.0)
+    assert trained(place, 12) < start - 0.05  # 0.2 dB and more
+    assert trained(place, 12) == trained(place, 12)
+    assert not any(p.requires_grad for p in place.pipe.transformer.parameters())
+
+
+def test_a_training_that_leaves_the_finite_numbers_wins_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    real = finalists.log_latents_loss
+    monkeypatch.setattr(finalists, "log_latents_loss", lambda *given: real(*given) * torch.nan)
+    assert trained(place, 2) == math.inf
