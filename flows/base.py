@@ -12,6 +12,7 @@ from prefect import flow
 
 from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run
 from lesa.atomic import write_json
+from lesa.errors import LesaError
 from lesa.models.pipelines import pick_device
 from lesa.recording.prompts import BASE_SPLIT, PromptError, read_splits
 
@@ -21,9 +22,9 @@ def base(workload: str | None = None) -> dict[str, Any]:
     """Train the workload's own model and, where its data set has one, its scorer; or distil it from its teacher."""
     settings = read_workload(workload)
     if settings.base is None:
-        raise ValueError(f"workloads.{settings.name}.base: absent, so there is no model to train; start with record")
+        raise LesaError(f"workloads.{settings.name}.base: absent, so there is no model to train; start with record")
     if settings.base.teacher is not None and settings.scorer is None:
-        raise ValueError(
+        raise LesaError(
             f"workloads.{settings.name}.scorer: absent; a model that learns from another is judged by that one's scorer"
         )
     splits = read_splits(settings.paths.prompts)

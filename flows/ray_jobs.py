@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from flows.environment import quiet_environment
 from flows.ray_guard import no_orphans
 from flows.tracking.run import Reporter
+from lesa.errors import LesaError
 from lesa.models.pipelines import release_memory
 from lesa.params import Workload
 
@@ -28,7 +29,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     """
     quiet_environment()
     if os.environ["RAY_AUTH_MODE"] != "token":
-        raise ValueError("RAY_AUTH_MODE: must be 'token' (Ray listens beyond loopback); unset it")
+        raise LesaError("RAY_AUTH_MODE: must be 'token' (Ray listens beyond loopback); unset it")
     import ray
 
     if ray.is_initialized():
@@ -116,11 +117,8 @@ def run_jobs(
                 try:
                     results[calls[call]] = ray.get(call)
                 except RayTaskError as error:
-                    # A refusal by our own code comes back as it was; of anything else the worker's whole
-                    # traceback is wanted.
-                    places = [line for line in str(error).splitlines() if "File " in line]
-                    if isinstance(error.cause, ValueError) and places and "/lesa/" in places[-1]:
-                        raise ValueError(str(error.cause)) from None
+                    if isinstance(error.cause, LesaError):  # of anything else the worker's whole traceback is wanted
+                        raise LesaError(str(error.cause)) from None
                     raise
         return {name: results[name] for name in jobs}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from flows.environment import ROOT, state_folder
 from flows.registry.registry import CHAMPION, Registry
 from flows.stage import experiment_name, metrics_folder, read_workload
+from lesa.errors import LesaError
 from lesa.locks import Locked, file_lock
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -33,7 +34,7 @@ def dvc_file(workload: str, default: str, root: Path = ROOT) -> Path:
         return Path("dvc.yaml")
     path = Path("data/workloads") / workload / "dvc.yaml"
     if not (root / path).is_file():
-        raise ValueError(
+        raise LesaError(
             f"workload {workload!r} has no pipeline file: write {path} (wdir: ../../.., every command with "
             f"--workload {workload}) after the pattern of dvc.yaml"
         )

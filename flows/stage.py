@@ -19,6 +19,7 @@ from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes
+from lesa.errors import LesaError
 from lesa.locks import Locked
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -145,7 +146,7 @@ def stage_main(
     except _Terminated:
         print("terminated: what is committed stays, run again to go on", file=sys.stderr)
         return 143
-    except (ValueError, OSError, Locked) as error:
+    except (LesaError, OSError, Locked) as error:
         if not is_refusal(error):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -162,19 +163,11 @@ def _check_settings(workload: str | None) -> None:
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether an error says that input, disk or another run is in the way, and our own code raised it so.
+    """Whether input (`LesaError`), another run (`Locked`) or a named file of the disk is in the way.
 
     Any other error is a fault of code, and its traceback is wanted.
     """
-    if not isinstance(error, ValueError | OSError | Locked):
-        return False
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module == "__main__" or module.startswith(("lesa.", "flows."))
+    return isinstance(error, LesaError | Locked) or (isinstance(error, OSError) and error.filename is not None)
 
 
 def _without_traceback_of_refusals(record: logging.LogRecord) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lesa.errors import LesaError
+
 if TYPE_CHECKING:
     from lesa.bundle import Bundle
     from lesa.schedule import Schedule
@@ -237,19 +239,19 @@ def _schedule(arguments: argparse.Namespace) -> int:
     if arguments.bundle is not None:
         budgets = _load_bundle(arguments.bundle).manifest.budgets
         if arguments.budget is not None and arguments.budget not in budgets:
-            raise ValueError(f"budget: {arguments.budget!r} is not one of {', '.join(budgets)}")
+            raise LesaError(f"budget: {arguments.budget!r} is not one of {', '.join(budgets)}")
         rows += [
             (name, budget.schedule) for name, budget in budgets.items() if arguments.budget in (None, name)
         ]
     elif arguments.budget is not None:
-        raise ValueError("--budget needs --bundle")
+        raise LesaError("--budget needs --bundle")
     for interval in arguments.interval:
         schedule = Schedule.uniform(arguments.steps, interval, arguments.warmup, arguments.cooldown)
         rows.append((f"interval {interval}", schedule))
     if arguments.full_steps is not None:
         rows.append(("full steps", Schedule.explicit(arguments.steps, arguments.full_steps)))
     if not rows:
-        raise ValueError("give --interval, --full-steps or --bundle")
+        raise LesaError("give --interval, --full-steps or --bundle")
     width = max(len(name) for name, _ in rows)
     for name, schedule in rows:
         print(f"{name:<{width}}  {picture(schedule)}  {schedule}")
@@ -262,7 +264,7 @@ def _flops(arguments: argparse.Namespace) -> int:
 
     uniform = (arguments.steps, arguments.interval, arguments.warmup)
     if arguments.budget is not None and uniform != (None, None, None):
-        raise ValueError("give --budget, or --interval, --steps and --warmup")
+        raise LesaError("give --budget, or --interval, --steps and --warmup")
     spec, of_bundle = None, None
     if arguments.bundle is not None:
         from lesa.bundle.budgets import choose_schedule
@@ -271,7 +273,7 @@ def _flops(arguments: argparse.Namespace) -> int:
         spec = manifest.predictor
         of_bundle, _ = choose_schedule(manifest, budget=arguments.budget)
     elif arguments.budget is not None:
-        raise ValueError("--budget needs --bundle")
+        raise LesaError("--budget needs --bundle")
     names = [arguments.family] if arguments.family else list(PRESETS)
     results = []
     for name in names:
@@ -331,7 +333,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     name = arguments.workload or arguments.name
     if arguments.workload and arguments.name not in (None, arguments.workload):
-        raise ValueError(f"give one workload, got {arguments.name!r} and {arguments.workload!r}")
+        raise LesaError(f"give one workload, got {arguments.name!r} and {arguments.workload!r}")
     facts = examine()
     if name is None:
         print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lesa.bundle import Bundle, load_bundle
 from lesa.bundle.manifest import Manifest
+from lesa.errors import LesaError
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import EvaluateParams, ModelParams, RecordParams, ScheduleParams, Workload
 from lesa.params_file import load_params
@@ -23,7 +24,7 @@ from lesa.recording.prompts import read_prompts
 from lesa.sampling.enable import REGISTRY_PREFIX, enable, summary
 
 
-def save_pictures(pictures: torch.Tensor, seeds: Sequence[int], folder: Path) -> list[Path]:
+def save_images(images: torch.Tensor, seeds: Sequence[int], folder: Path) -> list[Path]:
     """Write `000-seed<seed>.png` (videos: one file a frame) and return the paths.
 
     Args:
@@ -33,7 +34,7 @@ def save_pictures(pictures: torch.Tensor, seeds: Sequence[int], folder: Path) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for index, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+    for index, (picture, seed) in enumerate(zip(images, seeds, strict=True)):
         frames = picture if picture.ndim == 4 else picture[None]
         for number, frame in enumerate(frames):
             suffix = f"-frame{number:04d}" if picture.ndim == 4 else ""
@@ -61,7 +62,7 @@ def source_of(
     model = manifest.data["model"]
     source = base or model["source"]
     if source is None:
-        raise ValueError("the bundle does not say where its model is: give the pipeline folder or hub id")
+        raise LesaError("the bundle does not say where its model is: give the pipeline folder or hub id")
     if revision is None and source == model["source"]:
         revision = model["revision"]
     dtype = "bfloat16" if model["dtype"] == "bfloat16" else "float32"
@@ -96,13 +97,13 @@ def run_sample(arguments: argparse.Namespace) -> int:
     """Draw one picture a prompt, write PNG files, show the run."""
     prompts = [*arguments.prompts, *arguments.prompt]
     if not prompts:
-        raise ValueError("give at least one prompt")
+        raise LesaError("give at least one prompt")
     bundle = load(arguments.bundle)
     call = bundle.manifest.call
     if arguments.steps is not None:
         low, high = bundle.manifest.step_range
         if (not arguments.plain and not low <= arguments.steps <= high) or arguments.steps < 1:
-            raise ValueError(f"--steps: got {arguments.steps}, the bundle serves {low} to {high}")
+            raise LesaError(f"--steps: got {arguments.steps}, the bundle serves {low} to {high}")
         call = dataclasses.replace(call, num_inference_steps=arguments.steps)
     pipe = _pipeline(bundle, arguments)
     if not arguments.plain:
@@ -118,8 +119,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
             adaptive=arguments.adaptive,
         )
     seeds = [arguments.seed + index for index in range(len(prompts))]
-    pictures = sample(pipe, prompts, seeds, call, batch_size=arguments.batch_size)
-    for path in save_pictures(pictures, seeds, arguments.out):
+    images = sample(pipe, prompts, seeds, call, batch_size=arguments.batch_size)
+    for path in save_images(images, seeds, arguments.out):
         print(path, file=sys.stderr if arguments.json else sys.stdout)
     if not arguments.plain:
         statistics = summary(pipe)
@@ -135,7 +136,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from lesa.peers.lineup import peers_from_file
 
     if arguments.seeds < 1 or arguments.num_prompts < 1:
-        raise ValueError("--seeds and --num-prompts: must be at least 1")
+        raise LesaError("--seeds and --num-prompts: must be at least 1")
     bundle = load(arguments.bundle)
     settings, tuning, scorer = EvaluateParams(), [], None
     if Path("params.yaml").is_file():
@@ -146,7 +147,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     if arguments.prompts is not None:
         held_out = _lines(arguments.prompts)
     elif not Path("params.yaml").is_file():
-        raise ValueError("--prompts: give a file of held-out prompts (there is no params.yaml here)")
+        raise LesaError("--prompts: give a file of held-out prompts (there is no params.yaml here)")
     judged, pipe, peers = held_out[: arguments.num_prompts], _pipeline(bundle, arguments), []
     if arguments.peers is not None:
         budgets = {name: budget.schedule for name, budget in bundle.manifest.budgets.items()}

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from lesa.errors import LesaError
+
 PSNR_CAP_DB = 80.0  # identical pictures would be infinite, and one of them would swallow a mean
 SSIM_WINDOW = 7  # pixels a side; small enough for 16 x 16 pictures
 _K1, _K2 = 0.01, 0.03  # stabilisers of Wang et al. 2004, for a data range of 1
@@ -56,7 +58,7 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     images, reference = _pair(images, reference)
     batch, height, width = images.shape[0], images.shape[-2], images.shape[-1]
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(
+        raise LesaError(
             f"ssim needs pictures of at least {SSIM_WINDOW} pixels a side, got {height} x {width}"
         )
     x, y = (t.reshape(-1, 1, height, width) for t in (images, reference))
@@ -86,7 +88,7 @@ def relative_l1(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
         ValueError: for different shapes.
     """
     if features.shape != reference.shape:
-        raise ValueError(
+        raise LesaError(
             f"features of shape {tuple(features.shape)} and reference of {tuple(reference.shape)}"
         )
     difference = (features.double() - reference.double()).abs().mean(dim=(-2, -1))
@@ -102,7 +104,7 @@ def mean_or_nan(values: list[float]) -> float:
 
 def _pair(images: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if images.shape != reference.shape or images.ndim not in (4, 5):
-        raise ValueError(
+        raise LesaError(
             f"pictures of shape {tuple(images.shape)} and reference of {tuple(reference.shape)}: "
             "both must be [B, C, H, W] or [B, F, C, H, W]"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lesa.errors import LesaError
 from lesa.predictor.spec import MAX_CHANNELS, MAX_HIDDEN, MAX_HISTORY, MAX_STEPS
 from lesa.schedule import Schedule
 from lesa.validation import setting
@@ -245,7 +246,7 @@ class Workload:
 def budget_schedules(rule: ScheduleParams, num_steps: int) -> dict[str, Schedule]:
     """The schedule of every budget for runs of `num_steps`; `ValueError` where one is still to be searched."""
     if open_ones := searched_budgets(rule):
-        raise ValueError(f"schedule.budgets: {', '.join(open_ones)} are still to be searched: run the search stage")
+        raise LesaError(f"schedule.budgets: {', '.join(open_ones)} are still to be searched: run the search stage")
     return {
         name: Schedule.explicit(num_steps, budget.full_steps)
         if budget.full_steps is not None

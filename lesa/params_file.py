@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 from lesa.params import (
     BaseParams,
@@ -36,7 +37,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository
 STUDENTS = ("schnell-digits", "lightning-digits")  # trainers that need a teacher
 
 
-class ParamsError(ValueError):
+class ParamsError(LesaError):
     """Every problem of a parameter file in one message."""
 
     def __init__(self, path: object, problems: list[str]) -> None:

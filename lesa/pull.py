@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from lesa.bundle import BundleError, load_bundle
+from lesa.errors import LesaError
 
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
 _URI = re.compile(
@@ -21,7 +22,7 @@ _URI = re.compile(
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class PullError(ValueError):
+class PullError(LesaError):
     """A bundle that could not be had from the registry, and what to do about it."""
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lesa.errors import LesaError
+
 MIN_CARRIED = 3  # full steps that a schedule keeps, however short the run it is carried to
 
 
@@ -41,7 +43,7 @@ class Schedule:
             if 0 not in self.full_steps:
                 problems.append("full_steps must contain step 0: nothing can be predicted before it")
         if problems:
-            raise ValueError("schedule: " + "; ".join(problems))
+            raise LesaError("schedule: " + "; ".join(problems))
 
     @classmethod
     def uniform(
@@ -64,7 +66,7 @@ class Schedule:
             if not _is_int(value) or value < 0:
                 problems.append(f"{name} must be an integer of at least 0, got {value!r}")
         if problems:
-            raise ValueError("schedule: " + "; ".join(problems))
+            raise LesaError("schedule: " + "; ".join(problems))
         steps = {0, *range(min(warmup_steps, num_steps)), *range(warmup_steps, num_steps, interval)}
         steps |= set(range(max(num_steps - cooldown_steps, 0), num_steps))
         return cls(num_steps, tuple(sorted(steps)))
@@ -90,7 +92,7 @@ class Schedule:
             ValueError: `num_steps` is no number of steps.
         """
         if not _is_int(num_steps) or num_steps < 1:
-            raise ValueError(f"schedule: num_steps must be an integer of at least 1, got {num_steps!r}")
+            raise LesaError(f"schedule: num_steps must be an integer of at least 1, got {num_steps!r}")
         count = min(num_steps, max(least, math.floor(num_steps / self.ratio + 0.5)))
         lead = list(range(min(2, count)))
         own_lead = 2 if self.full_steps[:2] == (0, 1) else 1

@@ -11,12 +11,14 @@ import math
 import unicodedata
 from typing import Any
 
+from lesa.errors import LesaError
+
 MAX_DEPTH = 12
 MAX_STRING = 4096  # characters
 MAX_INTEGER = 2**53  # beyond it JSON readers disagree
 
 
-class StrictJsonError(ValueError):
+class StrictJsonError(LesaError):
     """Why a document was refused, with the place where there is one."""
 
 

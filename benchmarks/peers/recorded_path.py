@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lesa.models.output_head import Ends
+from lesa.models.output_head import OutputHead
 from lesa.peers.solvers import SOLVERS, Integration
 from lesa.predictor.rule import History, RuleFactory
 from lesa.recording.dataset import Trajectories
@@ -35,23 +35,23 @@ class RecordedPath:
     temb: torch.Tensor  # [B, S, D]
     velocities: torch.Tensor  # [S, B, L, O]
     latents: torch.Tensor  # [S + 1, B, L, O] up to a constant: the last is zero
-    ends: Ends
+    head: OutputHead
 
     @classmethod
     @torch.no_grad()
-    def of(cls, data: Trajectories, ends: Ends, indices: Sequence[int]) -> RecordedPath:
+    def of(cls, data: Trajectories, head: OutputHead, indices: Sequence[int]) -> RecordedPath:
         """The trajectories `indices` of `data`; guidance branches count as trajectories of their own."""
         num_steps = len(data.sigmas) - 1
         chosen = list(indices)
         features = data.feature_batch(chosen, range(num_steps))
         temb = data.temb[chosen]
-        velocities = torch.stack([ends(features[:, s], temb[:, s]) for s in range(num_steps)])
+        velocities = torch.stack([head(features[:, s], temb[:, s]) for s in range(num_steps)])
         moves = data.sigmas.diff().view(-1, 1, 1, 1) * velocities
         # Backwards from the final latents: x_s = x_S - sum of the moves from s on.
         ahead = torch.flip(torch.cumsum(torch.flip(moves, (0,)), dim=0), (0,))
         latents = torch.cat([-ahead, torch.zeros_like(moves[:1])])
         return cls(
-            sigmas=data.sigmas, features=features, temb=temb, velocities=velocities, latents=latents, ends=ends
+            sigmas=data.sigmas, features=features, temb=temb, velocities=velocities, latents=latents, head=head
         )
 
     @property
@@ -89,7 +89,7 @@ class RecordedPath:
             prediction = rule(history, step)
             if rule.keeps_predictions:
                 history.push(step, prediction)
-            error = self.ends(prediction, self.temb[:, step]) - self.velocities[step]
+            error = self.head(prediction, self.temb[:, step]) - self.velocities[step]
             move = (self.sigmas[step + 1] - self.sigmas[step]) * error
             total, since = total + move, since + move
         apart = apart + since.square().mean(dim=(1, 2))
@@ -113,7 +113,7 @@ class RecordedPath:
                 history = History(2)
                 history.push(b, self.features[:, b])
                 history.push(c, self.features[:, c])
-                said = self.ends(
+                said = self.head(
                     torch.cat([rule(history, s) for s in ahead]), torch.cat([self.temb[:, s] for s in ahead])
                 ).unflatten(0, (len(ahead), -1))
                 errors = said - self.velocities[ahead.start : ahead.stop]

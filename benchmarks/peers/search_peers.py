@@ -24,7 +24,7 @@ from benchmarks.peers.recorded_path import RecordedPath, cheapest_path, decibels
 from benchmarks.peers.rule_tuning import RULE_OPTIONS
 from lesa import metrics
 from lesa.models.fingerprint import fingerprint
-from lesa.models.output_head import ends_of
+from lesa.models.output_head import output_head_of
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -70,7 +70,7 @@ class Tuner:
     prompts: Sequence[str]
     seeds: Sequence[int]
     latents: torch.Tensor  # of the plain run
-    pictures: torch.Tensor  # likewise
+    images: torch.Tensor  # likewise
     sigmas: torch.Tensor  # [S + 1]
     path: RecordedPath
 
@@ -82,16 +82,16 @@ class Tuner:
         train, _ = recorded_splits(workload)
         arguments = (pipe, prompts, seeds, workload.call)
         latents = sample(*arguments, "latent", batch_size=workload.evaluate.batch_size)
-        pictures = sample(*arguments, batch_size=workload.evaluate.batch_size)
+        images = sample(*arguments, batch_size=workload.evaluate.batch_size)
         return cls(
             pipe=pipe,
             workload=workload,
             prompts=prompts,
             seeds=seeds,
             latents=latents,
-            pictures=pictures,
+            images=images,
             sigmas=pipe.scheduler.sigmas.detach().cpu(),
-            path=RecordedPath.of(train, ends_of(pipe.transformer), range(min(_GUESSED, len(train)))),
+            path=RecordedPath.of(train, output_head_of(pipe.transformer), range(min(_GUESSED, len(train)))),
         )
 
     @property
@@ -109,7 +109,7 @@ class Tuner:
 
     def psnr(self, found: Searched) -> float:
         """Mean over all samples, of the pictures."""
-        return float(metrics.psnr(self._run(searched_method("", found), len(self.prompts), "pt"), self.pictures).mean())
+        return float(metrics.psnr(self._run(searched_method("", found), len(self.prompts), "pt"), self.images).mean())
 
     def guess(self, found: Searched) -> Callable[[Steps], float]:
         if found.method in SOLVERS:

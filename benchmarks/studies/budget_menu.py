@@ -25,7 +25,7 @@ from benchmarks.results_files import changed, keep
 from benchmarks.studies.choices import accelerated_psnr, trained
 from benchmarks.studies.error_meter import RESULTS, SEED_OFFSET, Array, correlation, given_by_need
 from lesa.evaluation.measure import samples
-from lesa.models.output_head import load_ends
+from lesa.models.output_head import load_output_head
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import BudgetParams, Workload
 from lesa.params_file import load_params
@@ -45,8 +45,8 @@ def schedules(workload: Workload, train: Trajectories, counts: Sequence[int]) ->
     """Full steps for each number of them."""
     known = {schedule.num_full: schedule for schedule in workload.budgets().values()}
     missing = [count for count in counts if count not in known]
-    ends = load_ends(transformer_folder(workload))
-    found = cheapest_schedules(train, ends, missing, max_gap=workload.search.max_gap) if missing else {}
+    head = load_output_head(transformer_folder(workload))
+    found = cheapest_schedules(train, head, missing, max_gap=workload.search.max_gap) if missing else {}
     return {count: known.get(count) or found[count] for count in counts}
 
 

@@ -31,7 +31,7 @@ from lesa.atomic import write_json
 from lesa.evaluation.bootstrap import paired_interval
 from lesa.evaluation.measure import samples
 from lesa.metrics import psnr
-from lesa.models.output_head import ends_of
+from lesa.models.output_head import output_head_of
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import BudgetParams, Workload
 from lesa.params_file import load_params
@@ -215,7 +215,7 @@ def trained(
 ) -> Predictor:
     """A predictor whose experts of `budget` are trained, at the call's own number of steps; others keep their start."""
     workload = changed(workload, {"record": {"step_counts": ()}})
-    ends = ends_of(pipe.transformer)
+    head = output_head_of(pipe.transformer)
     experts = {}
     with tempfile.TemporaryDirectory() as folder:
         for job in ground_truth_jobs(workload, train.sigmas):
@@ -223,7 +223,7 @@ def trained(
                 experts[job] = new_expert(workload, job, train.sigmas, train.channels).export()
                 continue
             experts[job], _ = train_expert(
-                workload, job, train, validation, ends, work_dir=Path(folder), report=lambda *_: None
+                workload, job, train, validation, head, work_dir=Path(folder), report=lambda *_: None
             )
         predictor = assemble(workload, train.channels, experts)
         if closed_loop:

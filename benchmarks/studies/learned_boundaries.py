@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lesa.predictor.alpha import linear_alpha, offsets
+from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule
 
@@ -74,7 +74,7 @@ def _sums(
         channels = data.channels
         target, newest, older = (x.reshape(-1, channels) for x in (target, newest, older))
         weight = float(widths[step])
-        alpha = float(linear_alpha(offsets(data.sigmas, step, past)[None])[0])
+        alpha = float(linear_alpha(time_offsets(data.sigmas, step, past)[None])[0])
         rows = weight * alpha * torch.stack([newest - older, newest, torch.ones_like(newest)], dim=-1)  # [B L, C, R]
         wanted = weight * (target - newest)
         grams.append(torch.einsum("ncr,ncq->crq", rows, rows))

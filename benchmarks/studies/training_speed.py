@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.results_files import facts
 from lesa.atomic import write_json
-from lesa.models.output_head import Ends, freeze
+from lesa.models.output_head import OutputHead, freeze
 from lesa.models.pipelines import pick_device
 from lesa.params import BudgetParams, GroundTruthParams, PredictorParams, ScheduleParams
 from lesa.params_file import load_params
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     train = synthetic(options.trajectories, 50, options.tokens, options.channels, seed=0)
     validation = synthetic(max(1, options.trajectories // 8), 50, options.tokens, options.channels, seed=1)
-    ends = freeze(Ends(_Modulate(options.channels), nn.Linear(options.channels, 64)))
+    head = freeze(OutputHead(_Modulate(options.channels), nn.Linear(options.channels, 64)))
     job = Job("5x", 1)
     expert = new_expert(workload, job, train.sigmas, options.channels).to(device)
     if device.type == "cuda":
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             job,
             train,
             validation,
-            ends,
+            head,
             work_dir=Path(folder),
             report=lambda step, values: rates.append(values["iterations_per_second"]),
         )

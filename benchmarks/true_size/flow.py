@@ -35,7 +35,7 @@ from benchmarks.results_files import facts
 from benchmarks.true_size.models import preset_at
 from benchmarks.true_size.pipeline import write_flux_pipeline
 from lesa.atomic import require_space, write_json
-from lesa.doctor.estimate import needs_of
+from lesa.doctor.estimate import estimate_costs
 from lesa.models.pipelines import pick_device
 from lesa.models.published import PIXELS_PER_TOKEN, Preset
 from lesa.params import Workload
@@ -144,7 +144,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
             "recorded": recorded,
             "recording": recording_rate(store),
             "store_bytes": size_of(store),
-            "store_bytes_estimated": needs_of(workload).store,
+            "store_bytes_estimated": estimate_costs(workload).store,
             "token_fraction": workload.record.token_fraction,
             "bundle_bytes": size_of(bundle.path),
             "run": {"full": run.num_full, "steps": len(run.steps), "kept_bytes": run.peak_bytes},

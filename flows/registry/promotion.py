@@ -12,6 +12,7 @@ from flows.ray_jobs import run_jobs
 from flows.registry.registry import Version
 from flows.tracking.run import Reporter
 from lesa.bundle import Bundle, load_bundle
+from lesa.errors import LesaError
 from lesa.evaluation.compare import refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.params import Workload
@@ -96,7 +97,7 @@ def fresh_offset(workload: Workload, candidate: Bundle, champion: Bundle | None)
     start = workload.publish.gate_seed_offset + (1 << 32) + block * (1 << 16)
     used = max(workload.record.seed_offset, workload.evaluate.seed_offset) + (1 << 24)
     if start < used:
-        raise ValueError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
+        raise LesaError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
     return start
 
 

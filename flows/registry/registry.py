@@ -17,6 +17,7 @@ from flows.environment import ROOT, state_folder
 from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sha256_file
 from lesa.bundle.manifest import READ
+from lesa.errors import LesaError
 from lesa.locks import waiting_lock
 
 CHAMPION = "champion"
@@ -65,7 +66,7 @@ class Registry:
         tags = {**tags, "manifest_sha256": digest}
         long = [key for key, value in tags.items() if len(value) > MAX_TAG]
         if long:
-            raise ValueError(f"registry tags longer than {MAX_TAG} characters: {', '.join(sorted(long))}")
+            raise LesaError(f"registry tags longer than {MAX_TAG} characters: {', '.join(sorted(long))}")
         with self._lock("register"):
             known = self.find(digest)
             if known is not None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lesa.errors import LesaError
 from lesa.params import Workload
 from lesa.recording.prompts import prompts_digest, read_splits
 
@@ -19,7 +20,7 @@ def read_metrics(workload: Workload) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run the evaluate stage first") from None
+        raise LesaError(f"{path} does not exist: run the evaluate stage first") from None
     return metrics
 
 
@@ -37,7 +38,7 @@ def budget_quality(workload: Workload, metrics: Mapping[str, Any]) -> dict[str, 
         except (KeyError, TypeError):
             missing.append(budget)
     if missing:
-        raise ValueError(f"the evaluation did not measure budgets {', '.join(missing)}: run it again")
+        raise LesaError(f"the evaluation did not measure budgets {', '.join(missing)}: run it again")
     return quality
 
 

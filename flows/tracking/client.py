@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import ROOT, state_folder
+from lesa.errors import LesaError
 from lesa.locks import waiting_lock
 
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
@@ -56,7 +57,7 @@ def experiment_id(client: Any, name: str, root: Path = ROOT) -> str:
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
-        raise ValueError(f"MLflow experiment {name!r} is deleted; restore it or delete it for good")
+        raise LesaError(f"MLflow experiment {name!r} is deleted; restore it or delete it for good")
     return str(found.experiment_id)
 
 

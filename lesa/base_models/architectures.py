@@ -49,7 +49,7 @@ class Architecture(Protocol):
         """What the transformer is given for each text; carries gradients to the encoders."""
         ...
 
-    def to_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
+    def to_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, H, W] or [B, F, 3, H, W] as the autoencoder takes them."""
         ...
 

@@ -26,11 +26,12 @@ from lesa import metrics
 from lesa.base_models.architectures import Conditioning, architecture_of
 from lesa.base_models.fit_flow import train_transformer
 from lesa.base_models.optim import Report, pick
-from lesa.base_models.sampling import full_call, sample_pictures
+from lesa.base_models.sampling import full_call, sample_images
 from lesa.base_models.saving import save_folders
 from lesa.base_models.scorer import load_scorer
 from lesa.base_models.students import Student
 from lesa.base_models.train import check_training
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 
 MAX_TRAJECTORIES = 2048
@@ -64,7 +65,7 @@ def distil(
     check_training(student.data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     scorer = load_scorer(scorer_dir)
     if scorer.data_set is not student.data_set:
-        raise ValueError(f"{scorer_dir} reads {scorer.data_set.name}, {student.name} draws {student.data_set.name}")
+        raise LesaError(f"{scorer_dir} reads {scorer.data_set.name}, {student.name} draws {student.data_set.name}")
     _check_teacher(student, Path(teacher_dir))
     architecture = architecture_of(student.data_set)
     teacher = architecture.load(teacher_dir).to(device)
@@ -93,8 +94,8 @@ def distil(
         )
     splits = student.data_set.language.split_prompts()
     judged = [*splits["train"], *splits["validation"]][: min(MAX_JUDGED, steps)]
-    ours = sample_pictures(pipeline, judged, _call(student))
-    theirs = sample_pictures(teacher, judged, full_call(student.data_set, len(judged)))
+    ours = sample_images(pipeline, judged, _call(student))
+    theirs = sample_images(teacher, judged, full_call(student.data_set, len(judged)))
     pipeline.to("cpu")
     save_folders({base_dir: pipeline.save_pretrained})
     return {
@@ -112,7 +113,7 @@ def _check_teacher(student: Student, folder: Path) -> None:
         raise FileNotFoundError(f"{folder} is no pipeline folder: run the base stage of the teacher") from None
     known = FAMILIES[student.data_set.family].pipeline_classes
     if found not in known:
-        raise ValueError(f"{folder} is a {found}, {student.name} learns from {' or '.join(known)}")
+        raise LesaError(f"{folder} is a {found}, {student.name} learns from {' or '.join(known)}")
 
 
 def _call(student: Student) -> dict[str, Any]:

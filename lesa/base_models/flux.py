@@ -99,8 +99,8 @@ class Flux:
         )
         return {"pooled_projections": pooled, "encoder_hidden_states": tokens}
 
-    def to_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures
+    def to_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
+        return images
 
     def from_autoencoder(self, decoded: torch.Tensor) -> torch.Tensor:
         return decoded

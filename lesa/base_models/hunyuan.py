@@ -105,8 +105,8 @@ class HunyuanVideo:
             "encoder_attention_mask": mask,
         }
 
-    def to_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.transpose(1, 2)  # channels before frames
+    def to_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
+        return images.transpose(1, 2)  # channels before frames
 
     def from_autoencoder(self, decoded: torch.Tensor) -> torch.Tensor:
         return decoded.transpose(1, 2)

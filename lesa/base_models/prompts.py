@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from lesa.errors import LesaError
+
 # What the model itself is trained on, and then what a predictor is trained, chosen and judged on.
 Split = Literal["base", "train", "validation", "test"]
 Attributes = dict[str, str]  # a value for every attribute of a language
@@ -64,7 +66,7 @@ class Language:
             if name in attributes and attributes[name] not in known
         ]
         if problems:
-            raise ValueError("prompt attributes: " + "; ".join(problems))
+            raise LesaError("prompt attributes: " + "; ".join(problems))
         return self.form.format(**attributes)
 
     def shorten(self, prompt: str) -> str:
@@ -100,7 +102,7 @@ class Language:
             if name not in found and name not in self.defaults:
                 problems.append(f"no {name} (say one of: {', '.join(values)})")
         if problems:
-            raise ValueError(f"prompt {prompt!r}: " + "; ".join(problems))
+            raise LesaError(f"prompt {prompt!r}: " + "; ".join(problems))
         return {name: found.get(name) or self.defaults[name] for name in self.values}
 
     def indices(self, prompt: str, attributes: Sequence[str] | None = None) -> list[int]:

@@ -76,8 +76,8 @@ class QwenImage:
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         return {"encoder_hidden_states": tokens, "encoder_hidden_states_mask": mask}
 
-    def to_autoencoder(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures[:, :, None]  # a video of one frame
+    def to_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, None]  # a video of one frame
 
     def from_autoencoder(self, decoded: torch.Tensor) -> torch.Tensor:
         return decoded[:, :, 0]

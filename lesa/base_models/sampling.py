@@ -17,14 +17,14 @@ def full_call(data_set: DataSet, num_prompts: int) -> dict[str, Any]:
     return call if architecture.has_guidance else call | {"negative_prompt": [architecture.promptless] * num_prompts}
 
 
-def sample_pictures(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
+def sample_images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
     """One picture or video a prompt, on the CPU, in [0, 1]; the noise of each depends on its place alone."""
     pipeline.set_progress_bar_config(disable=True)
-    pictures: torch.Tensor = pipeline(
+    images: torch.Tensor = pipeline(
         prompt=prompts,
         generator=[torch.Generator().manual_seed(index) for index in range(len(prompts))],
         output_type="pt",
         return_dict=False,
         **call,
     )[0]
-    return pictures.cpu()
+    return images.cpu()

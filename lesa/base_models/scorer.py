@@ -17,6 +17,7 @@ from torch import nn
 
 from lesa.base_models.data_sets import DATA_SETS, DataSet, Reading
 from lesa.base_models.optim import Optimiser, Report, pick
+from lesa.errors import LesaError
 
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 64
@@ -45,7 +46,7 @@ class Scorer:
         frames = () if data_set.num_frames is None else (data_set.num_frames,)
         wanted = (*frames, 3, data_set.height, data_set.width)
         if tuple(images.shape[1:]) != wanted:
-            raise ValueError(
+            raise LesaError(
                 f"images have shape {tuple(images.shape)}; "
                 f"the {_reading(data_set).kind} scorer reads [B, {', '.join(map(str, wanted))}]"
             )
@@ -57,7 +58,7 @@ class Scorer:
     def agreement(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Bool [B]: whether the class seen in each image or video, in [0, 1], is the one prompted."""
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts: give one prompt an image")
+            raise LesaError(f"{len(images)} images but {len(prompts)} prompts: give one prompt an image")
         return self.read(images) == targets(self.data_set, prompts)
 
     def save(self, folder: Path) -> None:
@@ -75,24 +76,24 @@ def load_scorer(folder: Path) -> Scorer:
     folder = Path(folder)
     missing = [name for name in ("scorer.json", "weights.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"scorer folder {folder} lacks {' and '.join(missing)}: run the base stage")
+        raise LesaError(f"scorer folder {folder} lacks {' and '.join(missing)}: run the base stage")
     card = json.loads((folder / "scorer.json").read_text())
     known = {d.reading.kind: d for d in DATA_SETS.values() if d.reading is not None}
     data_set = known.get(card.get("kind"))
     if data_set is None:
-        raise ValueError(
+        raise LesaError(
             f"{folder / 'scorer.json'}: kind is {card.get('kind')!r}, not one of {', '.join(known)}: run the base stage"
         )
     wrong = [
         f"{key} is {card.get(key)!r}, not {value!r}" for key, value in _card(data_set).items() if card.get(key) != value
     ]
     if wrong:
-        raise ValueError(f"{folder / 'scorer.json'}: " + "; ".join(wrong))
+        raise LesaError(f"{folder / 'scorer.json'}: " + "; ".join(wrong))
     network = _Reader(data_set)
     try:
         network.load_state_dict(load_file(folder / "weights.safetensors"))
     except RuntimeError as error:
-        raise ValueError(f"{folder / 'weights.safetensors'} does not fit the {card['kind']} scorer: {error}") from error
+        raise LesaError(f"{folder / 'weights.safetensors'} does not fit the {card['kind']} scorer: {error}") from error
     return Scorer(data_set, network, float(card["accuracy"]))
 
 
@@ -123,11 +124,11 @@ def fit_scorer(data_set: DataSet, *, num_steps: int, num_images: int, seed: int,
     return scorer
 
 
-def _one_frame(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _one_frame(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """[B, 3, H, W]: images as they are, a random frame of each video."""
-    if pictures.ndim == 4:
-        return pictures
-    return pictures[torch.arange(len(pictures)), pick(pictures.shape[1], len(pictures), generator)]
+    if images.ndim == 4:
+        return images
+    return images[torch.arange(len(images)), pick(images.shape[1], len(images), generator)]
 
 
 def classes(data_set: DataSet) -> list[str]:

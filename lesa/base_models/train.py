@@ -14,9 +14,10 @@ from lesa.base_models.fit_flow import FlowData, fit_flow
 from lesa.base_models.fit_text import fit_text
 from lesa.base_models.fit_vae import encode, fit_vae, reconstruction_psnr
 from lesa.base_models.optim import Report, pick
-from lesa.base_models.sampling import full_call, sample_pictures
+from lesa.base_models.sampling import full_call, sample_images
 from lesa.base_models.saving import save_folders
 from lesa.base_models.scorer import JUDGED_A_STEP, fit_scorer
+from lesa.errors import LesaError
 
 # The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
 MAX_TEXT_STEPS = 250
@@ -110,8 +111,8 @@ def train_base(
     if scorer is not None:
         metrics["scorer_accuracy"] = scorer.accuracy
         judged = unseen[: min(MAX_JUDGED, 4 * steps)]
-        pictures = sample_pictures(pipeline.to(device), judged, full_call(data_set, len(judged)))
-        metrics["agreement"] = float(scorer.agreement(pictures, judged).float().mean())
+        images = sample_images(pipeline.to(device), judged, full_call(data_set, len(judged)))
+        metrics["agreement"] = float(scorer.agreement(images, judged).float().mean())
     pipeline.to("cpu")
     folders: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
     if scorer is not None:
@@ -137,7 +138,7 @@ def check_training(data_set: DataSet, prompts: list[str], *, steps: int, batch_s
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("base model cannot be trained: " + "; ".join(problems))
+        raise LesaError("base model cannot be trained: " + "; ".join(problems))
 
 
 def _flow_data(

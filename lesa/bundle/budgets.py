@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lesa.bundle.manifest import Manifest
+from lesa.errors import LesaError
 from lesa.schedule import Schedule, least_full
 
 _CHOICES = ("interval", "full_steps", "budget", "min_psnr", "max_loss_db")
@@ -35,12 +36,12 @@ def choose_schedule(
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
-        raise ValueError(f"give one of {', '.join(_CHOICES)}; got {' and '.join(asked)}")
+        raise LesaError(f"give one of {', '.join(_CHOICES)}; got {' and '.join(asked)}")
     own = len(manifest.sigmas) - 1
     steps = own if num_steps is None else num_steps
     if full_steps is not None:
         if steps != own:
-            raise ValueError(f"full_steps: they are for {own} steps, the run has {steps}: choose by budget or interval")
+            raise LesaError(f"full_steps: they are for {own} steps, the run has {steps}: choose by budget or interval")
         return Schedule.explicit(steps, full_steps), "full_steps"
     if interval is not None:
         for name, known in manifest.budgets.items():
@@ -52,7 +53,7 @@ def choose_schedule(
     else:
         name = manifest.default_budget if budget is None else budget
     if name not in manifest.budgets:
-        raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
+        raise LesaError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
     schedule = manifest.budgets[name].schedule
     least = least_full(known.schedule for known in manifest.budgets.values())
     return (schedule if steps == own else schedule.carried(steps, least)), name
@@ -66,24 +67,24 @@ def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: fl
         if isinstance(known.quality.get("psnr_mean"), int | float)
     }
     if not measured:
-        raise ValueError("the bundle's budgets were not measured: choose by budget, interval or full_steps")
+        raise LesaError("the bundle's budgets were not measured: choose by budget, interval or full_steps")
     if max_loss_db is not None and not max_loss_db >= 0:
-        raise ValueError(f"max_loss_db: must be at least 0 dB, got {max_loss_db}")
+        raise LesaError(f"max_loss_db: must be at least 0 dB, got {max_loss_db}")
     best = max(measured.values())
     wanted = min_psnr if min_psnr is not None else best - float(max_loss_db or 0.0)
     good = [name for name, psnr in measured.items() if psnr >= wanted]
     if not good:
         known = ", ".join(f"{name}: {psnr:.2f} dB" for name, psnr in measured.items())
-        raise ValueError(f"min_psnr: no budget measured {wanted:.2f} dB ({known})")
+        raise LesaError(f"min_psnr: no budget measured {wanted:.2f} dB ({known})")
     return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, -measured[name]))
 
 
 def slower_budget(manifest: Manifest, name: str) -> str:
     """The next slower budget; `ValueError` for the slowest one and for none."""
     if name not in manifest.budgets:
-        raise ValueError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
+        raise LesaError(f"budget: {name!r} is not one of {', '.join(manifest.budgets)}")
     full = {other: budget.schedule.num_full for other, budget in manifest.budgets.items()}
     slower = [other for other, count in full.items() if count > full[name]]
     if not slower:
-        raise ValueError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
+        raise LesaError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
     return min(slower, key=full.__getitem__)

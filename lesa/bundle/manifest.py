@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 from lesa.params import CallParams
 from lesa.predictor.spec import PredictorSpec
@@ -60,7 +61,7 @@ _MODEL = (
 )
 
 
-class BundleError(ValueError):
+class BundleError(LesaError):
     """Why a bundle was refused: every problem, one a line."""
 
     def __init__(self, where: object, problems: list[str]) -> None:

@@ -36,7 +36,7 @@ _ELEMENT = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
+class CostEstimate:
     """Bytes and operations."""
 
     facts: ModelFacts
@@ -89,7 +89,7 @@ class Needs:
         }
 
 
-def needs_of(workload: Workload) -> Needs:
+def estimate_costs(workload: Workload) -> CostEstimate:
     """The needs of a workload.
 
     Raises:
@@ -113,7 +113,7 @@ def needs_of(workload: Workload) -> Needs:
     feature = model.tokens * model.channels
     pixels = call.height * call.width * (call.num_frames or 1)
     sampling = 2 * _BLOCK_VALUES * wide * element + pixels * _DECODER_BYTES
-    return Needs(
+    return CostEstimate(
         facts=facts,
         weights={name: numbers * element for name, numbers in facts.numbers.items()},
         download=0 if facts.is_local else 2 * sum(facts.numbers.values()),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 from lesa.models.flops import Grid
 from lesa.models.published import PIXELS_PER_TOKEN, PRESETS, Preset, meta_transformer
@@ -47,19 +48,19 @@ def model_facts(workload: Workload) -> ModelFacts:
         numbers = {part.name: _numbers(part) for part in sorted(folder.iterdir()) if part.is_dir()}
         numbers = {name: count for name, count in numbers.items() if count}
         if "transformer" not in numbers:
-            raise ValueError(f"{folder}/transformer: no weights in safetensors files")
+            raise LesaError(f"{folder}/transformer: no weights in safetensors files")
         pixels, frames = _autoencoder(folder)
     elif preset is not None:
         transformer = meta_transformer(preset.name)
         numbers = {"transformer": sum(p.numel() for p in transformer.parameters()), **preset.parts}
         pixels, frames = PIXELS_PER_TOKEN, _FRAMES_PER_LATENT
     elif workload.base is not None:
-        raise ValueError(
+        raise LesaError(
             f"model.source: {folder} is not here; make it first: python -m flows.base --workload {workload.name}"
         )
     else:
         known = ", ".join(p.source for p in PRESETS.values() if p.source)
-        raise ValueError(
+        raise LesaError(
             f"model.source: {workload.model.source} is no pipeline folder here and none of {known}: "
             "its size is not known before it is there"
         )
@@ -100,12 +101,12 @@ def _from_folder(folder: Path, class_name: str) -> torch.nn.Module:
     path = folder / "transformer/config.json"
     config = _json(path)
     if (name := config.get("_class_name")) != class_name:
-        raise ValueError(f"{folder}: transformer: got {name!r}, the workload's family has {class_name!r}")
+        raise LesaError(f"{folder}: transformer: got {name!r}, the workload's family has {class_name!r}")
     try:
         with torch.device("meta"):
             return getattr(diffusers, class_name).from_config(config)
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: no {class_name} can be made from it ({error})") from None
+        raise LesaError(f"{path}: no {class_name} can be made from it ({error})") from None
 
 
 def _autoencoder(folder: Path) -> tuple[int, int]:
@@ -117,7 +118,7 @@ def _autoencoder(folder: Path) -> tuple[int, int]:
     if "temperal_downsample" in config:
         return 2 * 2 ** len(config["temperal_downsample"]), _FRAMES_PER_LATENT
     if "block_out_channels" not in config:
-        raise ValueError(f"{path}: says nothing of how much smaller the latents are than the picture")
+        raise LesaError(f"{path}: says nothing of how much smaller the latents are than the picture")
     return 2 ** len(config["block_out_channels"]), _FRAMES_PER_LATENT
 
 
@@ -131,24 +132,24 @@ def _numbers_of_file(path: Path) -> int:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _MAX_HEADER:
-                raise ValueError(f"its header claims {length} bytes")
+                raise LesaError(f"its header claims {length} bytes")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != whole:
-            raise ValueError(f"{path.stat().st_size} bytes, its header says {whole}")
+            raise LesaError(f"{path.stat().st_size} bytes, its header says {whole}")
         return sum(math.prod(entry["shape"]) for entry in header.values())
     except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a safetensors file, or a torn one ({error})") from None
+        raise LesaError(f"{path}: not a safetensors file, or a torn one ({error})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: it belongs to every saved pipeline") from None
+        raise LesaError(f"{path} does not exist: it belongs to every saved pipeline") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise LesaError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must be an object")
+        raise LesaError(f"{path}: must be an object")
     return value

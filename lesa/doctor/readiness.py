@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, Needs, needs_of
+from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
 from lesa.doctor.machine import answers, public, version
 from lesa.params import Workload
 from lesa.recording.plan import recorded_prompts
@@ -25,7 +25,7 @@ _DISK_MARGIN = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing a workload needs."""
+    """One thing a workload costs."""
 
     name: str
     ok: bool
@@ -42,17 +42,17 @@ def examine_workload(workload: Workload) -> dict[str, Any]:
     Raises:
         ValueError: the size of its model cannot be known.
     """
-    needs = needs_of(workload)
+    costs = estimate_costs(workload)
     checks = [
         _packages(),
-        _gpu(workload, needs),
-        *_model(workload, needs),
-        *_disk(workload, needs),
+        _gpu(workload, costs),
+        *_model(workload, costs),
+        *_disk(workload, costs),
         _prompts(workload),
     ]
     return {
         "workload": workload.name,
-        "needs": needs.to_dict(),
+        "needs": costs.to_dict(),
         "checks": [asdict(check) for check in checks],
         "ready": all(check.ok for check in checks),
     }
@@ -60,17 +60,17 @@ def examine_workload(workload: Workload) -> dict[str, Any]:
 
 def format_readiness(facts: Mapping[str, Any]) -> str:
     """`examine_workload` for people."""
-    needs, hours = facts["needs"], facts["needs"]["gpu_hours"]
-    parameters = sum(needs["parameters"].values()) / 1e9
-    lines = [f"workload  {facts['workload']}: {needs['model']}, {parameters:.2f} billion parameters"]
+    costs, hours = facts["needs"], facts["needs"]["gpu_hours"]
+    parameters = sum(costs["parameters"].values()) / 1e9
+    lines = [f"workload  {facts['workload']}: {costs['model']}, {parameters:.2f} billion parameters"]
     rate = f"{UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s"
     lines.append(
         f"estimate  {hours['all']:.3g} GPU hours at {rate} (computed, not measured): "
         + ", ".join(f"{stage} {value:.2g}" for stage, value in hours.items() if stage != "all")
     )
     lines.append(
-        f"          store {_gb(needs['store_bytes'])} for {needs['trajectories']} trajectories "
-        f"({_gb(needs['store_bytes_all_tokens'])} with every token)"
+        f"          store {_gb(costs['store_bytes'])} for {costs['trajectories']} trajectories "
+        f"({_gb(costs['store_bytes_all_tokens'])} with every token)"
     )
     for check in facts["checks"]:
         lines.append(f"{'ok' if check['ok'] else 'NO':<9} {check['name']}: {check['found']}")
@@ -89,17 +89,17 @@ def _packages() -> Check:
     return Check("packages", not absent, found, "make install, or pip install 'lesa[pipeline]'")
 
 
-def _gpu(workload: Workload, needs: Needs) -> Check:
+def _gpu(workload: Workload, costs: CostEstimate) -> Check:
     import torch
 
     parts = (
-        f"about {_gb(needs.gpu)} needed (weights {_gb(sum(needs.weights.values()))}, a run {_gb(needs.sampling)}"
-        + (f", search {_gb(needs.fitting)}" if needs.fitting > needs.sampling else "")
-        + (f", closed loop {_gb(needs.closed_loop)}" if needs.closed_loop else "")
+        f"about {_gb(costs.gpu)} needed (weights {_gb(sum(costs.weights.values()))}, a run {_gb(costs.sampling)}"
+        + (f", search {_gb(costs.fitting)}" if costs.fitting > costs.sampling else "")
+        + (f", closed loop {_gb(costs.closed_loop)}" if costs.closed_loop else "")
         + ")"
     )
     if workload.device == "cpu" or (workload.device == "auto" and not torch.cuda.is_available()):
-        hours = needs.run_flops / 1e11 / 3600  # a hundred GFLOP/s, what a few cores do
+        hours = costs.run_flops / 1e11 / 3600  # a hundred GFLOP/s, what a few cores do
         small = hours < 0.01
         remedy = f"use a machine with a CUDA GPU: one unaccelerated run would take some {hours:.0f} hours on a CPU"
         return Check("GPU memory", small, f"{parts}, no GPU{' needed at this size' if small else ' here'}", remedy)
@@ -107,18 +107,18 @@ def _gpu(workload: Workload, needs: Needs) -> Check:
         return Check("GPU memory", False, f"{parts}, torch sees no GPU", "device: cuda is asked for; use auto or cpu")
     total = torch.cuda.get_device_properties(0).total_memory
     remedy = "take a larger GPU"
-    if needs.closed_loop > max(needs.sampling, needs.fitting):
-        without = sum(needs.weights.values()) + max(needs.sampling, needs.fitting)
+    if costs.closed_loop > max(costs.sampling, costs.fitting):
+        without = sum(costs.weights.values()) + max(costs.sampling, costs.fitting)
         remedy += (
             f", lower closed_loop.batch_size ({workload.closed_loop.batch_size}), or set closed_loop.iterations to 0: "
             f"the predictor of the first training step then needs {_gb(without)}"
         )
-    return Check("GPU memory", needs.gpu <= total, f"{parts}, {_gb(total)} on {torch.cuda.get_device_name(0)}", remedy)
+    return Check("GPU memory", costs.gpu <= total, f"{parts}, {_gb(total)} on {torch.cuda.get_device_name(0)}", remedy)
 
 
-def _model(workload: Workload, needs: Needs) -> list[Check]:
+def _model(workload: Workload, costs: CostEstimate) -> list[Check]:
     source, revision = workload.model.source, workload.model.revision
-    if needs.facts.is_local:
+    if costs.facts.is_local:
         here = (Path(source) / "model_index.json").is_file()
         remedy = f"put a saved diffusers pipeline into {source} (docs/runbook.md)"
         return [Check("model", here, f"{source} is {'here' if here else 'not here'}", remedy)]
@@ -133,14 +133,14 @@ def _model(workload: Workload, needs: Needs) -> list[Check]:
     remedy = "connect this machine, set HTTPS_PROXY or HF_ENDPOINT, or bring a filled cache (HF_HOME)"
     asked = public(hub) if proxy is None else f"{public(proxy)}, the proxy to {public(hub)},"
     checks = [Check("hub", reachable, f"{asked} is {'reachable' if reachable else 'not reachable'}", remedy)]
-    if needs.facts.name in _GATED:
+    if costs.facts.name in _GATED:
         remedy = f"accept the licence on {_HUB}/{source}, then `hf auth login`"
         found = "an access token is set" if _has_token() else "no access token; the model's page asks for an account"
         checks.append(Check("account", _has_token(), found, remedy))
     return checks
 
 
-def _disk(workload: Workload, needs: Needs) -> list[Check]:
+def _disk(workload: Workload, costs: CostEstimate) -> list[Check]:
     """What each file system must take, and what it has."""
     wanted: dict[int, list[tuple[str, int, Path]]] = {}
     locked: dict[Path, None] = {}  # may not be written to, in the order of asking
@@ -152,14 +152,14 @@ def _disk(workload: Workload, needs: Needs) -> list[Check]:
         if num_bytes > 0:
             wanted.setdefault(existing.stat().st_dev, []).append((what, num_bytes, existing))
 
-    if not needs.facts.is_local and not cached(workload.model.source, workload.model.revision):
-        want("download", needs.download, hub_cache())
+    if not costs.facts.is_local and not cached(workload.model.source, workload.model.revision):
+        want("download", costs.download, hub_cache())
     data, cache = Path("data"), Path(".dvc/cache")
-    left = max(0, needs.store - _size(workload.paths.trajectories))
+    left = max(0, costs.store - _size(workload.paths.trajectories))
     want("trajectory store", left, data)
-    want("checkpoints and bundle", needs.training, data)
+    want("checkpoints and bundle", costs.training, data)
     if not _one_device(data, cache):
-        want("DVC's copy of store and bundle", needs.disk, cache)
+        want("DVC's copy of store and bundle", costs.disk, cache)
     checks = []
     for items in wanted.values():
         total, free = sum(size for _, size, _ in items), shutil.disk_usage(items[0][2]).free

@@ -1,4 +1,4 @@
-"""What a method's runs gave, and how the samples of a measurement are shared out to processes."""
+"""Results out of what was measured: rows with their intervals, and the curves of the report."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def gather(
         sigmas=tuple(sigmas.tolist()),
         boundaries=next((m.predictor.spec.boundaries for m in methods if m.predictor), ()),
         alphas=_alphas(methods, sigmas),
-        pictures={key: found.pictures for key, found in measured.items() if found.pictures is not None},
+        images={key: found.images for key, found in measured.items() if found.images is not None},
         resamples=settings.bootstrap,
         about=dict(about or {}),
     )
@@ -118,7 +118,7 @@ def _row(
         return estimate(values[metric], members, settings.bootstrap)
 
     psnr, ssim = estimated("psnr"), estimated("ssim")
-    assert psnr is not None and ssim is not None and found.pictures is not None
+    assert psnr is not None and ssim is not None and found.images is not None
     num_steps = len(sigmas) - 1
     computed = found.computed / found.calls * method.num_steps
     errors = found.feature_errors
@@ -141,7 +141,7 @@ def _row(
         wall_clock_ratio=statistics.median(ratios) if ratios else None,
         wall_clock_range=(min(ratios), max(ratios)) if ratios else None,
         flops_ratio=num_steps * model.total / method.flops(model, computed, sigmas),
-        bytes_kept=None if method.kind == "solver" else found.peak_bytes // len(found.pictures),
+        bytes_kept=None if method.kind == "solver" else found.peak_bytes // len(found.images),
         weight_bytes=method.predictor.nbytes if method.predictor else 0,
         settings=method.settings,
         full_steps=method.schedule.full_steps if method.schedule else None,

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lesa.errors import LesaError
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -60,7 +62,7 @@ def paired_interval(
     """`interval` of the differences a - b of samples that share prompt and noise."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(
+        raise LesaError(
             f"paired values have {first.size} and {second.size} samples: pairs need the same samples"
         )
     return interval(first - second, groups, resamples, seed)
@@ -68,7 +70,7 @@ def paired_interval(
 
 def check_resamples(resamples: int) -> None:
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise LesaError(f"resamples must be at least 1, got {resamples}")
 
 
 def around(mean: float, resampled: NDArray[np.float64]) -> Interval:
@@ -87,7 +89,7 @@ def checked(values: ArrayLike, groups: ArrayLike) -> tuple[NDArray[np.float64], 
     if not np.isfinite(numbers).all():
         problems.append(f"{int((~np.isfinite(numbers)).sum())} values are not finite")
     if problems:
-        raise ValueError("bootstrap: " + "; ".join(problems))
+        raise LesaError("bootstrap: " + "; ".join(problems))
     return numbers, [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
 

@@ -1,9 +1,4 @@
-"""Judging: every method on the same prompts and noise, beside the plain run and beside a converged one.
-
-Paired by construction: a batch is sampled plain, then by each method, before the next batch begins. The
-first batch is also looked into (features, bytes, shapes); others are timed, each method against the plain call
-of its own batch. Processes may share the batches out (`lesa.evaluation.measure.share_out`).
-"""
+"""The two judgements people ask for: a workload's own predictors with a report, and a bundle on a pipeline."""
 
 from __future__ import annotations
 

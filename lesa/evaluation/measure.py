@@ -1,4 +1,9 @@
-"""What a method's runs gave, and how the samples of a measurement are shared out to processes."""
+"""Judging: every method on the same prompts and noise, beside the plain run and beside a converged one.
+
+Paired by construction: a batch is sampled plain, then by each method, before the next batch begins. The
+first batch is also looked into (features, bytes, shapes); others are timed, each method against the plain call
+of its own batch. Processes may share the batches out (`share_out`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from lesa import metrics
+from lesa.errors import LesaError
 from lesa.models.flops import ModelFlops, count_transformer
 from lesa.models.pipelines import sample, timed_sample
 from lesa.models.probe import RunTrace, probe
@@ -32,7 +38,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)  # of timed calls, plain ones in step
     calls: int = 0
     computed: int = 0
-    pictures: torch.Tensor | None = None  # of the first batch
+    images: torch.Tensor | None = None  # of the first batch
     feature_errors: tuple[float, ...] | None = None  # [S] relative L1, where its steps are the plain run's
     peak_bytes: int = 0
 
@@ -98,7 +104,7 @@ class Scorer(Protocol):
 def samples(prompts: Sequence[str], seeds_per_prompt: int, seed_offset: int) -> tuple[list[str], list[int]]:
     """A prompt and a noise seed for every sample: prompts in order, each with seeds no other sample has."""
     if seeds_per_prompt < 1:
-        raise ValueError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
+        raise LesaError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
     repeated = [prompt for prompt in prompts for _ in range(seeds_per_prompt)]
     return repeated, list(range(seed_offset, seed_offset + len(repeated)))
 
@@ -194,7 +200,7 @@ def _run(
     found.calls += trace.calls
     found.computed += trace.computed
     if is_first:
-        found.pictures, found.peak_bytes = images, trace.peak_bytes
+        found.images, found.peak_bytes = images, trace.peak_bytes
     if is_timed:
         found.seconds.append(seconds)
     return images, trace
@@ -256,4 +262,4 @@ def check(methods: Sequence[Method], prompts: Sequence[str], seeds: Sequence[int
     if doubles:
         problems.append(f"methods: {', '.join(doubles)} is there twice")
     if problems:
-        raise ValueError("evaluation: " + "; ".join(problems))
+        raise LesaError("evaluation: " + "; ".join(problems))

@@ -145,10 +145,10 @@ def method_grid(
         path: PNG.
         gain: 0 for the pictures; otherwise what absolute differences from the plain run are multiplied by.
     """
-    plain = results.pictures["", "plain"]
+    plain = results.images["", "plain"]
     columns = [("plain run", plain)]
     for name in methods:
-        images = results.pictures[budget, name]
+        images = results.images[budget, name]
         shown = (images - plain).abs() * gain if gain else images
         columns.append((results.row(budget, name).label, shown))
     size, gap, left, above = 0.9, 0.07, 1.35, 1.4  # inches
@@ -177,7 +177,7 @@ def method_grid(
 
 def prompt_grid(results: Results, indices: Sequence[int], path: Path) -> None:
     """Plain-run pictures with their prompts; green where the scorer reads what was asked, red where not."""
-    images = results.pictures["", "plain"]
+    images = results.images["", "plain"]
     read = results.samples["", "plain"].get("agreement")
     across, down = _panel(images[0])
     columns = round(8 / across)

@@ -23,7 +23,7 @@ from lesa.evaluation.table import format_bytes, format_table
 __all__ = ["format_table", "write_report"]
 
 GRID_ROWS = 6  # prompts in the grids of methods
-PROMPT_PICTURES = 32  # pictures in the grid of prompts
+PROMPT_IMAGES = 32  # pictures in the grid of prompts
 DIFFERENCE_GAIN = 8  # what differences are multiplied by to be seen
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -43,9 +43,9 @@ def write_report(results: Results, folder: Path, training: Curves | None = None)
     atomic.write_bytes(folder / "samples.npz", _samples_file(results))
     for name, lines in _tables(results).items():
         atomic.write_bytes(folder / name, _csv(lines))
-    pictures = _draw(results, folder, training or {})
+    images = _draw(results, folder, training or {})
     page = folder / "index.html"
-    atomic.write_bytes(page, _page(results, pictures).encode())
+    atomic.write_bytes(page, _page(results, images).encode())
     return page
 
 
@@ -133,7 +133,7 @@ def _draw(results: Results, folder: Path, training: Curves) -> list[tuple[str, s
             if "agreement" in results.samples["", "plain"]
             else "."
         ),
-        partial(plots.prompt_grid, results, indices[:PROMPT_PICTURES]),
+        partial(plots.prompt_grid, results, indices[:PROMPT_IMAGES]),
     )
     add(
         "Quality against speed",
@@ -170,7 +170,7 @@ def _draw(results: Results, folder: Path, training: Curves) -> list[tuple[str, s
 
 def _spread(results: Results) -> list[int]:
     """Samples of the first batch, a different prompt each as long as there are any."""
-    available = len(results.pictures["", "plain"])
+    available = len(results.images["", "plain"])
     first: dict[int, int] = {}
     for index in range(available):
         first.setdefault(int(results.groups[index]), index)
@@ -182,7 +182,7 @@ def _grid_order(row: Row) -> tuple[int, float]:
     return (("lesa", "rule", "solver", "cache").index(row.kind), -row.psnr.mean)
 
 
-def _page(results: Results, pictures: Sequence[tuple[str, str, str]]) -> str:
+def _page(results: Results, images: Sequence[tuple[str, str, str]]) -> str:
     about = results.about
     title = f"LESA on {about.get('workload', 'a bundle')}"
     parts = [
@@ -195,7 +195,7 @@ def _page(results: Results, pictures: Sequence[tuple[str, str, str]]) -> str:
         parts += [f"<h2>Budget {html.escape(budget)}</h2>", _table(results, budget)]
     parts.append(_legend())
     section = ""
-    for heading, name, caption in pictures:
+    for heading, name, caption in images:
         if heading != section:
             parts.append(f"<h2>{html.escape(heading)}</h2>")
             section = heading

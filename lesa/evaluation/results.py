@@ -89,7 +89,7 @@ class Row:
 class Results:
     """An evaluation.
 
-    `samples` and `pictures` are keyed by (budget, method); ("", "plain") is the plain run.
+    `samples` and `images` are keyed by (budget, method); ("", "plain") is the plain run.
     """
 
     rows: tuple[Row, ...]
@@ -103,7 +103,7 @@ class Results:
     sigmas: tuple[float, ...]  # [S + 1] of the plain run
     boundaries: tuple[float, ...] = ()  # noise levels between the predictor's stages
     alphas: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # budget -> name -> [S]
-    pictures: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
+    images: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
     resamples: int = 2000
     about: Mapping[str, Any] = field(default_factory=dict)  # what was judged: workload, bundle
 

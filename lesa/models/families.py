@@ -1,7 +1,9 @@
-"""Which of a transformer's image tokens are the picture being made, told from the arguments of one call.
+"""The table of model families: everything that differs between transformers is a row here, and nowhere else.
 
-Editing pipelines append the tokens of reference pictures and throw away what the transformer says of them
-(`noise_pred[:, : latents.size(1)]`): the first tokens are the ones to predict.
+What is not here does not fit a row (read at diffusers 0.42.1):
+    FLUX.2           its last blocks return text and image in one tensor, which the model splits afterwards
+    Wan 2.1, 2.2     ends in a scale and shift of its own, not in norm_out(feature, temb); 2.2 has two transformers
+    HunyuanVideo Framepack, Qwen-Image-Layered   several sections or layers share one run's tokens
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from lesa.errors import LesaError
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +217,7 @@ FAMILIES: dict[str, Family] = {
 def register_family(row: Family) -> None:
     """Add a family from outside; a name that is taken is refused with `ValueError`."""
     if row.name in FAMILIES:
-        raise ValueError(f"family {row.name!r} is in the table already; choose another name")
+        raise LesaError(f"family {row.name!r} is in the table already; choose another name")
     FAMILIES[row.name] = row
 
 
@@ -224,7 +228,7 @@ def family_of(transformer: torch.nn.Module) -> Family:
         if row.transformer_class == name:
             return row
     known = ", ".join(f"{row.transformer_class} ({row.name})" for row in FAMILIES.values())
-    raise ValueError(
+    raise LesaError(
         f"{name} is not in the table of model families: {known}. Add a row with lesa.models.families.register_family"
     )
 
@@ -233,7 +237,7 @@ def published_model(name: str) -> PublishedModel:
     """A published model of any family by name; `ValueError` with the list when there is none."""
     known = {model.name: model for row in FAMILIES.values() for model in row.models}
     if name not in known:
-        raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+        raise LesaError(f"{name!r} is not one of {', '.join(known)}")
     return known[name]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 
+from lesa.errors import LesaError
+
 _VERSION = "lesa-fingerprint-1"
 _NUM_SLICES = 4
 _SLICE = 64  # elements
@@ -112,7 +114,7 @@ def _offloaded(module: torch.nn.Module, leaf: str, value: torch.Tensor, name: st
         kept: Mapping[str, torch.Tensor] | None = getattr(candidate, "weights_map", None)
         if kept is not None and leaf in kept:
             return kept[leaf].detach()
-    raise ValueError(
+    raise LesaError(
         f"parameter {name} is on the meta device and no offload hook says where its values are: "
         "enable LESA before offloading, or load the weights"
     )

@@ -16,6 +16,7 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch.utils.flop_counter import FlopCounterMode
 
+from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.predictor.spec import MIXED_VARIANT, PredictorSpec
 from lesa.schedule import Schedule, stage_of_steps
@@ -26,7 +27,7 @@ class ModelFlops:
     """One call of a transformer, for one sample and one guidance branch."""
 
     total: float  # full step
-    ends: float  # what is left at a predicted step: embedders, norm_out, proj_out
+    head: float  # what is left at a predicted step: embedders, norm_out, proj_out
     blocks: tuple[float, ...]  # each block, in execution order: some caches run the first or last ones at every step
     tokens: int  # image tokens L of the tapped feature
     channels: int  # width C of the tapped feature
@@ -72,7 +73,7 @@ def count_transformer(
     inside = sum(by_module.get(name, 0.0) for name, _, _ in rows)
     return ModelFlops(
         total=total / batch,
-        ends=(total - inside) / batch,
+        head=(total - inside) / batch,
         blocks=tuple(by_module.get(name, 0.0) / batch for name, _, _ in rows),
         tokens=int(tokens),
         channels=int(channels),
@@ -182,7 +183,7 @@ def call_inputs(
     """
     family = family_of(transformer)
     if family.name not in _CALLS:
-        raise ValueError(f"{family.name}: how it is called is not known here; add a row to lesa.models.flops")
+        raise LesaError(f"{family.name}: how it is called is not known here; add a row to lesa.models.flops")
     make = _Make(batch, device, dtype)
     return _CALLS[family.name](transformer.config, grid, text_tokens, guidance, make)
 

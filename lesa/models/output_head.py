@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 
 
-class Ends(nn.Module):
+class OutputHead(nn.Module):
     """Feature [B, L, C] and temb [B, D] -> the transformer's output tokens [B, L, O]."""
 
     def __init__(self, norm_out: nn.Module, proj_out: nn.Module) -> None:
@@ -26,12 +27,12 @@ class Ends(nn.Module):
         return self.proj_out(self.norm_out(feature, temb))
 
 
-def ends_of(transformer: nn.Module) -> Ends:
+def output_head_of(transformer: nn.Module) -> OutputHead:
     """The ends of a loaded transformer; modules are shared, not copied."""
-    return Ends(transformer.norm_out, transformer.proj_out)
+    return OutputHead(transformer.norm_out, transformer.proj_out)
 
 
-def load_ends(folder: Path, dtype: torch.dtype = torch.float32) -> Ends:
+def load_output_head(folder: Path, dtype: torch.dtype = torch.float32) -> OutputHead:
     """Read the ends alone from a saved transformer: megabytes of a model of gigabytes.
 
     Args:
@@ -46,19 +47,19 @@ def load_ends(folder: Path, dtype: torch.dtype = torch.float32) -> Ends:
 
     config = json.loads((folder / "config.json").read_text())
     if config.get("_class_name") not in {row.transformer_class for row in FAMILIES.values()}:
-        raise ValueError(f"{folder}: _class_name {config.get('_class_name')!r} is not in the table of model families")
+        raise LesaError(f"{folder}: _class_name {config.get('_class_name')!r} is not in the table of model families")
     with init_empty_weights():
         transformer = getattr(diffusers, config["_class_name"]).from_config(config)
-    ends = ends_of(transformer)
-    wanted = set(ends.state_dict())
+    head = output_head_of(transformer)
+    wanted = set(head.state_dict())
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in wanted}
     if missing := wanted - set(found):
-        raise ValueError(f"{folder}: weights {sorted(missing)} are missing; is it a saved transformer?")
-    ends.load_state_dict(found, assign=True)
-    return freeze(ends)
+        raise LesaError(f"{folder}: weights {sorted(missing)} are missing; is it a saved transformer?")
+    head.load_state_dict(found, assign=True)
+    return freeze(head)
 
 
 def freeze(module: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.models.families import FAMILIES, Family
 from lesa.params import CallParams, Workload
 
@@ -26,16 +27,16 @@ _MAX_INDEX_BYTES = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class PipelineError(ValueError):
+class PipelineError(LesaError):
     """A pipeline that cannot be loaded or called as asked; the message lists every problem."""
 
 
 def pick_device(setting: str) -> torch.device:
     """`auto` is CUDA where there is one and the CPU elsewhere; `cuda` without one is refused (ValueError)."""
     if setting not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: must be auto, cpu or cuda, got {setting!r}")
+        raise LesaError(f"device: must be auto, cpu or cuda, got {setting!r}")
     if setting == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is asked for and torch sees no GPU here; use auto or cpu")
+        raise LesaError("device: cuda is asked for and torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -161,11 +162,11 @@ def sample(
         shape for latents.
     """
     if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: every sample needs one of each")
+        raise LesaError(f"{len(prompts)} prompts and {len(seeds)} seeds: every sample needs one of each")
     if not prompts:
-        raise ValueError("prompts: at least one is needed")
+        raise LesaError("prompts: at least one is needed")
     if batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+        raise LesaError(f"batch_size: must be at least 1, got {batch_size}")
     results = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])

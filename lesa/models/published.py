@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lesa.errors import LesaError
 from lesa.models.families import published_model
 from lesa.models.flops import Grid, ModelFlops, call_inputs, count_transformer, predictor_bytes, predictor_flops
 from lesa.predictor.spec import PredictorSpec, Variant
@@ -185,7 +186,7 @@ class FamilyFlops:
             "schedule": self.schedule.to_dict(),
             "step_ratio": self.schedule.ratio,
             "full_call_tflops": self.model.total / 1e12,
-            "predicted_call_tflops": self.model.ends / 1e12,
+            "predicted_call_tflops": self.model.head / 1e12,
             "predictor_tflops": self.predictor / 1e12,
             "plain_tflops": self.plain / 1e12,
             "accelerated_tflops": self.accelerated / 1e12,
@@ -226,7 +227,7 @@ def family_flops(
         ValueError: for an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"{name!r} is not one of the model families with a true size: {', '.join(PRESETS)}")
+        raise LesaError(f"{name!r} is not one of the model families with a true size: {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if schedule is None:
         schedule = Schedule.uniform(preset.num_inference_steps, preset.interval, preset.warmup_steps)
@@ -249,7 +250,7 @@ def family_flops(
         model=model,
         predictor=predictor,
         plain=preset.branches * schedule.num_steps * model.total,
-        accelerated=preset.branches * (full * model.total + predicted * model.ends) + predictor,
+        accelerated=preset.branches * (full * model.total + predicted * model.head) + predictor,
         bytes_kept={part: size * copies[part] for part, size in held.items()},
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa import atomic
+from lesa.errors import LesaError
 from lesa.params import CallParams, EvaluateParams, Report
 from lesa.peers.caches import tuned_caches
 from lesa.peers.method import Method, lesa_method
@@ -205,7 +206,7 @@ class SearchedPeers:
     def refuse(self, prompts: Sequence[str], fingerprint: str) -> None:
         """`ValueError` where the file is of another transformer, or saw prompts that are to be judged."""
         if fingerprint != self.fingerprint:
-            raise ValueError(
+            raise LesaError(
                 f"the searched peers are those of transformer {self.fingerprint[:19]}, this one is "
                 f"{fingerprint[:19]}: run python -m benchmarks.peers.search_peers again"
             )
@@ -226,11 +227,11 @@ def load_searched(path: Path) -> SearchedPeers:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("schema") != SCHEMA:
-            raise ValueError(f"schema is not {SCHEMA}")
+            raise LesaError(f"schema is not {SCHEMA}")
         peers = tuple(Searched(**{**peer, "steps": tuple(peer["steps"])}) for peer in record.pop("peers"))
         record["prompt_digests"] = tuple(record["prompt_digests"])
         return SearchedPeers(peers=peers, **record)
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; python -m benchmarks.peers.search_peers makes it") from None
+        raise LesaError(f"{path} does not exist; python -m benchmarks.peers.search_peers makes it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of searched peers ({error}); make it again") from None
+        raise LesaError(f"{path}: not a file of searched peers ({error}); make it again") from None

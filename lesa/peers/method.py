@@ -54,7 +54,7 @@ class Method:
     def flops(self, model: ModelFlops, computed: float, sigmas: torch.Tensor) -> float:
         """Operations a sample and branch of a run with `computed` full steps (a mean for adaptive caches)."""
         always = model.blocks[: self.leading_blocks] + model.blocks[len(model.blocks) - self.trailing_blocks :]
-        skipped = model.ends + sum(always)
+        skipped = model.head + sum(always)
         return computed * model.total + (self.num_steps - computed) * skipped + self.own_flops(model, sigmas)
 
 

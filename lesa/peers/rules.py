@@ -1,4 +1,7 @@
-"""Everything that is compared, in one form: a name and a way to put it on a pipeline and take it off."""
+"""Training-free rules that stand in for the transformer's blocks: one function each, one call for all.
+
+A rule is bound to a schedule and its noise levels and then called with the history and the step to predict.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.models.flops import ModelFlops, taylor_flops
 from lesa.peers.dmd import DMD, FEWEST, equally_spaced
 from lesa.peers.method import Method, hooked
@@ -39,7 +43,7 @@ def rule_method(
         notes: further settings to show, e.g. what a search saw.
     """
     if rule not in RULES:
-        raise ValueError(f"{rule!r} is not a rule; known: {', '.join(RULES)}")
+        raise LesaError(f"{rule!r} is not a rule; known: {', '.join(RULES)}")
     factory = partial(RULES[rule], **(options or {}))
     return hooked_method(
         name or rule,

@@ -1,4 +1,16 @@
-"""Everything that is compared, in one form: a name and a way to put it on a pipeline and take it off."""
+"""Peers that need no cache: fewer evaluations with the same or a better solver, through the real pipeline.
+
+All integrate the flow `dx/dsigma = v(x, sigma)` from sigma 1 to 0 on a part of the plain run's noise levels. With h
+the step in sigma and h_before the one before:
+    Euler               x' = x + h v
+    Adams-Bashforth 2   x' = x + h (v + h / (2 h_before) (v - v_before)), Euler on the first step
+                        (variable-step form; Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.5)
+    Heun                x' = x + h (v + v'') / 2 with v'' at the Euler step's end: two evaluations a step; Euler on the
+                        last step, since there is nothing to evaluate at sigma 0
+DPM-Solver++ 2M (arXiv 2211.01095) and UniPC of order 2 (arXiv 2302.04867; predictor and corrector, B(h) = e^h - 1)
+integrate the prediction of the data `x_0 = x - sigma v` in `lambda = log((1 - sigma) / sigma)`; both go down to first
+order on the last step, where lambda has no end, and as good as on the second, which comes from sigma = 1.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +25,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
+from lesa.errors import LesaError
 from lesa.peers.method import Method
 
 
@@ -42,7 +55,7 @@ def solver_method(
 ) -> Method:
     """A solver of `SOLVERS` on even steps of the plain run's `num_steps`, or on a grid that is given."""
     if solver_name not in SOLVERS:
-        raise ValueError(f"{solver_name!r} is not a solver; known: {', '.join(SOLVERS)}")
+        raise LesaError(f"{solver_name!r} is not a solver; known: {', '.join(SOLVERS)}")
     row = SOLVERS[solver_name]
     steps = tuple(grid) if grid is not None else even_grid(num_steps, row.grid_size(num_evaluations))
     return Method(
@@ -96,7 +109,7 @@ class Solver:
         With two evaluations a step the last step has one; where the number is even the first step has one too.
         """
         if self.grid_size(num_evaluations) != grid_size:
-            raise ValueError(
+            raise LesaError(
                 f"{self.label}: {num_evaluations} evaluations need a grid of {self.grid_size(num_evaluations)} steps, "
                 f"got {grid_size}"
             )
@@ -243,7 +256,7 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         num_steps = len(self.timesteps)
         if self.grid[-1] >= num_steps:
-            raise ValueError(f"the grid ends at step {self.grid[-1]}, the run has {num_steps} steps")
+            raise LesaError(f"the grid ends at step {self.grid[-1]}, the run has {num_steps} steps")
         steps = list(self.grid)
         self.sigmas = torch.cat([self.sigmas[steps], self.sigmas[-1:]])
         self._run = Integration(self.solver, self.sigmas, self.num_evaluations)
@@ -262,7 +275,7 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         """One evaluation's step; anything but the plain deterministic call is refused with `ValueError`."""
         unknown = [name for name, value in kwargs.items() if value is not None and name != "generator"]
         if args or unknown:
-            raise ValueError(f"this solver takes no further arguments, got {[*args, *unknown]}")
+            raise LesaError(f"this solver takes no further arguments, got {[*args, *unknown]}")
         if self.step_index is None:
             self._init_step_index(timestep)
         self._step_index += 1
@@ -276,7 +289,7 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
 def even_grid(num_steps: int, num_evaluations: int) -> tuple[int, ...]:
     """`num_evaluations` steps of a run of `num_steps`, as even as integers allow, the first being 0."""
     if not 1 <= num_evaluations <= num_steps:
-        raise ValueError(
+        raise LesaError(
             f"evaluations must be from 1 to the {num_steps} steps of the run, got {num_evaluations}"
         )
     return tuple(round(i * num_steps / num_evaluations) for i in range(num_evaluations))
@@ -309,7 +322,7 @@ def solver(pipe: Any, grid: Sequence[int], name: str, num_evaluations: int | Non
     elif plain.config.stochastic_sampling or plain.config.invert_sigmas:
         problems.append("the scheduler samples stochastically or inverts its noise levels")
     if problems:
-        raise ValueError("solver: " + "; ".join(problems))
+        raise LesaError("solver: " + "; ".join(problems))
     replacement = GridScheduler.from_config(plain.config)
     replacement.grid, replacement.solver, replacement.num_evaluations = tuple(grid), SOLVERS[name], count
     pipe.scheduler = replacement

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lesa.schedule import Schedule
 
-KINDS = ("kan", "mlp", "table")
+ALPHA_KINDS = ("kan", "mlp", "table")
 KAN_LAYERS = 2  # history offsets -> hidden -> alpha
 MIN_RANGE = 1e-5  # a narrower range of offsets is one point and rounding: scaled up, it would be noise
 
@@ -43,7 +43,7 @@ def history_steps(schedule: Schedule, step: int, size: int, history: str) -> tup
     return tuple(range(step - 1, max(step - 1 - size, -1), -1))
 
 
-def offsets(sigmas: torch.Tensor, step: int, past: Sequence[int]) -> torch.Tensor:
+def time_offsets(sigmas: torch.Tensor, step: int, past: Sequence[int]) -> torch.Tensor:
     """[K] noise-level offsets of the history steps `past` (newest first) from `step`; all positive."""
     return sigmas[list(past)] - sigmas[step]
 
@@ -60,7 +60,9 @@ def scale_offsets(dt: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> to
     return torch.where(wide, 2 * (dt - low) / width - 1, torch.zeros_like(dt))
 
 
-def alpha(kind: str, tensors: Mapping[str, torch.Tensor], dt: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+def evaluate_alpha(
+    kind: str, tensors: Mapping[str, torch.Tensor], dt: torch.Tensor, steps: Sequence[int]
+) -> torch.Tensor:
     """[N] alphas for offsets [N, K] of the given step indices, from exported tensors."""
     if kind == "table":
         return tensors["table"][list(steps)]

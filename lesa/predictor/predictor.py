@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lesa.predictor import alpha as gates
+from lesa.errors import LesaError
 from lesa.predictor import projection as projections
 from lesa.predictor import step_weights
+from lesa.predictor.alpha import evaluate_alpha, gate_shapes, history_steps, linear_alpha, out_of_range, time_offsets
 from lesa.predictor.rule import History
 from lesa.predictor.spec import MIXED_VARIANT, STEPS, PredictorSpec, Variant
 from lesa.schedule import Schedule, history_problems, stage_of_steps
@@ -47,7 +48,7 @@ class Predictor:
             elif not torch.isfinite(tensor).all():
                 problems.append(f"tensor {name} has values that are not finite")
         if problems:
-            raise ValueError("predictor: " + "; ".join(problems))
+            raise LesaError("predictor: " + "; ".join(problems))
 
     @staticmethod
     def tensor_shapes(spec: PredictorSpec) -> dict[str, tuple[int, ...]]:
@@ -57,7 +58,7 @@ class Predictor:
             for stage, size in enumerate(spec.sizes_of(variant)):
                 prefix = f"{variant.name}/{stage}/"
                 of_projection = projections.projection_shapes(spec.projection, spec.channels, size, spec.rank)
-                of_gate = gates.gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
+                of_gate = gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
                 shapes |= {f"{prefix}projection.{name}": shape for name, shape in of_projection.items()}
                 shapes |= {f"{prefix}gate.{name}": shape for name, shape in of_gate.items()}
             if spec.kind == "per_step" and variant != MIXED_VARIANT:
@@ -102,9 +103,9 @@ class Predictor:
         sizes, is_mixed = spec.sizes_of(variant), variant == MIXED_VARIANT
         low, high = spec.step_range
         if is_mixed and not low <= schedule.num_steps <= high:
-            raise ValueError(f"num_inference_steps: got {schedule.num_steps}, the predictor serves {low} to {high}")
+            raise LesaError(f"num_inference_steps: got {schedule.num_steps}, the predictor serves {low} to {high}")
         if sigmas.shape != (schedule.num_steps + 1,):
-            raise ValueError(
+            raise LesaError(
                 f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
             )
         stages = stage_of_steps(sigmas, spec.boundaries)
@@ -112,7 +113,7 @@ class Predictor:
         if spec.kind == "lesa" or is_mixed:  # weights of each step use what history there is, without the expert
             problems = history_problems(schedule, sizes, stages, spec.history)
         if spec.gate == "table" and schedule.num_steps != spec.num_steps:
-            raise ValueError(
+            raise LesaError(
                 f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
             )
         untrained = spec.kind == "per_step" and not is_mixed and not self.is_trained_for(schedule)
@@ -123,15 +124,15 @@ class Predictor:
         for stage, size in enumerate(sizes):
             tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
             past = {
-                step: gates.history_steps(schedule, step, size, spec.history)
+                step: history_steps(schedule, step, size, spec.history)
                 for step in range(schedule.num_steps)
                 if stages[step] == stage
             }
             steps = [step for step, entries in past.items() if len(entries) == size]
             if not steps:
                 continue
-            dt = torch.stack([gates.offsets(sigmas.double(), step, past[step]) for step in steps])
-            strange = gates.out_of_range(dt, tensors["low"], tensors["high"]) & torch.tensor(
+            dt = torch.stack([time_offsets(sigmas.double(), step, past[step]) for step in steps])
+            strange = out_of_range(dt, tensors["low"], tensors["high"]) & torch.tensor(
                 [not schedule.is_full(step) for step in steps]
             )
             if strange.any():
@@ -140,14 +141,14 @@ class Predictor:
                     f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
                     f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
                 )
-            found = gates.alpha(spec.gate, tensors, dt, steps)
-            result[steps] = found = found * gates.linear_alpha(dt) if is_mixed else found
+            found = evaluate_alpha(spec.gate, tensors, dt, steps)
+            result[steps] = found = found * linear_alpha(dt) if is_mixed else found
             finite = dict(zip(steps, found.isfinite().tolist(), strict=True))
             bad = [step for step in steps if not finite[step] and not schedule.is_full(step)]
             if bad:
                 problems.append(f"alpha of noise stage {stage} is not finite at steps {bad}: the gate is damaged")
         if problems:
-            raise ValueError(f"schedule ({schedule}): " + "; ".join(problems))
+            raise LesaError(f"schedule ({schedule}): " + "; ".join(problems))
         return result
 
     def bind(
@@ -212,7 +213,7 @@ def fold_step_weights(
     bias = own["bias"].float().clone()
     for step, (stage, alpha) in enumerate(zip(stages, alphas.tolist(), strict=True)):
         if not math.isnan(alpha):
-            scale = step_weights.in_differences(experts[stage]["scale"].float())
+            scale = step_weights.to_difference_weights(experts[stage]["scale"].float())
             weight[step, : len(scale)] += alpha * scale
             bias[step] += alpha * experts[stage]["bias"].float()
     return {"weight": weight, "bias": bias}

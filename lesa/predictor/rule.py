@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.schedule import Schedule
 
 
@@ -19,7 +20,7 @@ class History:
 
     def __init__(self, size: int) -> None:
         if size < 1:
-            raise ValueError(f"history size must be at least 1, got {size}")
+            raise LesaError(f"history size must be at least 1, got {size}")
         self.size = size
         self.steps: tuple[int, ...] = ()
         self.features: tuple[torch.Tensor, ...] = ()

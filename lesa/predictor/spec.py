@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lesa.predictor import alpha as gates
+from lesa.errors import LesaError
 from lesa.predictor import projection as projections
+from lesa.predictor.alpha import ALPHA_KINDS
 from lesa.schedule import Schedule, boundary_problems
 
 KINDS = ("lesa", "per_step")
@@ -64,7 +65,7 @@ class PredictorSpec:
             ("kind", self.kind, KINDS),
             ("history", self.history, ("full_steps", "steps")),
             ("projection", self.projection, projections.KINDS),
-            ("gate", self.gate, gates.KINDS),
+            ("gate", self.gate, ALPHA_KINDS),
         ):
             if value not in known:
                 problems.append(f"{name} {value!r} is not one of {', '.join(known)}")
@@ -96,7 +97,7 @@ class PredictorSpec:
         if len(self.history_sizes) != len(self.boundaries) + 1:
             problems.append(f"{len(self.boundaries)} boundaries need {len(self.boundaries) + 1} history sizes")
         if problems:
-            raise ValueError("predictor: " + "; ".join(problems))
+            raise LesaError("predictor: " + "; ".join(problems))
 
     def _step_count_problems(self) -> list[str]:
         counts, problems = self.step_counts, []
@@ -157,7 +158,7 @@ class PredictorSpec:
         """Strict inverse of `to_dict`; `ValueError` names missing and unknown keys."""
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) != known:
-            raise ValueError(
+            raise LesaError(
                 f"predictor: missing keys {sorted(known - set(data))}, unknown keys {sorted(set(data) - known)}"
             )
         try:
@@ -171,7 +172,7 @@ class PredictorSpec:
                 }
             )
         except (TypeError, KeyError, OverflowError) as error:
-            raise ValueError(f"predictor: malformed: {error}") from None
+            raise LesaError(f"predictor: malformed: {error}") from None
 
 
 def _variant(*, name: Any, full_steps: Any) -> Variant:

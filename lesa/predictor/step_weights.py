@@ -37,13 +37,13 @@ def correction(
     return result
 
 
-def of_differences(weights: torch.Tensor) -> torch.Tensor:
+def to_feature_weights(weights: torch.Tensor) -> torch.Tensor:
     """Weights [K, ...] of h_0, h_0 - h_1, h_1 - h_2, ... as weights of h_0, h_1, ...: the same sum."""
     change = torch.cat([weights[1:], torch.zeros_like(weights[:1])])  # of each feature's difference to the older one
     return torch.cat([weights[:1] + change[:1], change[1:] - change[:-1]])
 
 
-def in_differences(scale: torch.Tensor) -> torch.Tensor:
+def to_difference_weights(scale: torch.Tensor) -> torch.Tensor:
     """Weights [K, C] of h_0, h_1, ... as weights of h_0, h_0 - h_1, h_1 - h_2, ...: the same sum."""
     tails = scale.flip(0).cumsum(0).flip(0)  # tails[i] = sum of scale[i:]
     return torch.cat([tails[:1], -tails[1:]])

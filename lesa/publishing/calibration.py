@@ -24,7 +24,7 @@ from lesa.params import Report, Workload
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import Rule
 from lesa.recording.dataset import Trajectories, recorded_splits
-from lesa.sampling.binding import MovingRule
+from lesa.sampling.binding import LazyPredictor
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
 from lesa.schedule import Schedule
 from lesa.training.jobs import load_predictor
@@ -95,7 +95,7 @@ def bounds_by_budget(
     schedules = workload.budgets()
     found: dict[str, list[float | None]] = {}
     for name in schedules if budgets is None else budgets:
-        rule = MovingRule(predictor, schedules[name], validation.sigmas)
+        rule = LazyPredictor(predictor, schedules[name], validation.sigmas)
         found[name] = calibrated_bounds(pipe, workload, schedules[name], rule, validation, train)
         report(len(found), {"bounds": sum(bound is not None for bound in found[name])})
     return found

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.params import Workload
 from lesa.recording.prompts import read_splits
 from lesa.recording.store import TrajectoryStore
@@ -83,14 +84,14 @@ def load_trajectories(
     keys.sort(key=lambda key: (records[key]["prompt"], records[key]["seed"]))
     missing = wanted - {records[key]["prompt"] for key in keys}
     if missing:
-        raise ValueError(
+        raise LesaError(
             f"{path}: {len(missing)} of {len(wanted)} prompts have no trajectory"
             + (f" of {num_steps} steps" if num_steps is not None else "")
             + f", e.g. {sorted(missing)[0]!r}; run the record stage"
         )
     sigmas = {tuple(records[key]["sigmas"]) for key in keys}
     if len(sigmas) != 1:
-        raise ValueError(f"{path}: trajectories with {len(sigmas)} different lists of noise levels; record anew")
+        raise LesaError(f"{path}: trajectories with {len(sigmas)} different lists of noise levels; record anew")
     rows: list[tuple[str, int]] = []
     temb, latents, features = [], [], []
     size, limit = 0, memory_limit()

@@ -11,12 +11,14 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lesa.errors import LesaError
+
 SPLITS = ("train", "validation", "test")
 BASE_SPLIT = "base"  # only where the model is trained here
 MAX_PROMPT_CHARACTERS = 4000  # far beyond what any text encoder reads
 
 
-class PromptError(ValueError):
+class PromptError(LesaError):
     """A prompt set that cannot be used; the message lists every problem."""
 
 

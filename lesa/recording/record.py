@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lesa import atomic
+from lesa.errors import LesaError
 from lesa.models.pipelines import sample
 from lesa.params import CallParams, Workload
 from lesa.recording.plan import (
@@ -40,9 +41,9 @@ def record_batch(pipe: Any, batch: Sequence[PlannedTrajectory], workload: Worklo
     """
     transformer, size = pipe.transformer, workload.record.batch_size
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("a cache is enabled on the transformer; disable it: only full steps are recorded")
+        raise LesaError("a cache is enabled on the transformer; disable it: only full steps are recorded")
     if not 0 < len(batch) <= size or len({item.num_steps for item in batch}) != 1:
-        raise ValueError(f"a batch is 1 to {size} trajectories of one number of steps")
+        raise LesaError(f"a batch is 1 to {size} trajectories of one number of steps")
     filled = [*batch, *[batch[-1]] * (size - len(batch))]
     call = dataclasses.replace(workload.call, num_inference_steps=batch[0].num_steps)
     single = _arguments_of_one(pipe, batch[0], call) if size > 1 else None
@@ -57,7 +58,7 @@ def record_batch(pipe: Any, batch: Sequence[PlannedTrajectory], workload: Worklo
         latents = sample(pipe, prompts, seeds, call, output_type="latent", batch_size=size)
     steps, branches = call.num_inference_steps, tap.num_branches
     if len(tap.features) != steps * branches or len(tap.temb) != steps * branches:
-        raise ValueError(
+        raise LesaError(
             f"trajectory {batch[0].key}: {len(tap.features)} features, {branches} branch(es), {steps} steps; "
             "something on the transformer skips or repeats steps"
         )
@@ -138,7 +139,7 @@ def _split_arguments(
                 try:
                     kept[name] = json.loads(atomic.canonical_json(value))
                 except (TypeError, ValueError):
-                    raise ValueError(
+                    raise LesaError(
                         f"trajectory {key}: argument {name} of the transformer is {type(value).__name__}; "
                         "only tensors and JSON values can be recorded"
                     ) from None

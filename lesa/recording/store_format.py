@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lesa import atomic
+from lesa.errors import LesaError
 
 MAX_METADATA_BYTES = 16 << 20  # of one zarr.json; the largest part is a list of kept tokens
 _AXES = ("step", "branch", "token", "channel")
@@ -36,7 +37,7 @@ _DTYPES = {
 }
 
 
-class StoreError(ValueError):
+class StoreError(LesaError):
     """A store, or a trajectory in it, that must not be used; the message names the key and what is wrong."""
 
 
@@ -175,12 +176,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise LesaError("a key stands twice")
     return found
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
+    raise LesaError(f"{name} is not a number")
 
 
 def _is_shape(shape: Any) -> bool:

@@ -19,8 +19,9 @@ import torch
 
 from lesa.bundle import Bundle
 from lesa.bundle.budgets import slower_budget
+from lesa.errors import LesaError
 from lesa.predictor.rule import Rule
-from lesa.sampling.binding import MovingRule
+from lesa.sampling.binding import LazyPredictor
 from lesa.schedule import Schedule
 
 
@@ -48,7 +49,7 @@ class Fallback:
         if rule.keeps_predictions:
             problems.append("rule: looks back on predicted steps, and so on a run of its own from the first step on")
         if problems:
-            raise ValueError("fallback: " + "; ".join(problems))
+            raise LesaError("fallback: " + "; ".join(problems))
         self.schedule, self.slower, self.rule, self.name = schedule, slower, rule, name
         self._bounds = {step: bound for step, bound in bounds.items() if self._change_after(step) is not None}
         self.begin()
@@ -72,7 +73,7 @@ class Fallback:
             self.alarm, self.change = step, self._change_after(step)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What the newest run did about it."""
         return f"to {self.name} at step {self.change}: the error at step {self.alarm} was beyond its bound"
 
@@ -98,11 +99,11 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
     """
     manifest = bundle.manifest
     if chosen not in manifest.budgets:
-        raise ValueError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
+        raise LesaError(f"adaptive: {chosen} has no error bounds; choose a budget: {', '.join(manifest.budgets)}")
     budget = manifest.budgets[chosen]
     name = slower_budget(manifest, chosen)
     if not budget.bounds:
-        raise ValueError(
+        raise LesaError(
             f"adaptive: budget {chosen!r} of this bundle has no error bounds: they were calibrated on fewer than two "
             "runs, or with errors that were no numbers; publish the bundle again"
         )
@@ -111,7 +112,7 @@ def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
         budget.schedule,
         budget.bounds,
         schedule,
-        MovingRule(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
+        LazyPredictor(bundle.predictor, schedule, torch.tensor(manifest.sigmas)),
         name,
     )
 

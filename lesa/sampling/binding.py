@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.predictor.predictor import BoundPredictor, Predictor
 from lesa.predictor.rule import History
 from lesa.schedule import Schedule
 
 
-class MovingRule:
+class LazyPredictor:
     """`Predictor.bind`, done again wherever the features have moved: a `lesa.predictor.rule.Rule`."""
 
     def __init__(self, predictor: Predictor, schedule: Schedule, sigmas: torch.Tensor) -> None:
@@ -40,7 +41,7 @@ ScheduleOf = Callable[[int], Schedule]  # number of steps -> the schedule that w
 Bind = Callable[[Predictor, Schedule, torch.Tensor], Any]  # -> a lesa.predictor.rule.Rule
 
 
-class OtherSteps:
+class StepCountBinding:
     """Schedule and rule for a run's noise levels; remembers the newest, since runs of one length follow each other.
 
     Args:
@@ -67,7 +68,7 @@ class OtherSteps:
         low, high = self._predictor.spec.step_range
         num_steps = len(sigmas) - 1
         if not low <= num_steps <= high:
-            raise ValueError(f"num_inference_steps: got {num_steps}, expected {low} to {high}, as it was trained")
+            raise LesaError(f"num_inference_steps: got {num_steps}, expected {low} to {high}, as it was trained")
         problems = [
             f"sigmas: got {float(sigmas[place]):.6g} at the {name}, expected {expected:.6g}"
             for name, place, expected in (("start", 0, self._ends[0]), ("end", -1, self._ends[1]))
@@ -76,7 +77,7 @@ class OtherSteps:
         if not (sigmas[1:] < sigmas[:-1]).all():
             problems.append("sigmas: must decrease from step to step")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise LesaError("; ".join(problems))
         schedule = self._schedule_of(num_steps)
         found = schedule, self._bind(self._predictor, schedule, sigmas)
         self._newest = sigmas, found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lesa.bundle.manifest import Manifest
+from lesa.errors import LesaError
 from lesa.models.families import Family, Grid, family_of
 from lesa.models.fingerprint import adapters, fingerprint, is_quantized
 from lesa.params import CallParams
@@ -17,7 +18,7 @@ from lesa.params import CallParams
 _SIGMA_TOLERANCE = 1e-5  # float32 schedules of one configuration differ by less between machines
 
 
-class MismatchError(ValueError):
+class MismatchError(LesaError):
     """A run or a pipeline does not fit; `problems` names every difference."""
 
     def __init__(self, what: str, problems: Sequence[str]) -> None:

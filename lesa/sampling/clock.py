@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lesa.errors import LesaError
+
 _MAX_DERIVED_BRANCHES = 2  # without a context: the conditional call, then the unconditional one
 _VALUE_TOLERANCE = 2.0**-7  # relative; twice the rounding of bfloat16
 
@@ -55,7 +57,7 @@ class Branches:
 
     def next_step(self, step: int) -> None:
         if self._expected is not None and self._seen and len(self._seen) != self._expected:
-            raise ValueError(
+            raise LesaError(
                 f"the transformer was called {len(self._seen)} time(s) at step {step - 1}, expected "
                 f"{self._expected}: the guidance branches are not those that the predictor was made for"
             )
@@ -69,7 +71,7 @@ class Branches:
         name = context if context is not None else f"#{len(self._seen)}"
         limit = self._expected or (None if context is not None else _MAX_DERIVED_BRANCHES)
         if name in self._seen or (limit is not None and len(self._seen) >= limit):
-            raise ValueError(
+            raise LesaError(
                 f"call {len(self._seen) + 1} of the transformer at step {step} (context {context!r}), "
                 f"expected at most {limit or 1}: either the scheduler that was given is not the one that "
                 "steps, or the pipeline has more guidance branches than the predictor was made for"
@@ -88,7 +90,7 @@ class SchedulerClock:
     def __init__(self, scheduler: Any, num_branches: int | None = None) -> None:
         self._source: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
         if not hasattr(self.scheduler, "step_index"):
-            raise ValueError(
+            raise LesaError(
                 f"{type(self.scheduler).__name__} does not say its step (no step_index): "
                 "give `timesteps` instead of `scheduler`"
             )
@@ -101,7 +103,7 @@ class SchedulerClock:
         """The scheduler in use now (pipelines may be given another one at any time)."""
         scheduler = self._source()
         if scheduler is None:
-            raise ValueError(
+            raise LesaError(
                 "the pipeline that LESA was enabled on is gone: call remove_lesa_cache(transformer), then "
                 "enable it on the pipeline that uses the transformer now"
             )
@@ -153,7 +155,7 @@ class TimestepClock:
         if not self._fits(value, step):
             if not self._fits(value, 0):
                 self.fail()
-                raise ValueError(
+                raise LesaError(
                     f"timestep {value:.6g} where {self._values[step]:.6g} (step {step}) or a new run "
                     f"({self._values[0]:.6g}) was expected: give them as the transformer receives them"
                 )
@@ -175,5 +177,5 @@ class TimestepClock:
 
 def _first_value(timestep: Any) -> float:
     if timestep is None:
-        raise ValueError("the transformer was called without `timestep`, and no scheduler was given")
+        raise LesaError("the transformer was called without `timestep`, and no scheduler was given")
     return float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

@@ -16,10 +16,11 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from lesa.bundle import Bundle, load_bundle
 from lesa.bundle.budgets import choose_schedule
+from lesa.errors import LesaError
 from lesa.models.families import family_of
 from lesa.models.fingerprint import adapters, is_quantized
 from lesa.sampling.adaptive import adaptive_problems, fallback_of
-from lesa.sampling.binding import MovingRule, OtherSteps
+from lesa.sampling.binding import LazyPredictor, StepCountBinding
 from lesa.sampling.checks import (
     FirstCall,
     MismatchError,
@@ -83,12 +84,12 @@ def enable(
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown or isinstance(allow, str):
         got = allow if isinstance(allow, str) else ", ".join(unknown)
-        raise ValueError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
+        raise LesaError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
     transformer = _transformer(pipe)
     if is_lesa_cache_enabled(transformer):
-        raise ValueError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
+        raise LesaError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("another cache is enabled: call pipe.transformer.disable_cache() first")
+        raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
     family = family_of(transformer)
     loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
     manifest = loaded.manifest
@@ -108,9 +109,9 @@ def enable(
     fallback = None
     if adaptive:
         if not measure:
-            raise ValueError("adaptive: needs measure=True, since the measured errors decide")
+            raise LesaError("adaptive: needs measure=True, since the measured errors decide")
         fallback = fallback_of(loaded, chosen)
-    rule = MovingRule(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
+    rule = LazyPredictor(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
     adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
     notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
@@ -132,7 +133,9 @@ def enable(
             rule=rule,
             scheduler=lambda: getattr(owner(), "scheduler", None),
             sigmas=manifest.sigmas,
-            other_steps=OtherSteps(loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], MovingRule)
+            other_steps=StepCountBinding(
+                loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], LazyPredictor
+            )
             if loaded.predictor.spec.step_counts and not adaptive
             else None,
             fallback=fallback,
@@ -162,7 +165,7 @@ def summary(pipe: Any) -> RunStatistics:
     """
     transformer = _transformer(pipe)
     if not is_lesa_cache_enabled(transformer):
-        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+        raise LesaError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
     return cache_state(transformer)
 
 
@@ -170,7 +173,7 @@ def call_kwargs(pipe: Any) -> dict[str, Any]:
     """The call the enabled bundle was made for: size, steps, guidance, text length, for the pipeline."""
     enabled = _ENABLED.get(_transformer(pipe))
     if enabled is None:
-        raise ValueError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
+        raise LesaError("LESA is not enabled on this pipeline: call lesa.enable(pipe, bundle) first")
     accepted = inspect.signature(type(pipe).__call__).parameters
     call = dataclasses.asdict(enabled.bundle.manifest.call)
     given = {name: value for name, value in call.items() if value is not None and name in accepted}
@@ -191,19 +194,19 @@ def _load(bundle: str | Path) -> Bundle:
 def _transformer(pipe: Any) -> torch.nn.Module:
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, torch.nn.Module):
-        raise ValueError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
+        raise LesaError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
     return unwrap_module(transformer)
 
 
 def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module) -> dict[str, str]:
     notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
-    strange = []
+    mismatches = []
     if type(pipe).__name__ != bundle.manifest.pipeline_class:
-        strange.append(type(pipe).__name__)
+        mismatches.append(type(pipe).__name__)
     if names := adapters(transformer):
-        strange.append(f"adapters {', '.join(names)}")
-    if strange:
-        notes["not measured with"] = ", ".join(strange)
+        mismatches.append(f"adapters {', '.join(names)}")
+    if mismatches:
+        notes["not measured with"] = ", ".join(mismatches)
     if is_quantized(transformer):
         notes["weights"] = "quantised; the fingerprint was not compared"
     return notes

@@ -20,6 +20,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from diffusers.utils.torch_utils import unwrap_module
 
+from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.predictor.rule import History, Rule
 from lesa.sampling.adaptive import Fallback
@@ -76,7 +77,7 @@ class LesaCacheConfig:
         if self.num_branches is not None and self.num_branches < 1:
             problems.append(f"num_branches must be at least 1, got {self.num_branches}")
         if problems:
-            raise ValueError("LesaCacheConfig: " + "; ".join(problems))
+            raise LesaError("LesaCacheConfig: " + "; ".join(problems))
 
 
 class LesaBranchState(BaseState):
@@ -193,7 +194,7 @@ class LesaRootHook(ModelHook):
         if self.schedule is not fallback.slower:
             self._keep_to(fallback.slower, fallback.rule)
             self.statistics.change = fallback.change
-            self.statistics.notes = {**self.statistics.notes, "changed over": fallback.words}
+            self.statistics.notes = {**self.statistics.notes, "changed over": fallback.description}
         assert state.other is not None
         state.history, state.other = state.other, None
 
@@ -281,7 +282,7 @@ class LesaRootHook(ModelHook):
 
     def _predict(self, tick: Tick, state: LesaBranchState) -> None:
         if not state.history.features:
-            raise ValueError(
+            raise LesaError(
                 f"branch {tick.branch!r} is first called at step {tick.step}, where the schedule "
                 f"({self.schedule}) predicts: it has no feature to predict from"
             )
@@ -367,11 +368,11 @@ def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> N
     transformer = unwrap_module(transformer)
     family = family_of(transformer)
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError(
+        raise LesaError(
             "the transformer has one of diffusers' caches enabled: call transformer.disable_cache() first"
         )
     if find_hook(transformer, _ROOT_HOOK) is not None:
-        raise ValueError(
+        raise LesaError(
             "LESA is enabled on this transformer already: call lesa.disable(pipe) or "
             "remove_lesa_cache(transformer) first"
         )
@@ -379,7 +380,7 @@ def apply_lesa_cache(transformer: torch.nn.Module, config: LesaCacheConfig) -> N
     root = LesaRootHook(config, call)
     rows = blocks(transformer, family)
     if not rows:
-        raise ValueError(f"{type(transformer).__name__} has no blocks to skip")
+        raise LesaError(f"{type(transformer).__name__} has no blocks to skip")
     for index, (_, block, row) in enumerate(rows):
         hook = LesaBlockHook(call, block, row, is_tail=index == len(rows) - 1)
         add_hook(unwrap_module(block), hook, _BLOCK_HOOK)
@@ -410,7 +411,7 @@ def cache_state(transformer: torch.nn.Module) -> RunStatistics:
     """Statistics of the newest run; `ValueError` where LESA is not enabled."""
     root = find_hook(unwrap_module(transformer), _ROOT_HOOK)
     if root is None:
-        raise ValueError("LESA is not enabled on this transformer")
+        raise LesaError("LESA is not enabled on this transformer")
     assert isinstance(root, LesaRootHook)
     return root.statistics
 
@@ -469,7 +470,7 @@ def _noise_levels(scheduler: Any) -> torch.Tensor:
     """[S + 1] of the run that begins, float32 on the CPU."""
     sigmas = getattr(scheduler, "sigmas", None)
     if not isinstance(sigmas, torch.Tensor):
-        raise ValueError("sigmas: the scheduler has none")
+        raise LesaError("sigmas: the scheduler has none")
     return sigmas.detach().to("cpu", torch.float32, copy=True)
 
 

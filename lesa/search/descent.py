@@ -22,12 +22,13 @@ from typing import Any, Protocol
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.params import Report, Workload
 from lesa.predictor.predictor import BoundPredictor
 from lesa.recording.dataset import Trajectories, trajectories_digest
 from lesa.schedule import Schedule, history_problems, stage_of_steps
 from lesa.search.finalists import error_after_training, leaders
-from lesa.search.trials import Race, Runs, raced
+from lesa.search.trials import Runs, Trial, run_trial
 from lesa.training.losses import log_squared_errors
 from lesa.training.rollout import accelerated_latents
 from lesa.training.step_weights import StepFits
@@ -83,12 +84,13 @@ def refine(
 
     def error(schedule: Schedule, against: Schedule | None = None) -> float:
         run = (0, schedule.full_steps)
-        rival = None if against is None else runs.known[0, against.full_steps]
-        race = runs.known.get(run)
-        if race is None or (rival is not None and race.error < rival.error and len(race.errors) < len(judged)):
+        incumbent = None if against is None else runs.known[0, against.full_steps]
+        trial = runs.known.get(run)
+        unfinished = trial is not None and len(trial.errors) < len(judged)
+        if trial is None or (unfinished and incumbent is not None and trial.error < incumbent.error):
             rule = fits.rule(schedule)
-            race = runs.make(run, "error", lambda: raced(judged, partial(errors_of, schedule, rule), rival))
-        return race.error
+            trial = runs.make(run, "error", lambda: run_trial(judged, partial(errors_of, schedule, rule), incumbent))
+        return trial.error
 
     def trained_error(schedule: Schedule, iterations: int, value: str) -> float:
         run = (iterations, schedule.full_steps)
@@ -96,7 +98,7 @@ def refine(
             weights, rows = fits.weights(schedule), [row for row in fitted if data.branch[row] == 0]
             given = (pipe, workload, data, schedule, weights)
             train = partial(error_after_training, *given, fitted=rows, judged=judged, iterations=iterations)
-            runs.make(run, value, lambda: Race.of([train() * DECIBELS]))
+            runs.make(run, value, lambda: Trial.of([train() * DECIBELS]))
         return runs.known[run].error
 
     ranked = sorted(starts, key=error)
@@ -145,7 +147,7 @@ def judged_apart(data: Trajectories, samples: int) -> tuple[list[int], list[int]
         if len(rows) == samples:
             taken = set(chosen)
             return sorted(rows), [row for row, prompt in enumerate(data.prompts) if prompt not in taken]
-    raise ValueError(f"search.samples: {samples} leaves none of {len(prompts)} recorded training prompts to be fitted")
+    raise LesaError(f"search.samples: {samples} leaves none of {len(prompts)} recorded training prompts to be fitted")
 
 
 def _descend(
@@ -183,7 +185,7 @@ def _descend(
 
 def _candidates(runs: Runs, ends: Sequence[Schedule], count: int) -> list[Schedule]:
     """Where the descents ended, the best first, then whatever else leads."""
-    errors = {steps: race.error for (iterations, steps), race in runs.known.items() if iterations == 0}
+    errors = {steps: trial.error for (iterations, steps), trial in runs.known.items() if iterations == 0}
     found = leaders({end.full_steps: errors[end.full_steps] for end in ends}, count)
     return [Schedule.explicit(ends[0].num_steps, steps) for steps in leaders(errors, count, found)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from lesa.models.output_head import load_ends
+from lesa.errors import LesaError
+from lesa.models.output_head import load_output_head
 from lesa.models.pipelines import load_pipeline
 from lesa.params import Report, Workload, searched_budgets
 from lesa.recording.dataset import kept_splits, recorded_splits
@@ -29,10 +30,10 @@ def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[S
     if not wanted:
         return []
     train, _ = recorded_splits(workload)
-    ends = load_ends(transformer_folder(workload))
+    head = load_output_head(transformer_folder(workload))
     leading = 1 if workload.predictor.kind == "per_step" else 2
     counts = sorted({*wanted.values()})
-    paths = cheapest_schedules(train, ends, counts, max_gap=workload.search.max_gap, leading=leading)
+    paths = cheapest_schedules(train, head, counts, max_gap=workload.search.max_gap, leading=leading)
     jobs, impossible = [], []
     for budget, count in wanted.items():
         even = even_schedule(len(train.sigmas) - 1, count, leading)
@@ -41,7 +42,7 @@ def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[S
             impossible.append(f"{budget}: {list(paths[count].full_steps)}")
         jobs.append(SearchJob(budget, tuple(starts)))
     if impossible:
-        raise ValueError(
+        raise LesaError(
             f"search: the cheapest paths ({'; '.join(impossible)}) have fewer full steps first than "
             f"predictor.history_sizes {list(workload.predictor.history_sizes)} need: lower the first of them to 2"
         )

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lesa.models.output_head import Ends
+from lesa.errors import LesaError
+from lesa.models.output_head import OutputHead
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule
 
@@ -30,7 +31,7 @@ Costs = dict[tuple[int, int], list[float]]
 
 
 def cheapest_schedules(
-    data: Trajectories, ends: Ends, num_full: Sequence[int], *, max_gap: int = MAX_GAP, leading: int = 1
+    data: Trajectories, head: OutputHead, num_full: Sequence[int], *, max_gap: int = MAX_GAP, leading: int = 1
 ) -> dict[int, Schedule]:
     """The cheapest schedule for each number of full steps.
 
@@ -47,21 +48,21 @@ def cheapest_schedules(
     num_steps = len(data.sigmas) - 1
     impossible = [count for count in num_full if not 2 <= count <= num_steps or 1 + (count - 1) * max_gap < num_steps]
     if impossible:
-        raise ValueError(
+        raise LesaError(
             f"full steps {impossible} of {num_steps}: at least 2 and at most all, with gaps of at most {max_gap}"
         )
-    costs = segment_costs(data, ends, max_gap)
+    costs = segment_costs(data, head, max_gap)
     return {count: cheapest_path(costs, num_steps, count, leading) for count in num_full}
 
 
 @torch.no_grad()
-def segment_costs(data: Trajectories, ends: Ends, max_gap: int) -> Costs:
+def segment_costs(data: Trajectories, head: OutputHead, max_gap: int) -> Costs:
     """`costs[b, c][k]`: mean squared drift of the latents after predicting steps c+1 .. c+k from full steps b and c."""
     chosen = list(range(min(TRAJECTORIES, len(data))))
     num_steps = len(data.sigmas) - 1
     features = data.feature_batch(chosen, range(num_steps))
     temb = data.temb[chosen]
-    output = torch.stack([ends(features[:, s], temb[:, s]) for s in range(num_steps)], dim=1)
+    output = torch.stack([head(features[:, s], temb[:, s]) for s in range(num_steps)], dim=1)
     dsigma = data.sigmas.diff()
     costs: Costs = {}
     for c in range(num_steps):
@@ -76,7 +77,7 @@ def segment_costs(data: Trajectories, ends: Ends, max_gap: int) -> Costs:
                 regressors.append(newest - features[:, b])
             predicted = newest + _fitted(torch.stack(regressors), features[:, ahead] - newest[:, None])
             conditioning = torch.cat([temb[:, s] for s in ahead])
-            said = ends(predicted.flatten(0, 1), conditioning).unflatten(0, (len(ahead), len(chosen)))
+            said = head(predicted.flatten(0, 1), conditioning).unflatten(0, (len(ahead), len(chosen)))
             drift = torch.zeros_like(output[:, 0])
             for place, s in enumerate(ahead):
                 drift = drift + dsigma[s] * (said[place] - output[:, s])
@@ -115,6 +116,6 @@ def cheapest_path(costs: Costs, num_steps: int, num_full: int, leading: int = 1)
         if num_steps - 1 - c < len(costs[b, c])
     }
     if not ends_at:
-        raise ValueError(f"no schedule of {num_full} full steps reaches step {num_steps - 1}: allow longer gaps")
+        raise LesaError(f"no schedule of {num_full} full steps reaches step {num_steps - 1}: allow longer gaps")
     _, best = min((cost, path) for path, cost in ends_at.items())
     return Schedule.explicit(num_steps, best)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lesa import atomic
+from lesa.errors import LesaError
 from lesa.params import BudgetParams, Workload, searched_budgets
 from lesa.schedule import Schedule
 
@@ -36,9 +37,9 @@ def with_schedules(workload: Workload) -> Workload:
         record: dict[str, Any] = json.loads(path.read_text())
         steps, found = record["num_steps"], {name: tuple(b["full_steps"]) for name, b in record["budgets"].items()}
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: run the search stage, python -m flows.search") from None
+        raise LesaError(f"{path} does not exist: run the search stage, python -m flows.search") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a file of searched schedules; run the search stage again") from None
+        raise LesaError(f"{path}: not a file of searched schedules; run the search stage again") from None
     problems = [
         f"{name}: {count} full steps wanted, found {list(found.get(name, ()))}"
         for name, count in wanted.items()
@@ -47,7 +48,7 @@ def with_schedules(workload: Workload) -> Workload:
     if steps != workload.call.num_inference_steps:
         problems.append(f"searched for {steps} steps, the call has {workload.call.num_inference_steps}")
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}: run the search stage again")
+        raise LesaError(f"{path}: {'; '.join(problems)}: run the search stage again")
     budgets = {
         name: BudgetParams(full_steps=found[name]) if name in wanted else budget
         for name, budget in workload.schedule.budgets.items()

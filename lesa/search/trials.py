@@ -23,7 +23,7 @@ WORST = 1e3  # dB: of a run that left the finite numbers
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
+class Trial:
     """What a schedule came to.
 
     error: in dB, of all trajectories; of a loser the best one's error and the mean difference to it, so far as it ran.
@@ -34,18 +34,18 @@ class Race:
     errors: tuple[float, ...]
 
     @classmethod
-    def of(cls, errors: Sequence[float], rival: Race | None = None) -> Race:
+    def of(cls, errors: Sequence[float], incumbent: Trial | None = None) -> Trial:
         """Of the errors of all trajectories; with a rival, of the first ones."""
         finite = [error if math.isfinite(error) else WORST for error in errors]
         if WORST in finite:
             return cls(WORST, tuple(finite))
-        if rival is None or len(errors) == len(rival.errors):
+        if incumbent is None or len(errors) == len(incumbent.errors):
             return cls(fmean(finite), tuple(finite))
-        behind = fmean(a - b for a, b in zip(finite, rival.errors, strict=False))
-        return cls(rival.error + behind, tuple(finite))
+        behind = fmean(a - b for a, b in zip(finite, incumbent.errors, strict=False))
+        return cls(incumbent.error + behind, tuple(finite))
 
 
-def raced(places: Sequence[int], run: Callable[[list[int]], list[float]], rival: Race | None) -> Race:
+def run_trial(places: Sequence[int], run: Callable[[list[int]], list[float]], incumbent: Trial | None) -> Trial:
     """Run a schedule on trajectories, `STRIDE` at a time, until it has lost or they are through.
 
     Args:
@@ -53,20 +53,20 @@ def raced(places: Sequence[int], run: Callable[[list[int]], list[float]], rival:
         run: the errors of some of them, in dB.
         rival: the best schedule's race, run on all of them; None runs all.
     """
-    if rival is not None and rival.error == WORST:
-        rival = None
+    if incumbent is not None and incumbent.error == WORST:
+        incumbent = None
     errors: list[float] = []
     for start in range(0, len(places), STRIDE):
         errors += run(list(places[start : start + STRIDE]))
-        if not all(map(math.isfinite, errors)) or (rival is not None and _lost(errors, rival.errors)):
+        if not all(map(math.isfinite, errors)) or (incumbent is not None and _eliminated(errors, incumbent.errors)):
             break
-    return Race.of(errors, rival)
+    return Trial.of(errors, incumbent)
 
 
-def _lost(errors: Sequence[float], rivals: Sequence[float]) -> bool:
+def _eliminated(errors: Sequence[float], incumbents: Sequence[float]) -> bool:
     if len(errors) < STRIDE:
         return False  # too few to tell
-    differences = [a - b for a, b in zip(errors, rivals, strict=False)]
+    differences = [a - b for a, b in zip(errors, incumbents, strict=False)]
     return fmean(differences) > BEHIND * stdev(differences) / math.sqrt(len(differences))
 
 
@@ -89,34 +89,34 @@ class Runs:
     """
 
     def __init__(self, journal: Path, key: str, report: Report) -> None:
-        self.made: list[tuple[Run, Race]] = []
-        self.known: dict[Run, Race] = {}
+        self.made: list[tuple[Run, Trial]] = []
+        self.known: dict[Run, Trial] = {}
         self._journal, self._key, self._report = journal, key, report
         self._kept = read_journal(journal, key)
 
-    def make(self, run: Run, value: str, play: Callable[[], Race]) -> Race:
+    def make(self, run: Run, value: str, play: Callable[[], Trial]) -> Trial:
         """Make a run, or take it from the journal where it was the next one there; `value` names its error."""
         place = len(self.made)
         if place < len(self._kept) and self._kept[place][0] == run:
-            race = self._kept[place][1]
+            trial = self._kept[place][1]
         else:
-            race, self._kept = play(), []
-        self.made.append((run, race))
-        self.known[run] = race
+            trial, self._kept = play(), []
+        self.made.append((run, trial))
+        self.known[run] = trial
         if not self._kept:
             write_journal(self._journal, self._key, self.made)
-        best = min(race.error for (iterations, _), race in self.known.items() if iterations == run[0])
-        self._report(len(self.made), {f"{value}_db": race.error, f"best_{value}_db": best})
-        return race
+        best = min(trial.error for (iterations, _), trial in self.known.items() if iterations == run[0])
+        self._report(len(self.made), {f"{value}_db": trial.error, f"best_{value}_db": best})
+        return trial
 
 
-def read_journal(path: Path, key: str) -> list[tuple[Run, Race]]:
+def read_journal(path: Path, key: str) -> list[tuple[Run, Trial]]:
     """The runs that are done; none where the journal is of another search or torn."""
     try:
         record = json.loads(path.read_text())
         if record["key"] == key:
             return [
-                ((int(iterations), tuple(steps)), Race(error=float(error), errors=tuple(map(float, errors))))
+                ((int(iterations), tuple(steps)), Trial(error=float(error), errors=tuple(map(float, errors))))
                 for iterations, steps, error, errors in record["runs"]
             ]
     except (OSError, ValueError, KeyError, TypeError):
@@ -124,7 +124,7 @@ def read_journal(path: Path, key: str) -> list[tuple[Run, Race]]:
     return []
 
 
-def write_journal(path: Path, key: str, runs: list[tuple[Run, Race]]) -> None:
+def write_journal(path: Path, key: str, runs: list[tuple[Run, Trial]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[iterations, list(steps), race.error, list(race.errors)] for (iterations, steps), race in runs]
+    rows = [[iterations, list(steps), trial.error, list(trial.errors)] for (iterations, steps), trial in runs]
     atomic.write_json(path, {"key": key, "runs": rows})

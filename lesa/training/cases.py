@@ -1,7 +1,8 @@
-"""The first training step, ground-truth guided: true histories in, true features as targets (LESA, arXiv 2602.20497).
+"""What experts are trained on: schedules with the trajectories of their number of steps, and what may be asked between.
 
-Every expert of every budget is a job of its own, so jobs can run side by side. What a prediction is off by is
-measured where it counts: after norm_out and proj_out, weighted by how far its step moves the latents.
+Time offsets are in noise level, so one set of experts can serve runs of many lengths (LESA, arXiv 2602.20497). A budget
+is carried to another number of steps by `Schedule.carried`; every carried schedule leads with two full steps, which is
+the history these experts look back on.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.params import Workload
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import history_steps
 from lesa.predictor.spec import MIXED, MIXED_HISTORY
 from lesa.recording.dataset import Splits, Trajectories, trajectories_digest
 from lesa.schedule import Schedule, least_full, stage_of_steps
@@ -74,7 +76,7 @@ def training_cases(
         schedule = workload.budgets()[budget]
         return [Case(schedule=schedule, train=train, validation=validation, judged=len(validation))]
     if missing := sorted(set(workload.record.step_counts) - others.keys()):
-        raise ValueError(f"experts for other numbers of steps need the trajectories of {missing} steps too")
+        raise LesaError(f"experts for other numbers of steps need the trajectories of {missing} steps too")
     sets = {workload.call.num_inference_steps: (train, validation), **others}
     judged = min(len(validation) for _, validation in sets.values())
     return [
@@ -110,7 +112,7 @@ def served_offsets(workload: Workload, stage: int, levels: Mapping[int, torch.Te
         for schedule in carried_schedules(workload, num_steps):
             steps = [step for step in range(MIXED_HISTORY, num_steps) if stages[step] == stage]
             if steps:
-                past = [gates.history_steps(schedule, step, MIXED_HISTORY, history) for step in steps]
+                past = [history_steps(schedule, step, MIXED_HISTORY, history) for step in steps]
                 rows.append(sigmas[torch.tensor(past)] - sigmas[steps][:, None])
     if not rows:  # nothing to predict in this noise stage, a start is still well defined
         return torch.arange(1, MIXED_HISTORY + 1, dtype=torch.float32)[None] / max(levels)

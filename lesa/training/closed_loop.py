@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesa.models.output_head import Ends, ends_of, freeze
+from lesa.errors import LesaError
+from lesa.models.output_head import OutputHead, freeze, output_head_of
 from lesa.params import Report, Workload
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, STEPS, Variant
@@ -30,7 +31,7 @@ from lesa.training.ground_truth import step_weights_of_stage
 from lesa.training.loop import LoopSettings, optimise
 from lesa.training.rollout import ExpertRule, accelerated_latents, freeze_pipeline
 from lesa.training.step_weights import StepWeights
-from lesa.training.targets import learn_in_coordinates
+from lesa.training.targets import whiten
 
 
 def train_budget(
@@ -59,7 +60,7 @@ def train_budget(
     """
     settings, others = workload.closed_loop, others or {}
     if start.spec != predictor_spec(workload, train.channels):
-        raise ValueError("the first training step's predictor has other settings; run train_stage1 first")
+        raise LesaError("the first training step's predictor has other settings; run train_stage1 first")
     freeze_pipeline(pipe)
     jobs = [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
     levels = noise_levels(others)
@@ -91,8 +92,8 @@ def train_budget(
         for case in cases
     ]
     for stage, expert in experts.items():
-        of_cases = [(case.train, rule.windows(stage)) for case, rule in zip(cases, rules, strict=True)]
-        learn_in_coordinates(expert, of_cases, ridge=workload.predictor.ridge, batch_size=settings.batch_size)
+        of_cases = [(case.train, rule.targets(stage)) for case, rule in zip(cases, rules, strict=True)]
+        whiten(expert, of_cases, ridge=workload.predictor.ridge, batch_size=settings.batch_size)
     compare = losses.CLOSED_LOOP[settings.loss]
 
     def through_sampler(batch: torch.Generator) -> torch.Tensor:
@@ -105,14 +106,14 @@ def train_budget(
         )
         return compare(latents, data.latents[indices].to(latents.device))
 
-    ends = ends_of(pipe.transformer)
+    head = output_head_of(pipe.transformer)
     if pipe.transformer.dtype != torch.float32:
-        ends = freeze(copy.deepcopy(ends).float())
+        head = freeze(copy.deepcopy(head).float())
 
     def drifted_states(batch: torch.Generator) -> torch.Tensor:
         place = draw_case(batch, len(cases))
         data = cases[place].train
-        return drifted_loss(pipe, workload, rules[place], data, draw(batch, len(data), settings.batch_size), ends)
+        return drifted_loss(pipe, workload, rules[place], data, draw(batch, len(data), settings.batch_size), head)
 
     def loss_of_case(case: Case, rule: ExpertRule) -> float:
         total, runs = 0.0, torch.tensor([row for row in _runs(case.validation) if row < case.judged])
@@ -175,7 +176,7 @@ def drifted_loss(
     rule: ExpertRule,
     data: Trajectories,
     indices: Sequence[int],
-    ends: Ends,
+    head: OutputHead,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
     rule.captured, rule.place = {}, (-1, 0)
@@ -188,22 +189,22 @@ def drifted_loss(
     loss = losses.GROUND_TRUTH[workload.ground_truth.loss]
     parts = []
     for stage, expert in rule.experts.items():
-        windows = rule.windows(stage)
-        if not windows.steps:
+        targets = rule.targets(stage)
+        if not targets.steps:
             continue
-        target = data.feature_batch(indices, windows.steps).to(expert.low.device)
-        history_steps = {step for past in windows.past for step in past}
+        target = data.feature_batch(indices, targets.steps).to(expert.low.device)
+        history_steps = {step for past in targets.past for step in past}
         features = torch.stack(
             [
                 torch.stack([captured[data.branch[i], step][row].float() for row, i in enumerate(indices)])
                 if step in history_steps
-                else target[:, windows.steps.index(step)]
-                for step in windows.needed
+                else target[:, targets.steps.index(step)]
+                for step in targets.needed
             ],
             dim=1,
         )
-        temb = data.temb[list(indices)][:, list(windows.steps)].to(target.device)
-        parts.append(loss(windows.predict(expert, features), target, temb, windows.weights.to(target.device), ends))
+        temb = data.temb[list(indices)][:, list(targets.steps)].to(target.device)
+        parts.append(loss(targets.predict(expert, features), target, temb, targets.weights.to(target.device), head))
     return torch.stack(parts).mean()
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from lesa.errors import LesaError
 from lesa.params import PredictorParams
-from lesa.predictor import alpha as gates
 from lesa.predictor import projection as projections
-from lesa.training.whitened_projection import TrainableProjection
+from lesa.predictor.alpha import linear_alpha, scale_offsets
+from lesa.training.whitened_projection import WhitenedProjection
 
 WARM_START_ITERATIONS = 200
 WARM_START_TOLERANCE = 0.02  # of the largest alpha: a start further from first-order extrapolation is refused
@@ -53,7 +54,7 @@ class Expert(nn.Module):
         initial = projections.initial_projection(
             params.projection, channels, history_size, params.rank, params.start, generator
         )
-        self.projection = TrainableProjection(initial)
+        self.projection = WhitenedProjection(initial)
         offsets = offsets.float()
         self.register_buffer("low", offsets.amin(dim=0))
         self.register_buffer("high", offsets.amax(dim=0))
@@ -64,12 +65,12 @@ class Expert(nn.Module):
     def alpha(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         """[N] alphas for offsets [N, K] of the given steps."""
         said = self._gate_value(offsets, steps)
-        return said * gates.linear_alpha(offsets) if self.relative else said
+        return said * linear_alpha(offsets) if self.relative else said
 
     def _gate_value(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         if isinstance(self.gate, _Table):
             return self.gate(steps)
-        return self.gate(gates.scale_offsets(offsets, self.low, self.high))[:, 0]
+        return self.gate(scale_offsets(offsets, self.low, self.high))[:, 0]
 
     def project(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """z of K features [..., C], newest first."""
@@ -100,7 +101,7 @@ class Expert(nn.Module):
 
     def _start_as_extrapolation(self, offsets: torch.Tensor, steps: Sequence[int]) -> None:
         """Fit the gate so that alpha is `dt_0 / (dt_1 - dt_0)` at the given offsets."""
-        target = torch.ones(len(offsets)) if self.relative else gates.linear_alpha(offsets)
+        target = torch.ones(len(offsets)) if self.relative else linear_alpha(offsets)
         if isinstance(self.gate, _Table):
             self.gate.set(steps, target)
             return
@@ -123,7 +124,7 @@ class Expert(nn.Module):
         with torch.no_grad():
             off, largest = (self._gate_value(offsets, steps) - target).abs().max(), target.abs().max()
         if not off <= WARM_START_TOLERANCE * largest:
-            raise ValueError(
+            raise LesaError(
                 f"predictor.start: the gate ({self.kind}) misses first-order extrapolation by {float(off):.3g} where "
                 f"alpha reaches {float(largest):.3g}: raise predictor.hidden or predictor.grid, or start random"
             )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lesa.errors import LesaError
 from lesa.params import Workload
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import history_steps, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, MIXED_HISTORY, STEPS, PredictorSpec, Variant
 from lesa.predictor.step_weights import step_weight_shapes
@@ -48,7 +49,7 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
     empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
     problems += [f"noise stage {stage} has no step: move predictor.boundaries" for stage in empty]
     if problems:
-        raise ValueError("predictor: " + "; ".join(problems))
+        raise LesaError("predictor: " + "; ".join(problems))
     return jobs
 
 
@@ -63,7 +64,7 @@ def new_expert(
     if job.budget == MIXED:
         levels = {workload.call.num_inference_steps: sigmas, **(further or {})}
         if missing := sorted(set(workload.record.step_counts) - levels.keys()):
-            raise ValueError(f"experts for other numbers of steps need the noise levels of {missing} steps too")
+            raise LesaError(f"experts for other numbers of steps need the noise levels of {missing} steps too")
         offsets = served_offsets(workload, job.stage, levels)
         return Expert(
             workload.predictor,
@@ -78,7 +79,7 @@ def new_expert(
     schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
     stages = stage_of_steps(sigmas, workload.predictor.boundaries)
     past = {
-        step: gates.history_steps(schedule, step, size, workload.predictor.history)
+        step: history_steps(schedule, step, size, workload.predictor.history)
         for step in range(schedule.num_steps)
         if stages[step] == job.stage
     }
@@ -88,7 +89,7 @@ def new_expert(
         steps = [0]
         offsets = torch.arange(1, size + 1, dtype=torch.float32)[None] / schedule.num_steps
     else:
-        offsets = torch.stack([gates.offsets(sigmas, step, past[step]) for step in steps])
+        offsets = torch.stack([time_offsets(sigmas, step, past[step]) for step in steps])
     return Expert(
         workload.predictor,
         channels=channels,

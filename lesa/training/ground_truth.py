@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lesa.models.output_head import Ends
+from lesa.models.output_head import OutputHead
 from lesa.models.pipelines import pick_device
 from lesa.params import Report, Workload
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import time_offsets
 from lesa.predictor.spec import MIXED, STEPS
 from lesa.recording.dataset import Splits, Trajectories, draw, noise_levels
 from lesa.schedule import stage_of_steps
@@ -25,7 +25,7 @@ from lesa.training.expert import Expert
 from lesa.training.experts import Job, expert_seed, new_expert
 from lesa.training.loop import LoopSettings, optimise
 from lesa.training.step_weights import StepWeights, fit_step_weights
-from lesa.training.targets import Windows, learn_in_coordinates
+from lesa.training.targets import Targets, whiten
 
 
 def train_expert(
@@ -33,7 +33,7 @@ def train_expert(
     job: Job,
     train: Trajectories,
     validation: Trajectories,
-    ends: Ends,
+    head: OutputHead,
     *,
     others: Mapping[int, Splits] | None = None,
     work_dir: Path,
@@ -55,11 +55,11 @@ def train_expert(
     expert = new_expert(workload, job, train.sigmas, train.channels, further)
     size = len(expert.low)
     known = [
-        (case, Windows.on(case.schedule, case.train.sigmas, stages, job.stage, size, params.history))
+        (case, Targets.on(case.schedule, case.train.sigmas, stages, job.stage, size, params.history))
         for case in training_cases(workload, job.budget, train, validation, others)
         for stages in [stage_of_steps(case.train.sigmas, params.boundaries)]
     ]
-    cases = [(case, windows) for case, windows in known if windows.steps]
+    cases = [(case, targets) for case, targets in known if targets.steps]
 
     def finished(figures: dict[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         exported = expert.export()
@@ -73,20 +73,20 @@ def train_expert(
     loss = losses.GROUND_TRUTH[settings.loss]
     device = pick_device(workload.device)
     expert.to(device)
-    of_cases = [(case.train, windows) for case, windows in cases]
-    learn_in_coordinates(expert, of_cases, ridge=params.ridge, batch_size=settings.batch_size)
-    ends = ends.to(device)
+    of_cases = [(case.train, targets) for case, targets in cases]
+    whiten(expert, of_cases, ridge=params.ridge, batch_size=settings.batch_size)
+    head = head.to(device)
 
-    def loss_on(windows: Windows, data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
-        features = data.feature_batch(indices, windows.needed).to(device)
-        target = features[:, [windows.needed.index(step) for step in windows.steps]]
-        temb = data.temb[list(indices)][:, list(windows.steps)].to(device)
-        return loss(windows.predict(expert, features), target, temb, windows.weights.to(device), ends)
+    def loss_on(targets: Targets, data: Trajectories, indices: Sequence[int]) -> torch.Tensor:
+        features = data.feature_batch(indices, targets.needed).to(device)
+        target = features[:, [targets.needed.index(step) for step in targets.steps]]
+        temb = data.temb[list(indices)][:, list(targets.steps)].to(device)
+        return loss(targets.predict(expert, features), target, temb, targets.weights.to(device), head)
 
     @torch.no_grad()
-    def loss_of_case(case: Case, windows: Windows) -> float:
+    def loss_of_case(case: Case, targets: Targets) -> float:
         chunks = torch.arange(case.judged).split(settings.batch_size)
-        total = sum(float(loss_on(windows, case.validation, chunk.tolist())) * len(chunk) for chunk in chunks)
+        total = sum(float(loss_on(targets, case.validation, chunk.tolist())) * len(chunk) for chunk in chunks)
         return total / case.judged
 
     before = [loss_of_case(*case) for case in cases]
@@ -94,9 +94,9 @@ def train_expert(
 
     def batch_loss(batch: torch.Generator) -> torch.Tensor:
         place = draw_case(batch, len(cases))
-        case, windows = cases[place]
+        case, targets = cases[place]
         indices = draw(batch, len(case.train), settings.batch_size)
-        return loss_on(windows, case.train, indices) / units[place]
+        return loss_on(targets, case.train, indices) / units[place]
 
     def validation_loss() -> float:
         return sum(loss_of_case(*case) / unit for case, unit in zip(cases, units, strict=True)) / len(cases)
@@ -127,7 +127,7 @@ def step_weights_of_stage(workload: Workload, job: Job, expert: Expert, train: T
     anchors = {step: schedule.anchors(step, size) for step in steps}
     with torch.no_grad():
         alphas = {
-            step: expert.alpha(gates.offsets(train.sigmas, step, past)[None].to(device), [step])
+            step: expert.alpha(time_offsets(train.sigmas, step, past)[None].to(device), [step])
             for step, past in anchors.items()
             if len(past) == size
         }

@@ -13,7 +13,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
 from lesa import atomic
-from lesa.models.output_head import load_ends
+from lesa.errors import LesaError
+from lesa.models.output_head import load_output_head
 from lesa.models.pipelines import load_pipeline, pipeline_folder
 from lesa.params import Report, Workload
 from lesa.predictor.predictor import Predictor
@@ -40,13 +41,13 @@ def list_ground_truth_jobs(workload: Workload) -> list[Job]:
 def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
     """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
     train, validation = kept_splits(workload)
-    ends = load_ends(transformer_folder(workload))
+    head = load_output_head(transformer_folder(workload))
     return train_expert(
         workload,
         job,
         train,
         validation,
-        ends,
+        head,
         others=kept_elsewhere(workload) if job.budget == MIXED else None,
         work_dir=work_dir(workload) / "ground_truth",
         report=report,
@@ -115,13 +116,13 @@ def load_predictor(folder: Path) -> Predictor:
         record = json.loads((folder / "predictor.json").read_text())
         weights = (folder / "weights.safetensors").read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} does not exist; run the training stages first") from None
+        raise LesaError(f"{error.filename} does not exist; run the training stages first") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}: predictor.json is torn ({error}); train again") from None
+        raise LesaError(f"{folder}: predictor.json is torn ({error}); train again") from None
     if not isinstance(record, dict) or set(record) != {"spec", "sha256", "figures"}:
-        raise ValueError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
+        raise LesaError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
     if record["sha256"] != atomic.sha256_bytes(weights):
-        raise ValueError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
+        raise LesaError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
     return Predictor(PredictorSpec.from_dict(record["spec"]), parse_tensors(weights))
 
 

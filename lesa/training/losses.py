@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from lesa.models.output_head import Ends
+from lesa.models.output_head import OutputHead
 
-GroundTruthLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Ends], torch.Tensor]
+GroundTruthLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, OutputHead], torch.Tensor]
 
 
 def feature_loss(
-    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, ends: Ends
+    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, head: OutputHead
 ) -> torch.Tensor:
     """Mean |h_hat - h|: the paper's L1 loss (LESA, arXiv 2602.20497, ground-truth guided step).
 
@@ -25,7 +25,7 @@ def feature_loss(
 
 
 def normalised_feature_loss(
-    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, ends: Ends
+    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, head: OutputHead
 ) -> torch.Tensor:
     """`feature_loss` with each step divided by its own mean |h|, so that loud steps do not drown quiet ones."""
     scale = target.abs().mean(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -33,7 +33,7 @@ def normalised_feature_loss(
 
 
 def output_loss(
-    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, ends: Ends
+    predicted: torch.Tensor, target: torch.Tensor, temb: torch.Tensor, weights: torch.Tensor, head: OutputHead
 ) -> torch.Tensor:
     """Mean |dsigma (v_hat - v)|: what a predicted feature moves the latents by, after norm_out and proj_out.
 
@@ -44,7 +44,7 @@ def output_loss(
     """
     batch, steps, tokens, channels = predicted.shape
     both = torch.cat([predicted, target]).reshape(2 * batch * steps, tokens, channels)
-    output = ends(both, torch.cat([temb, temb]).reshape(2 * batch * steps, -1))
+    output = head(both, torch.cat([temb, temb]).reshape(2 * batch * steps, -1))
     error = (output[: batch * steps] - output[batch * steps :]).abs().reshape(batch, steps, -1)
     return (error.mean(dim=(0, 2)) * weights).sum() / weights.sum()
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.models.output_head import freeze
 from lesa.models.pipelines import call_arguments
 from lesa.params import Workload
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import time_offsets
 from lesa.predictor.rule import History, Rule
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories
@@ -24,7 +25,7 @@ from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training.expert import Expert
 from lesa.training.step_weights import StepWeights
-from lesa.training.targets import Windows
+from lesa.training.targets import Targets
 
 
 @dataclass(kw_only=True)
@@ -51,9 +52,9 @@ class ExpertRule:
         self.history_size = max(*self.sizes, self.step_history)
         self.keeps_predictions = self.history == "steps"
 
-    def windows(self, stage: int) -> Windows:
+    def targets(self, stage: int) -> Targets:
         """What the expert of one noise stage predicts."""
-        return Windows.on(self.schedule, self.sigmas, self.stages, stage, self.sizes[stage], self.history)
+        return Targets.on(self.schedule, self.sigmas, self.stages, stage, self.sizes[stage], self.history)
 
     def __call__(self, history: History, step: int) -> torch.Tensor:
         stage = self.stages[step]
@@ -70,7 +71,7 @@ class ExpertRule:
         if len(past) == size or self.step_weights is None:
             if stage not in history.memo:
                 history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
-            offsets = gates.offsets(self.sigmas, step, past)[None]
+            offsets = time_offsets(self.sigmas, step, past)[None]
             change = expert.alpha(offsets.to(newest.device), [step]) * history.memo[stage]
         if self.step_weights is not None:
             held = [feature.float() for feature in history.features]
@@ -125,7 +126,7 @@ def in_loop(pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: b
         schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
     )
     if is_lesa_cache_enabled(transformer):
-        raise ValueError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
+        raise LesaError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
     own = [block.__dict__.get("forward") for block in modules]  # of another tool's hook
     try:
         for block in modules:

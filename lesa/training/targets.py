@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lesa.predictor import alpha as gates
-from lesa.predictor.step_weights import differences, of_differences
+from lesa.predictor.alpha import history_steps, time_offsets
+from lesa.predictor.step_weights import differences, to_feature_weights
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule
 from lesa.training.expert import Expert
@@ -18,7 +18,7 @@ from lesa.training.step_weights import LeastSquares
 
 
 @dataclass(frozen=True, kw_only=True)
-class Windows:
+class Targets:
     """What an expert predicts on one schedule: its steps that have its history."""
 
     steps: tuple[int, ...]
@@ -36,10 +36,10 @@ class Windows:
         stage: int,  # the expert's
         size: int,  # its K
         history: str,  # full_steps or steps
-    ) -> Windows:
+    ) -> Targets:
         """Those of one noise stage on a schedule."""
         of_stage = {
-            step: gates.history_steps(schedule, step, size, history)
+            step: history_steps(schedule, step, size, history)
             for step in schedule.predicted_steps
             if stages[step] == stage
         }
@@ -48,7 +48,7 @@ class Windows:
         return cls(
             steps=steps,
             past=past,
-            offsets=torch.stack([gates.offsets(sigmas, s, p) for s, p in zip(steps, past, strict=True)])
+            offsets=torch.stack([time_offsets(sigmas, s, p) for s, p in zip(steps, past, strict=True)])
             if steps
             else torch.zeros(0, size),
             weights=torch.tensor([abs(float(sigmas[s + 1] - sigmas[s])) for s in steps]),
@@ -76,8 +76,8 @@ SAMPLES = 64  # trajectories of each case: directions and sizes need no more
 
 
 @torch.no_grad()
-def learn_in_coordinates(
-    expert: Expert, cases: Sequence[tuple[Trajectories, Windows]], *, ridge: float, batch_size: int
+def whiten(
+    expert: Expert, cases: Sequence[tuple[Trajectories, Targets]], *, ridge: float, batch_size: int
 ) -> None:
     """Let the expert's projection learn in uncorrelated inputs and in units of what its predictions lack.
 
@@ -89,21 +89,21 @@ def learn_in_coordinates(
     Raises:
         TrainingError: a recorded feature is not finite.
     """
-    cases = [(data, windows) for data, windows in cases if windows.steps]
+    cases = [(data, targets) for data, targets in cases if targets.steps]
     if not cases:
         return
     size = len(expert.low)
     channels, device = expert.projection.start_of("bias").numel(), expert.low.device
     sums = LeastSquares(len(cases), size + 1, channels, device)
     counts = torch.zeros(len(cases), dtype=torch.float64, device=device)
-    for place, (data, windows) in enumerate(cases):
+    for place, (data, targets) in enumerate(cases):
         chosen = torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).round().long()
         for batch in chosen.split(batch_size):
-            features = data.feature_batch(batch.tolist(), windows.needed).to(device)
-            found = windows.predict(expert, features)  # [B, n, L, C]
-            alphas = expert.alpha(windows.offsets.to(device), windows.steps)
-            at = {step: index for index, step in enumerate(windows.needed)}
-            for index, (step, past) in enumerate(zip(windows.steps, windows.past, strict=True)):
+            features = data.feature_batch(batch.tolist(), targets.needed).to(device)
+            found = targets.predict(expert, features)  # [B, n, L, C]
+            alphas = expert.alpha(targets.offsets.to(device), targets.steps)
+            at = {step: index for index, step in enumerate(targets.needed)}
+            for index, (step, past) in enumerate(zip(targets.steps, targets.past, strict=True)):
                 history = [features[:, at[earlier]] for earlier in past]
                 newest = history[0]
                 regressors = torch.stack([newest, *differences(history, size), torch.ones_like(newest)])
@@ -116,5 +116,5 @@ def learn_in_coordinates(
         return  # nothing is lacking
     pooled, count = sums.pooled(shares), (shares * counts).sum()
     inputs = (pooled.basis(ridge)[0] * count.sqrt()).permute(1, 0, 2)  # [R, C, R], the first of differences
-    inputs = torch.cat([of_differences(inputs[:-1]), inputs[-1:]]).permute(1, 0, 2)
+    inputs = torch.cat([to_feature_weights(inputs[:-1]), inputs[-1:]]).permute(1, 0, 2)
     expert.projection.learn_in(inputs.float(), (pooled.power[0] / count).sqrt().float())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 
-class TrainableProjection(nn.Module):
+class WhitenedProjection(nn.Module):
     """Trainable numbers behind the tensors that `lesa.predictor.projection.project` takes.
 
     Until `learn_in` is called, coordinates are the features themselves.

@@ -13,7 +13,7 @@ from lesa.bundle import Bundle, write_bundle
 from lesa.models.families import TAP, family_of
 from lesa.models.fingerprint import fingerprint
 from lesa.params import CallParams
-from lesa.predictor.alpha import gate_shapes, linear_alpha, offsets
+from lesa.predictor.alpha import gate_shapes, linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.projection import initial_projection
 from lesa.predictor.spec import PredictorSpec, Variant
@@ -39,7 +39,7 @@ def extrapolating(channels: int, sigmas: torch.Tensor, schedule: Schedule) -> Pr
     )
     table = torch.zeros(schedule.num_steps)
     for step in range(2, schedule.num_steps):
-        table[step] = linear_alpha(offsets(sigmas, step, schedule.anchors(step, 2))[None])[0]
+        table[step] = linear_alpha(time_offsets(sigmas, step, schedule.anchors(step, 2))[None])[0]
     tensors = {}
     for stage, size in enumerate(spec.history_sizes):
         start = initial_projection(

@@ -23,7 +23,7 @@ class PictureCall:
     """A pipeline with what it is called with beside the prompt."""
 
     pipe: Any
-    pictures: dict[str, Any]  # arguments that CallParams has no place for
+    images: dict[str, Any]  # arguments that CallParams has no place for
     call: CallParams
     first_step: int = 0
     branches: tuple[str, ...] = ("denoise",)
@@ -38,7 +38,7 @@ class PictureCall:
             "return_dict": False,
             "generator": torch.Generator().manual_seed(seed),
         }
-        return self.pipe(**(settings | given | self.pictures | self.extra | changes))[0]
+        return self.pipe(**(settings | given | self.images | self.extra | changes))[0]
 
     def own_bundle(self, folder: Path) -> Bundle:
         """A bundle made for this very class of pipeline, in `folder`."""

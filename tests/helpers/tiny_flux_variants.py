@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxControlNetModel
 
 from lesa.params import CallParams
-from tests.helpers.pictures import NUM_STEPS, PictureCall, mask, picture
+from tests.helpers.images import NUM_STEPS, PictureCall, mask, picture
 from tests.helpers.tiny import CALL, SIZE, save_and_load, tiny_flux
 
 
@@ -26,23 +26,23 @@ def _call(**changes: Any) -> CallParams:
 def text_to_image(schnell: bool = False, **settings: Any) -> PictureCall:
     """FLUX.1-dev, or schnell with no distilled guidance and no shift by size."""
     pipe = tiny_flux(guidance_embeds=not schnell, dynamic_shifting=not schnell, **settings)
-    return PictureCall(pipe=pipe, pictures={}, call=_call(guidance_scale=None) if schnell else _call())
+    return PictureCall(pipe=pipe, images={}, call=_call(guidance_scale=None) if schnell else _call())
 
 
 def image_to_image() -> PictureCall:
     pipe = _with_class("FluxImg2ImgPipeline", tiny_flux())
     return PictureCall(
-        pipe=pipe, pictures={"image": picture(), "strength": 0.75}, call=_call(), first_step=NUM_STEPS // 4
+        pipe=pipe, images={"image": picture(), "strength": 0.75}, call=_call(), first_step=NUM_STEPS // 4
     )
 
 
 def inpaint() -> PictureCall:
     pipe = _with_class("FluxInpaintPipeline", tiny_flux())
-    pictures = {"image": picture(), "mask_image": mask(), "strength": 1.0}
-    return PictureCall(pipe=pipe, pictures=pictures, call=_call())
+    images = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return PictureCall(pipe=pipe, images=images, call=_call())
 
 
-def controlnet(true_cfg: bool = False, name: str = "FluxControlNetPipeline", **pictures: Any) -> PictureCall:
+def controlnet(true_cfg: bool = False, name: str = "FluxControlNetPipeline", **images: Any) -> PictureCall:
     base = tiny_flux()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -56,7 +56,7 @@ def controlnet(true_cfg: bool = False, name: str = "FluxControlNetPipeline", **p
     guided = {"negative_prompt": "a dog"} if true_cfg else {}
     return PictureCall(
         pipe=pipe,
-        pictures={"control_image": picture(), "controlnet_conditioning_scale": 1.0, **pictures},
+        images={"control_image": picture(), "controlnet_conditioning_scale": 1.0, **images},
         call=_call(true_cfg_scale=3.0) if true_cfg else _call(),
         branches=("cond", "uncond") if true_cfg else ("denoise",),
         extra=guided,
@@ -75,18 +75,18 @@ def controlnet_inpaint() -> PictureCall:
 
 def kontext() -> PictureCall:
     pipe = _with_class("FluxKontextPipeline", tiny_flux())
-    pictures = {"image": picture(32), "_auto_resize": False, "max_area": SIZE * SIZE}
-    return PictureCall(pipe=pipe, pictures=pictures, call=_call())
+    images = {"image": picture(32), "_auto_resize": False, "max_area": SIZE * SIZE}
+    return PictureCall(pipe=pipe, images=images, call=_call())
 
 
 def fill() -> PictureCall:
     pipe = _with_class("FluxFillPipeline", tiny_flux(in_channels=48))  # latents, masked picture, mask
-    return PictureCall(pipe=pipe, pictures={"image": picture(), "mask_image": mask()}, call=_call())
+    return PictureCall(pipe=pipe, images={"image": picture(), "mask_image": mask()}, call=_call())
 
 
 def control() -> PictureCall:
     pipe = _with_class("FluxControlPipeline", tiny_flux(in_channels=32))  # latents beside the control picture's
-    return PictureCall(pipe=pipe, pictures={"control_image": picture()}, call=_call())
+    return PictureCall(pipe=pipe, images={"control_image": picture()}, call=_call())
 
 
 VARIANTS: dict[str, Callable[[], PictureCall]] = {

@@ -18,7 +18,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from transformers import LlamaConfig, LlamaModel, LlamaTokenizerFast
 
 from lesa.params import CallParams
-from tests.helpers.pictures import NUM_STEPS, PictureCall, picture
+from tests.helpers.images import NUM_STEPS, PictureCall, picture
 from tests.helpers.tiny import SIZE, TEXT_LENGTH, TEXT_WIDTH, WORDS, byte_pair_merges, save_and_load, tiny_clip
 
 _SPECIAL = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -106,7 +106,7 @@ def text_to_video(true_cfg: bool = False) -> PictureCall:
     guided = {"true_cfg_scale": 3.0} if true_cfg else {}
     return PictureCall(
         pipe=tiny_hunyuan(),
-        pictures={},
+        images={},
         call=CallParams(**(CALL | guided), num_inference_steps=NUM_STEPS),
         branches=("cond", "uncond") if true_cfg else ("denoise",),
         extra={"negative_prompt": "a dog"} if true_cfg else {},
@@ -119,7 +119,7 @@ def image_to_video() -> PictureCall:
     pipe = save_and_load(HunyuanSkyreelsImageToVideoPipeline(**base.components), None, torch.float32)
     return PictureCall(
         pipe=pipe,
-        pictures={"image": picture()},
+        images={"image": picture()},
         call=CallParams(**CALL, num_inference_steps=NUM_STEPS, true_cfg_scale=3.0),
         branches=("cond", "uncond"),
         extra={"negative_prompt": "a dog"},

@@ -12,7 +12,7 @@ import torch
 from diffusers import QwenImageControlNetModel
 
 from lesa.params import CallParams
-from tests.helpers.pictures import NUM_STEPS, PictureCall, mask, picture
+from tests.helpers.images import NUM_STEPS, PictureCall, mask, picture
 from tests.helpers.tiny import save_and_load
 from tests.helpers.tiny_qwen import CALL, tiny_qwen
 
@@ -31,28 +31,28 @@ def _call() -> CallParams:
 
 
 def text_to_image() -> PictureCall:
-    return PictureCall(pipe=tiny_qwen(), pictures={}, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
+    return PictureCall(pipe=tiny_qwen(), images={}, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
 
 
 def lightning(**settings: Any) -> PictureCall:
     """Few steps and no guidance: one branch."""
     call = CallParams(**CALL, num_inference_steps=NUM_STEPS, true_cfg_scale=1.0)
-    return PictureCall(pipe=tiny_qwen(lightning=True, **settings), pictures={}, call=call)
+    return PictureCall(pipe=tiny_qwen(lightning=True, **settings), images={}, call=call)
 
 
 def image_to_image() -> PictureCall:
     pipe = _with_class("QwenImageImg2ImgPipeline", tiny_qwen())
-    pictures = {"image": picture(), "strength": 0.75}
+    images = {"image": picture(), "strength": 0.75}
     first = NUM_STEPS // 4
     return PictureCall(
-        pipe=pipe, pictures=pictures, call=_call(), first_step=first, branches=_GUIDED, extra=_NEGATIVE
+        pipe=pipe, images=images, call=_call(), first_step=first, branches=_GUIDED, extra=_NEGATIVE
     )
 
 
 def inpaint() -> PictureCall:
     pipe = _with_class("QwenImageInpaintPipeline", tiny_qwen())
-    pictures = {"image": picture(), "mask_image": mask(), "strength": 1.0}
-    return PictureCall(pipe=pipe, pictures=pictures, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
+    images = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    return PictureCall(pipe=pipe, images=images, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
 
 
 def controlnet() -> PictureCall:
@@ -66,8 +66,8 @@ def controlnet() -> PictureCall:
             if "controlnet" in name:  # made as zeros: they would add nothing
                 torch.nn.init.normal_(parameter, std=0.2)
     pipe = _with_class("QwenImageControlNetPipeline", base, controlnet=net)
-    pictures = {"control_image": picture()}
-    return PictureCall(pipe=pipe, pictures=pictures, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
+    images = {"control_image": picture()}
+    return PictureCall(pipe=pipe, images=images, call=_call(), branches=_GUIDED, extra=_NEGATIVE)
 
 
 def edit() -> PictureCall:
@@ -78,7 +78,7 @@ def edit_plus() -> PictureCall:
     return _edit("QwenImageEditPlusPipeline", [picture(32), picture(16)])
 
 
-def _edit(name: str, pictures: Any) -> PictureCall:
+def _edit(name: str, images: Any) -> PictureCall:
     """Without the processor of prompts with pictures, which needs torchvision: prompts come as embeddings."""
     base = tiny_qwen()
     extra: dict[str, Any] = {"prompt": None}
@@ -87,7 +87,7 @@ def _edit(name: str, pictures: Any) -> PictureCall:
             extra[f"{prefix}prompt_embeds"], _ = base.encode_prompt(prompt)
             extra[f"{prefix}prompt_embeds_mask"] = torch.ones(extra[f"{prefix}prompt_embeds"].shape[:2])
     pipe = _with_class(name, base, processor=None)
-    return PictureCall(pipe=pipe, pictures={"image": pictures}, call=_call(), branches=_GUIDED, extra=extra)
+    return PictureCall(pipe=pipe, images={"image": images}, call=_call(), branches=_GUIDED, extra=extra)
 
 
 def small_references(patch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesa.models.output_head import Ends, freeze
+from lesa.models.output_head import OutputHead, freeze
 from lesa.params import (
     BudgetParams,
     CallParams,
@@ -74,14 +74,14 @@ class _Shift(nn.Module):
         return feature + temb[:, None]
 
 
-def ends() -> Ends:
+def head() -> OutputHead:
     """norm_out adds temb, proj_out is a fixed matrix."""
     proj_out = nn.Linear(CHANNELS, OUTPUTS)
     with torch.no_grad():
         proj_out.weight.copy_(torch.tensor([[1.0, -1.0, 0.5, 2.0], [0.0, 1.0, 1.0, -1.0]]))
         proj_out.bias.zero_()
-    made = freeze(Ends(_Shift(), proj_out))
-    assert isinstance(made, Ends)
+    made = freeze(OutputHead(_Shift(), proj_out))
+    assert isinstance(made, OutputHead)
     return made
 
 

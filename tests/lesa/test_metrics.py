@@ -8,7 +8,7 @@ import torch
 from lesa.metrics import PSNR_CAP_DB, SSIM_WINDOW, mean_or_nan, psnr, relative_l1, ssim
 
 
-def pictures(batch: int = 2, size: int = 16, seed: int = 0) -> torch.Tensor:
+def images(batch: int = 2, size: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -28,7 +28,7 @@ def test_psnr_clamps_both_sides_and_never_rounds() -> None:
 
 
 def test_psnr_is_capped_and_counts_broken_pictures_as_zero() -> None:
-    reference = pictures()
+    reference = images()
     broken = reference.clone()
     broken[1, 0, 0, 0] = math.nan
     assert psnr(broken, reference).tolist() == [PSNR_CAP_DB, 0.0]
@@ -44,13 +44,13 @@ def test_psnr_of_a_video_is_over_all_its_frames() -> None:
 @pytest.mark.parametrize("measure", [psnr, ssim])
 def test_other_shapes_are_refused(measure) -> None:
     with pytest.raises(ValueError, match="shape"):
-        measure(pictures(2), pictures(1))
+        measure(images(2), images(1))
     with pytest.raises(ValueError, match="shape"):
         measure(torch.rand(3, 8), torch.rand(3, 8))
 
 
 def test_ssim_equals_the_definition_window_by_window() -> None:
-    x, y = pictures(1, 9, seed=1).double(), pictures(1, 9, seed=2).double()
+    x, y = images(1, 9, seed=1).double(), images(1, 9, seed=2).double()
     values = []
     for channel in range(3):
         for top in range(9 - SSIM_WINDOW + 1):
@@ -65,7 +65,7 @@ def test_ssim_equals_the_definition_window_by_window() -> None:
 
 
 def test_ssim_is_one_for_the_same_and_falls_with_noise() -> None:
-    reference = pictures(1)
+    reference = images(1)
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(3))
     near, far = (
         ssim(reference + 0.02 * noise, reference).item(),
@@ -77,7 +77,7 @@ def test_ssim_is_one_for_the_same_and_falls_with_noise() -> None:
 
 def test_ssim_needs_a_window_of_pixels() -> None:
     with pytest.raises(ValueError, match="at least 7 pixels"):
-        ssim(pictures(1, 6), pictures(1, 6))
+        ssim(images(1, 6), images(1, 6))
 
 
 def test_relative_l1_by_hand() -> None:

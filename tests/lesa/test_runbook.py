@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, needs_of
+from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, estimate_costs
 from lesa.models.published import PRESETS
 from lesa.params_file import load_params
 
@@ -21,7 +21,7 @@ def gb(num_bytes: float) -> str:
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_the_tables_are_what_is_computed(name: str) -> None:
-    needs = needs_of(load_params(ROOT / "params.yaml", name))
+    needs = estimate_costs(load_params(ROOT / "params.yaml", name))
     weights = sum(needs.weights.values())
     download = gb(needs.download) if needs.download else "-"
     disk = [download, str(needs.trajectories), gb(needs.store), gb(needs.store_all_tokens), gb(needs.training)]
@@ -37,7 +37,7 @@ def test_closed_loops_that_do_not_fit_are_stated_as_computed() -> None:
     for name in ("qwen-image", "hunyuan-video"):
         workload = load_params(ROOT / "params.yaml", name)
         loop = dataclasses.replace(workload.closed_loop, iterations=1)
-        sizes.append(needs_of(dataclasses.replace(workload, closed_loop=loop)).gpu / 1e9)
+        sizes.append(estimate_costs(dataclasses.replace(workload, closed_loop=loop)).gpu / 1e9)
     assert f"about {sizes[0]:.0f} GB and for HunyuanVideo {sizes[1]:.0f} GB" in " ".join(TEXT.split())
 
 

@@ -100,14 +100,14 @@ def test_the_folder_is_a_pipeline_of_the_family(data_set: DataSet, trained: Path
     assert type(pipeline).__name__ in FAMILIES[data_set.family].pipeline_classes
     pipeline.set_progress_bar_config(disable=True)
     call = architecture.call(data_set) | {"num_inference_steps": 4}
-    pictures = pipeline(
+    images = pipeline(
         prompt=[PLAIN[data_set.name], data_set.language.all_prompts()[0]],
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         return_dict=False,
         **call,
     )[0]
-    assert pictures.shape == (2, *picture_shape(data_set)) and torch.isfinite(pictures).all()
+    assert images.shape == (2, *picture_shape(data_set)) and torch.isfinite(images).all()
     assert sorted(p.name for p in trained.iterdir()) == ["base", "scorer"]
     assert not (trained / "base" / "left over").exists()
 
@@ -117,8 +117,8 @@ def test_latents_are_normalised_as_the_pipeline_undoes_it(data_set: DataSet, tra
     architecture = architecture_of(data_set)
     pipeline = architecture.load(trained / "base")
     pipeline.set_progress_bar_config(disable=True)
-    pictures = data_set.load("model")([PLAIN[data_set.name]] * 2, torch.Generator().manual_seed(3))
-    latents = encode(architecture, pipeline.vae, pictures)
+    images = data_set.load("model")([PLAIN[data_set.name]] * 2, torch.Generator().manual_seed(3))
+    latents = encode(architecture, pipeline.vae, images)
     clean = architecture.to_transformer(pipeline, latents)
     assert clean.shape[1:] == architecture.latent_shape(data_set)
     assert 0.2 < float(clean.std()) < 5 and clean.mean().abs() < 1

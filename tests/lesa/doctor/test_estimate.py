@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, full_step_counts, needs_of
+from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, estimate_costs, full_step_counts
 from lesa.doctor.model_size import model_facts
 from lesa.models.families import FAMILIES
 from lesa.models.pipelines import load_pipeline
@@ -29,14 +29,14 @@ def published(name: str) -> Workload:
 def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_repository(tmp_path))
     workload = load_params()
-    facts, needs = model_facts(workload), needs_of(workload)
+    facts, costs = model_facts(workload), estimate_costs(workload)
     pipe = load_pipeline(workload)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert facts.numbers[name] == sum(p.numel() for p in getattr(pipe, name).parameters())
     measured = measure_size(pipe, workload)
-    assert (facts.grid, facts.is_local, needs.download) == ((1, 4, 4), True, 0)
-    assert needs.store == pytest.approx(measured.bytes(needs.trajectories), rel=0.01)
-    assert needs.closed_loop > 0 and needs.gpu > needs.closed_loop
+    assert (facts.grid, facts.is_local, costs.download) == ((1, 4, 4), True, 0)
+    assert costs.store == pytest.approx(measured.bytes(costs.trajectories), rel=0.01)
+    assert costs.closed_loop > 0 and costs.gpu > costs.closed_loop
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -49,22 +49,22 @@ def test_every_published_model_has_a_workload_of_its_size(name: str) -> None:
     assert workload.model.source == (preset.source or f"data/base/{name}")
     assert workload.call.num_inference_steps == preset.num_inference_steps
     assert workload.predictor.rank * 4 == 3072
-    needs = needs_of(workload)
+    costs = estimate_costs(workload)
     calls = preset.branches * preset.num_inference_steps
-    assert needs.run_flops / calls / 1e12 == pytest.approx({"flux-dev": 74.38, "flux-schnell": 69.47}.get(
+    assert costs.run_flops / calls / 1e12 == pytest.approx({"flux-dev": 74.38, "flux-schnell": 69.47}.get(
         name, 131.68 if name.startswith("qwen") else 595.43), abs=0.02)  # fmt: skip
-    assert needs.store < needs.store_all_tokens
-    assert needs.gpu < 141e9  # an H200; what the runbook says of smaller ones is computed here too
+    assert costs.store < costs.store_all_tokens
+    assert costs.gpu < 141e9  # an H200; what the runbook says of smaller ones is computed here too
 
 
 def test_hours_are_operations_at_the_stated_rate() -> None:
-    needs = needs_of(published("flux-dev"))
+    costs = estimate_costs(published("flux-dev"))
     record = 288 * 3719.2e12 / (PEAK_FLOPS * UTILISATION) / 3600
-    assert needs.hours("record") == pytest.approx(record, rel=1e-3)
-    assert needs.hours() == pytest.approx(sum(needs.hours(stage) for stage in needs.flops))
+    assert costs.hours("record") == pytest.approx(record, rel=1e-3)
+    assert costs.hours() == pytest.approx(sum(costs.hours(stage) for stage in costs.flops))
     features = 288 * 50 * 128 * 3072 * 2  # trajectories, steps, kept tokens, channels, bytes
-    assert features < needs.store < 1.5 * features
-    assert needs.store_all_tokens == pytest.approx(288 * 50 * 4096 * 3072 * 2, rel=0.02)
+    assert features < costs.store < 1.5 * features
+    assert costs.store_all_tokens == pytest.approx(288 * 50 * 4096 * 3072 * 2, rel=0.02)
 
 
 def test_closed_loop_memory_follows_its_settings() -> None:
@@ -72,14 +72,14 @@ def test_closed_loop_memory_follows_its_settings() -> None:
 
     def closed(**changes: object) -> int:
         loop = dataclasses.replace(workload.closed_loop, **changes)  # type: ignore[arg-type]
-        return needs_of(dataclasses.replace(workload, closed_loop=loop)).closed_loop
+        return estimate_costs(dataclasses.replace(workload, closed_loop=loop)).closed_loop
 
     saved = 16 * 57 * (4096 + 512) * 3072 * 2  # full steps of the largest budget, blocks, tokens, channels, bytes
     assert saved < closed() < 1.6 * saved
     assert closed(batch_size=2) == 2 * closed()
     assert closed(gradient_checkpointing=False) > 8 * closed()
     a_trajectory, sums = 50 * 128 * 3072 * 8, 51 * 51 * 3072 * 8  # steps, tokens, channels, bytes
-    assert needs_of(workload).fitting == 3 * max(a_trajectory, 1 << 28) + 2 * sums
+    assert estimate_costs(workload).fitting == 3 * max(a_trajectory, 1 << 28) + 2 * sums
     assert closed(iterations=0) == closed(gradient="drifted_states") == 0
 
 
@@ -97,11 +97,11 @@ def test_an_unknown_model_is_named(tmp_path: Path) -> None:
         workload, name="mine", model=dataclasses.replace(workload.model, source="someone/model")
     )
     with pytest.raises(ValueError, match="someone/model is no pipeline folder here and none of black-forest-labs"):
-        needs_of(strange)
+        estimate_costs(strange)
     (tmp_path / "model_index.json").write_text("{}")
     broken = dataclasses.replace(strange, model=dataclasses.replace(workload.model, source=str(tmp_path)))
     with pytest.raises(ValueError, match="transformer/config.json does not exist"):
-        needs_of(broken)
+        estimate_costs(broken)
 
 
 def damaged_vae(folder: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_damaged_folder_is_refused_in_words(
     workload = load_params()
     damage(Path(workload.model.source))
     with pytest.raises(ValueError, match=words):
-        needs_of(workload)
+        estimate_costs(workload)
 
 
 def test_numbers_are_finite() -> None:
     for name in PRESETS:
-        values = needs_of(published(name)).to_dict()["gpu_hours"].values()
+        values = estimate_costs(published(name)).to_dict()["gpu_hours"].values()
         assert all(math.isfinite(value) and value >= 0 for value in values)

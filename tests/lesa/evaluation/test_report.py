@@ -87,11 +87,11 @@ def test_writing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 def test_a_video_is_shown_by_its_first_middle_and_last_frame(tmp_path: Path) -> None:
     """Downwards, and tall pictures get tall panels."""
-    frames = {key: pictures[:, None].repeat(1, 9, 1, 1, 1) for key, pictures in results().pictures.items()}
-    for pictures in frames.values():
-        pictures[:, 4] = 0.0
-        pictures[:, -1] = 1.0
-    videos = dataclasses.replace(results(), pictures=frames)
+    frames = {key: images[:, None].repeat(1, 9, 1, 1, 1) for key, images in results().images.items()}
+    for images in frames.values():
+        images[:, 4] = 0.0
+        images[:, -1] = 1.0
+    videos = dataclasses.replace(results(), images=frames)
     method_grid(videos, next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "videos.png")
     method_grid(results(), next(iter(BUDGETS)), ["lesa"], [0], tmp_path / "pictures.png")
     tall, plain = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("videos", "pictures"))

@@ -54,11 +54,11 @@ def test_a_double_block_counts_what_a_person_counts() -> None:
 
 def test_ends_do_not_grow_with_blocks_and_samples_are_counted_one_by_one() -> None:
     small, large = counted(pipeline()), counted(tiny_flux(num_layers=3))
-    assert large.ends == small.ends
+    assert large.head == small.head
     assert large.total == pytest.approx(small.total + small.blocks[0])
     batched = counted(pipeline(), batch=3)
     assert batched.total == pytest.approx(small.total)
-    assert batched.ends == pytest.approx(small.ends)
+    assert batched.head == pytest.approx(small.head)
 
 
 def spec(projection: str, history: str = "full_steps") -> PredictorSpec:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lesa.predictor.alpha import linear_alpha, offsets
+from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.projection import KINDS, fold
 from lesa.predictor.rule import History
@@ -135,7 +135,7 @@ def test_extrapolation_tables_are_exact_for_features_linear_in_sigma() -> None:
             tensors[f"{variant.name}/{stage}/projection.scale"][0] = 1
             tensors[f"{variant.name}/{stage}/projection.scale"][1] = -1
             for step in SCHEDULE.predicted_steps:
-                dt = offsets(SIGMAS, step, SCHEDULE.anchors(step, 2))[None]
+                dt = time_offsets(SIGMAS, step, SCHEDULE.anchors(step, 2))[None]
                 tensors[f"{variant.name}/{stage}/gate.table"][step] = linear_alpha(dt)[0]
     rule = Predictor(SPEC, tensors).bind(SCHEDULE, SIGMAS)
     start, slope = torch.randn(2, 5, C), torch.randn(2, 5, C)

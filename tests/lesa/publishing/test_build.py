@@ -25,7 +25,7 @@ from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
-from lesa.sampling.binding import MovingRule
+from lesa.sampling.binding import LazyPredictor
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import save_predictor
 from tests.helpers.tiny import SPLITS, tiny_repository
@@ -153,7 +153,7 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     train, validation = recorded_splits(workload)
     predictor = untrained_predictor(workload, train.sigmas, train.channels)
     schedule = workload.budgets()["2x"]
-    rule = MovingRule(predictor, schedule, train.sigmas)
+    rule = LazyPredictor(predictor, schedule, train.sigmas)
 
     def bounds(samples: int) -> list[float | None]:
         publish = dataclasses.replace(workload.publish, bound_samples=samples)

@@ -104,8 +104,9 @@ def test_settings_that_do_not_fit_are_all_named() -> None:
         Fallback(
             OWN, {1: 0.1, 2: math.inf}, Schedule.explicit(5, (0, 1)), Says({}, keeps_predictions=True), "slow"
         )
-    for words in ("step 1 is not a full", "inf of step 2", "has 5 steps, the schedule 6", "looks back on predicted"):
-        assert words in str(caught.value)
+    expected = ("step 1 is not a full", "inf of step 2", "has 5 steps, the schedule 6", "looks back on predicted")
+    for description in expected:
+        assert description in str(caught.value)
     with pytest.raises(ValueError, match="fallback needs measure"):
         hand_config(schedule=OWN, timesteps=TIMES, fallback=fallback({2: 0.1}), measure=False)
 
@@ -205,12 +206,12 @@ def test_the_summary_says_which_errors_are_beyond_their_bounds(pipe, bounded) ->
 
 def test_adaptive_is_refused_where_it_cannot_be(pipe, bounded, folder: Path) -> None:
     bundle = bounded([None, None, None, 9.0, 9.0, None])
-    for arguments, words in (
+    for arguments, description in (
         ({"measure": False}, "needs measure=True"),
         ({"interval": 5}, "interval 5 has no error bounds; choose a budget: "),
         ({"budget": "1.43x"}, "1.43x is the slowest budget of this bundle"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=description):
             lesa.enable(pipe, bundle, adaptive=True, **arguments)
     with pytest.raises(ValueError, match="has no error bounds: .*publish the bundle again"):
         lesa.enable(pipe, folder, adaptive=True)

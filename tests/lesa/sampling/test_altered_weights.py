@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.models.fingerprint import fingerprint
 from lesa.sampling.checks import MismatchError
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
-from tests.helpers.pictures import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
@@ -144,9 +144,9 @@ def test_quantised_weights(made: tuple[PictureCall, Bundle], quantise: Callable[
     assert torch.equal(call.run(), rounded)
     lesa.disable(call.pipe)
     lesa.enable(call.pipe, bundle, allow=("quantized",))
-    pictures = call.run()
+    images = call.run()
     statistics = lesa.summary(call.pipe)
-    assert torch.isfinite(pictures).all() and statistics.finished and statistics.num_fallbacks == 0
+    assert torch.isfinite(images).all() and statistics.finished and statistics.num_fallbacks == 0
     assert statistics.num_full < NUM_STEPS
     assert statistics.notes["weights"] == "quantised; the fingerprint was not compared"
     lesa.disable(call.pipe)

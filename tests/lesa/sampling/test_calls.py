@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.sampling.checks import MismatchError
 from tests.helpers import tiny, tiny_hunyuan, tiny_qwen, tiny_qwen_variants
-from tests.helpers.pictures import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
@@ -108,9 +108,9 @@ def test_bfloat16_takes_the_bundle_of_float32(name: str, tmp_path: Path) -> None
     build = {"flux-dev": tiny.tiny_flux, "qwen-image": tiny_qwen.tiny_qwen, "hunyuan-video": tiny_hunyuan.tiny_hunyuan}
     call.pipe = build[name](dtype=torch.bfloat16)
     lesa.enable(call.pipe, bundle)
-    pictures = call.run()
+    images = call.run()
     assert call.pipe.transformer.dtype == torch.bfloat16
-    assert torch.isfinite(pictures).all()
+    assert torch.isfinite(images).all()
     statistics = lesa.summary(call.pipe)
     assert statistics.finished and statistics.num_fallbacks == 0 and statistics.num_full < NUM_STEPS
 

@@ -112,10 +112,10 @@ def test_schedules_are_chosen_by_budget_interval_or_list(pipe, bundle):
         ({"full_steps": [0, 1, 2, 5, 7]}, 5),
     ):
         lesa.enable(pipe, bundle, **choice)
-        pictures = run(pipe)
+        images = run(pipe)
         assert lesa.summary(pipe).num_full == full
         if choice == {"interval": 1}:
-            assert torch.equal(pictures, plain)
+            assert torch.equal(images, plain)
         lesa.disable(pipe)
 
 
@@ -135,10 +135,10 @@ def test_schedules_are_chosen_by_budget_interval_or_list(pipe, bundle):
         ({"allow": ("everything",)}, "everything"),
     ],
 )
-def test_choices_that_cannot_be_served_are_refused(pipe, bundle, choice, words):
+def test_choices_that_cannot_be_served_are_refused(pipe, bundle, choice, description):
     with pytest.raises(ValueError) as caught:
         lesa.enable(pipe, bundle, **choice)
-    assert words in str(caught.value)
+    assert description in str(caught.value)
     assert not any(
         getattr(m, "_diffusers_hook", None) and m._diffusers_hook.hooks for m in pipe.transformer.modules()
     )
@@ -269,8 +269,8 @@ def test_enabling_twice_is_refused_with_the_remedy(pipe, bundle):
 def test_bfloat16_is_followed(bundle, tmp_path):
     pipe = tiny_flux(dtype=torch.bfloat16)
     lesa.enable(pipe, bundle)  # the fingerprint of the float32 pipeline holds here too
-    pictures = run(pipe)
-    assert torch.isfinite(pictures).all()
+    images = run(pipe)
+    assert torch.isfinite(images).all()
     assert lesa.summary(pipe).num_fallbacks == 0
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.models.families import FAMILIES
 from tests.helpers import tiny_flux_variants, tiny_hunyuan, tiny_qwen_variants
-from tests.helpers.pictures import NUM_STEPS, PictureCall
 
 VARIANTS = tiny_flux_variants.VARIANTS | tiny_qwen_variants.VARIANTS | tiny_hunyuan.VARIANTS
 
@@ -48,12 +48,12 @@ def test_accelerated_and_left_as_it_was(made: tuple[PictureCall, Bundle], comput
     lesa.disable(call.pipe)
     lesa.enable(call.pipe, bundle)
     computed.clear()
-    pictures = call.run()
+    images = call.run()
     statistics = lesa.summary(call.pipe)
     assert statistics.finished and statistics.num_branches == num_branches and statistics.num_fallbacks == 0
     assert len(computed) == statistics.num_full * num_branches < num_steps * num_branches
-    assert torch.isfinite(pictures).all() and not torch.equal(pictures, plain)
-    assert torch.equal(call.run(), pictures)  # a second run starts afresh
+    assert torch.isfinite(images).all() and not torch.equal(images, plain)
+    assert torch.equal(call.run(), images)  # a second run starts afresh
     lesa.disable(call.pipe)
     assert torch.equal(call.run(), plain)
 

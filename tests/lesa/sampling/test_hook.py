@@ -407,8 +407,8 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_computed(pipe):
         run(pipe, num_steps=6)
     assert computed == []
     assert len(caught.value.problems) == 3
-    for words in ("num_inference_steps: got 6, expected 8", "sigmas: got 7", "prompt: too short"):
-        assert words in str(caught.value)
+    for description in ("num_inference_steps: got 6, expected 8", "sigmas: got 7", "prompt: too short"):
+        assert description in str(caught.value)
     with pytest.raises(MismatchError, match=r"sigmas: got .* at step"):
         run(pipe)
     handle.remove()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
+from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
@@ -18,7 +19,6 @@ from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_ca
 from lesa.schedule import Schedule
 from tests.helpers.bundles import make_bundle
 from tests.helpers.model_kinds import tiny_workload
-from tests.helpers.pictures import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import controlnet, image_to_image, kontext
 
 # --- image to image: runs that begin in the middle -------------------------------------------------------
@@ -162,11 +162,11 @@ def test_kontext_predicts_the_picture_s_tokens_and_not_the_reference_s() -> None
         call.pipe.transformer,
         LesaCacheConfig(schedule=schedule, rule=RULES["taylor1"](schedule, None), scheduler=call.pipe.scheduler),
     )
-    pictures = call.run()
+    images = call.run()
     handle.remove()
     assert widths == [80 if schedule.is_full(step) else 16 for step in range(NUM_STEPS)]
     assert lesa.summary(call.pipe).peak_bytes == 3 * 16 * 32 * 4  # two features and their difference, float32
-    assert pictures.shape == plain.shape and (pictures - plain).abs().mean() < 0.05
+    assert images.shape == plain.shape and (images - plain).abs().mean() < 0.05
 
 
 def test_kontext_s_size_is_the_picture_s(tmp_path: Path) -> None:

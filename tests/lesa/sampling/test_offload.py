@@ -15,12 +15,12 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
+from tests.helpers.images import PictureCall
 
 import lesa
 from lesa.models.families import blocks, family_of
 from lesa.sampling.checks import MismatchError
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
-from tests.helpers.pictures import PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
@@ -167,18 +167,18 @@ def test_lesa_outlives_whole_model_offloading_which_is_renewed_after_every_run(
     else:
         lesa.enable(call.pipe, bundle)
         call.pipe.enable_model_cpu_offload(device="cpu")
-    pictures = []
+    images = []
     for _ in range(3):
         lesa.summary(call.pipe).steps.clear()
-        pictures.append(call.run())
+        images.append(call.run())
         assert lesa.summary(call.pipe).num_full == 5
-    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+    assert all(torch.equal(picture, images[0]) for picture in images)
     lesa.disable(call.pipe)
     fetched.clear()
     assert torch.equal(call.run(), plain)
     assert call.pipe.transformer in fetched  # the offloading is still there
     lesa.enable(call.pipe, bundle)
-    assert torch.equal(call.run(), pictures[0])
+    assert torch.equal(call.run(), images[0])
     call.pipe.remove_all_hooks()
     call.run()
     assert lesa.summary(call.pipe).num_full == 5

@@ -76,10 +76,10 @@ def test_accelerated_pictures(made: Made) -> None:
     plain = made.sample()
     lesa.enable(made.pipe, load_bundle(made.workload.paths.bundle))
     made.pipe(PROMPT, output_type="latent", **lesa.call_kwargs(made.pipe))
-    pictures = made.sample()
+    images = made.sample()
     statistics = lesa.summary(made.pipe)
-    assert pictures.shape == plain.shape and pictures.shape[-3:] == (3, 16, 16)
-    assert torch.isfinite(pictures).all() and not torch.equal(pictures, plain)
+    assert images.shape == plain.shape and images.shape[-3:] == (3, 16, 16)
+    assert torch.isfinite(images).all() and not torch.equal(images, plain)
     assert statistics.finished and statistics.num_fallbacks == 0
     assert [r.step for r in statistics.steps if r.kind == "full"] == list(made.kind.full_steps)
     assert statistics.num_branches == len(made.kind.branches)

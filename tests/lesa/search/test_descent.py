@@ -15,7 +15,7 @@ from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
 from lesa.schedule import Schedule
 from lesa.search import descent as search_loop
 from lesa.search import finalists
-from lesa.search import trials as race
+from lesa.search import trials as trial
 from lesa.search.descent import DECIBELS, judged_apart, neighbours, refine
 from lesa.search.jobs import cheapest_starts, run_search_job
 from lesa.search.schedules_file import with_schedules, write_schedules
@@ -141,8 +141,8 @@ def test_what_lost_to_one_rival_is_run_again_against_a_worse_one(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
     """A loser's error is an estimate: before a later descent takes it for its best, it is run in full."""
-    monkeypatch.setattr(race, "STRIDE", 2)
-    monkeypatch.setattr(race, "BEHIND", 0.0)  # who is behind after two has lost
+    monkeypatch.setattr(trial, "STRIDE", 2)
+    monkeypatch.setattr(trial, "BEHIND", 0.0)  # who is behind after two has lost
     monkeypatch.setattr(search_loop, "HOPELESS", math.inf)
     workload = searched(place.workload, evaluations=20, samples=3, descents=4)
     bests: list[Schedule] = []

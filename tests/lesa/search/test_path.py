@@ -12,7 +12,7 @@ from lesa.recording.dataset import Trajectories, load_trajectories
 from lesa.recording.store import Trajectory, TrajectoryStore
 from lesa.schedule import Schedule
 from lesa.search.path import NOTHING, cheapest_path, cheapest_schedules, segment_costs
-from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, ends, sigmas
+from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, head, sigmas
 
 KINK = 7
 
@@ -43,13 +43,13 @@ def kinked(tmp_path: Path) -> Trajectories:
 
 
 def test_full_steps_stand_where_the_direction_changes(kinked: Trajectories) -> None:
-    found = cheapest_schedules(kinked, ends(), [4], leading=2)[4]
+    found = cheapest_schedules(kinked, head(), [4], leading=2)[4]
     # A straight line is told by two of its steps, which either side of the kink needs.
     assert found.full_steps in ((0, 1, KINK, KINK + 1), (0, 1, KINK + 1, KINK + 2))
 
 
 def test_the_path_is_the_cheapest_of_all(kinked: Trajectories) -> None:
-    costs = segment_costs(kinked, ends(), STEPS)
+    costs = segment_costs(kinked, head(), STEPS)
 
     def price(steps: tuple[int, ...]) -> float:
         path = [(NOTHING, 0), *pairwise(steps)]
@@ -66,6 +66,6 @@ def test_the_path_is_the_cheapest_of_all(kinked: Trajectories) -> None:
 
 def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:
     with pytest.raises(ValueError, match=r"full steps \[1, 13\] of 12"):
-        cheapest_schedules(kinked, ends(), [1, 4, 13])
+        cheapest_schedules(kinked, head(), [1, 4, 13])
     with pytest.raises(ValueError, match="gaps of at most 2"):
-        cheapest_schedules(kinked, ends(), [3], max_gap=2)
+        cheapest_schedules(kinked, head(), [3], max_gap=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lesa.search.trials import Race, Run, Runs, read_journal
+from lesa.search.trials import Run, Runs, Trial, read_journal
 
 ASKED: list[Run] = [(0, (0, 3)), (0, (0, 4)), (0, (0, 3)), (20, (0, 4))]
 
@@ -15,9 +15,9 @@ def search(journal: Path, asked: list[Run], key: str = "key") -> tuple[Runs, lis
     runs = Runs(journal, key, lambda number, values: told.append((number, values)))
     for run in asked:
 
-        def play(run: Run = run) -> Race:
+        def play(run: Run = run) -> Trial:
             played.append(run)
-            return Race.of([-float(run[1][1]), -float(len(runs.made))])
+            return Trial.of([-float(run[1][1]), -float(len(runs.made))])
 
         assert runs.make(run, "error" if run[0] == 0 else "trained_error", play) is runs.known[run]
     return runs, played, told

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lesa.models.families import blocks, family_of
-from lesa.models.output_head import ends_of
+from lesa.models.output_head import output_head_of
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import BudgetParams, Workload
 from lesa.params_file import load_params
@@ -218,11 +218,11 @@ def test_weights_of_each_step_are_trained_and_sample_as_they_were_trained(place:
         ground_truth={"iterations": 2, "batch_size": 2},
         schedule={"budgets": {"2x": BudgetParams(full_steps=(0, 2, 4, 6))}, "default_budget": "2x"},
     )
-    ends, arguments = ends_of(place.pipe.transformer), (place.train, place.validation)
+    head, arguments = output_head_of(place.pipe.transformer), (place.train, place.validation)
     experts = {}
     for stage in range(2):
         experts[Job("2x", stage)], _ = train_expert(
-            workload, Job("2x", stage), *arguments, ends, work_dir=tmp_path, report=lambda *_: None
+            workload, Job("2x", stage), *arguments, head, work_dir=tmp_path, report=lambda *_: None
         )
     start = assemble(workload, place.train.channels, experts)
     assert start.tensors["2x/steps/weight"][[1, 3, 5, 7]].abs().amax(dim=(1, 2)).min() > 0
@@ -244,13 +244,13 @@ def test_weights_of_each_step_are_trained_and_sample_as_they_were_trained(place:
 
 def test_drifted_states_lower_their_own_loss(place: Place) -> None:
     rule = rule_of(place)
-    ends = ends_of(place.pipe.transformer)
+    head = output_head_of(place.pipe.transformer)
     parameters = [p for expert in rule.experts.values() for p in expert.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=5e-3)
     curve = []
     for _ in range(6):
         optimizer.zero_grad()
-        loss = drifted_loss(place.pipe, place.workload, rule, place.train, [0, 1], ends)
+        loss = drifted_loss(place.pipe, place.workload, rule, place.train, [0, 1], head)
         loss.backward()
         optimizer.step()
         curve.append(float(loss.detach()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lesa.params import PredictorParams
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import history_steps, linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.projection import KINDS
 from lesa.predictor.spec import PredictorSpec, Variant
@@ -24,7 +24,7 @@ S, C, K = 50, 3, 3
 SIGMAS = sigmas(S)
 SCHEDULE = Schedule.uniform(S, 7)
 STEPS = [step for step in range(S) if len(SCHEDULE.anchors(step, K)) == K]
-OFFSETS = torch.stack([gates.offsets(SIGMAS, step, SCHEDULE.anchors(step, K)) for step in STEPS])
+OFFSETS = torch.stack([time_offsets(SIGMAS, step, SCHEDULE.anchors(step, K)) for step in STEPS])
 
 
 def new(seed: int = 0, part: slice = slice(0, 12), **params: Any) -> Expert:
@@ -58,7 +58,7 @@ def test_the_start_is_first_order_extrapolation(gate: str, tolerance: float, par
     expert = new(gate=gate, part=part)
     with torch.no_grad():
         alphas = expert.alpha(OFFSETS[part], STEPS[part])
-    torch.testing.assert_close(alphas, gates.linear_alpha(OFFSETS[part]), rtol=0, atol=tolerance)
+    torch.testing.assert_close(alphas, linear_alpha(OFFSETS[part]), rtol=0, atol=tolerance)
     features = torch.randn(K, 4, C).unbind()
     torch.testing.assert_close(expert.project(features), features[0] - features[1])
 
@@ -144,7 +144,7 @@ def test_equal_offsets_survive_the_export() -> None:
     line = torch.linspace(1, 0, 51)
     schedule = Schedule.uniform(50, 7)
     steps = list(range(3, 50))
-    dt = torch.stack([gates.offsets(line, s, gates.history_steps(schedule, s, 3, "steps")) for s in steps])
+    dt = torch.stack([time_offsets(line, s, history_steps(schedule, s, 3, "steps")) for s in steps])
     params = PredictorParams(start="extrapolation", history="steps")
     expert = Expert(params, channels=C, history_size=3, offsets=dt, steps=steps, num_steps=50, seed=0)
     train_a_little(expert)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.projection import KINDS
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training.cases import training_key
 from lesa.training.experts import Job, assemble, ground_truth_jobs, new_expert, predictor_spec, untrained_predictor
 from lesa.training.ground_truth import train_expert
-from lesa.training.targets import Windows
-from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, ends, sigmas, splits, workload
+from lesa.training.targets import Targets
+from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, head, sigmas, splits, workload
 
 SIGMAS = sigmas()
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectories, Trajec
 
 def train(data: tuple[Trajectories, Trajectories], folder: Path, job: Job, **changes: Any) -> Any:
     made = workload(**changes)
-    return train_expert(made, job, *data, ends(), work_dir=folder, report=lambda *_: None)
+    return train_expert(made, job, *data, head(), work_dir=folder, report=lambda *_: None)
 
 
 @pytest.mark.parametrize("loss", ["output", "feature", "normalised_feature"])
@@ -61,7 +61,7 @@ def test_every_form_trains(
     before = new_expert(made, Job("2x", 1), SIGMAS, CHANNELS).export()
     seen: list[dict[str, float]] = []
     tensors, _ = train_expert(
-        made, Job("2x", 1), *data, ends(), work_dir=tmp_path, report=lambda _, values: seen.append(values)
+        made, Job("2x", 1), *data, head(), work_dir=tmp_path, report=lambda _, values: seen.append(values)
     )
     assert len(seen) == 1 and seen[0]["gradient_norm"] > 0
     assert tensors.keys() == before.keys()
@@ -102,13 +102,13 @@ def test_windows_by_hand() -> None:
     stages = stage_of_steps(SIGMAS, (0.6,))
     first = stages.index(1)
     schedule = workload().budgets()["2x"]
-    windows = Windows.on(schedule, SIGMAS, stages, 1, 2, "full_steps")
-    assert windows.steps == tuple(s for s in (4, 5, 7, 8, 10, 11) if s >= first)
-    assert windows.past[-1] == (9, 6)
-    assert torch.equal(windows.offsets[-1], SIGMAS[[9, 6]] - SIGMAS[11])
-    assert float(windows.weights[-1]) == pytest.approx(float(SIGMAS[11]))
-    assert windows.needed == tuple(sorted({*windows.steps, *(p for past in windows.past for p in past)}))
-    assert Windows.on(schedule, SIGMAS, stages, 1, 2, "steps").past[-1] == (10, 9)
+    targets = Targets.on(schedule, SIGMAS, stages, 1, 2, "full_steps")
+    assert targets.steps == tuple(s for s in (4, 5, 7, 8, 10, 11) if s >= first)
+    assert targets.past[-1] == (9, 6)
+    assert torch.equal(targets.offsets[-1], SIGMAS[[9, 6]] - SIGMAS[11])
+    assert float(targets.weights[-1]) == pytest.approx(float(SIGMAS[11]))
+    assert targets.needed == tuple(sorted({*targets.steps, *(p for past in targets.past for p in past)}))
+    assert Targets.on(schedule, SIGMAS, stages, 1, 2, "steps").past[-1] == (10, 9)
 
 
 @pytest.mark.parametrize("history", ["full_steps", "steps"])
@@ -127,12 +127,12 @@ def test_windows_predict_what_the_sampler_would(
     rule, stages = predictor.bind(schedule, SIGMAS), stage_of_steps(SIGMAS, made.predictor.boundaries)
     assert rule.keeps_predictions == (history == "steps")
     for job, expert in experts.items():
-        windows = Windows.on(schedule, SIGMAS, stages, job.stage, 2, history)
-        features = data[0].feature_batch([0, 1], windows.needed)
+        targets = Targets.on(schedule, SIGMAS, stages, job.stage, 2, history)
+        features = data[0].feature_batch([0, 1], targets.needed)
         with torch.no_grad():
-            predicted = windows.predict(expert, features)
-        assert predicted.shape == (2, len(windows.steps), TOKENS, CHANNELS)
-        for index, (step, past) in enumerate(zip(windows.steps, windows.past, strict=True)):
+            predicted = targets.predict(expert, features)
+        assert predicted.shape == (2, len(targets.steps), TOKENS, CHANNELS)
+        for index, (step, past) in enumerate(zip(targets.steps, targets.past, strict=True)):
             ring = History(rule.history_size)
             for entry in reversed(past):
                 ring.push(entry, data[0].feature_batch([0, 1], [entry])[:, 0])
@@ -145,8 +145,8 @@ def test_the_start_predicts_like_extrapolation_in_sigma() -> None:
     schedule = made.budgets()["2x"]
     alphas = predictor.alphas(schedule, SIGMAS)
     for step in schedule.predicted_steps:
-        dt = gates.offsets(SIGMAS, step, schedule.anchors(step, 2))[None]
-        assert float(alphas[step]) == pytest.approx(float(gates.linear_alpha(dt)), abs=1e-3)
+        dt = time_offsets(SIGMAS, step, schedule.anchors(step, 2))[None]
+        assert float(alphas[step]) == pytest.approx(float(linear_alpha(dt)), abs=1e-3)
     assert predictor.spec == predictor_spec(made, CHANNELS)
 
 
@@ -169,7 +169,7 @@ def test_nothing_to_predict_is_nothing_to_train(
     parts = {}
     for job in ground_truth_jobs(made, SIGMAS):
         parts[job], figures = train_expert(
-            made, job, *data, ends(), work_dir=tmp_path, report=lambda *_: pytest.fail("nothing to train")
+            made, job, *data, head(), work_dir=tmp_path, report=lambda *_: pytest.fail("nothing to train")
         )
         assert figures == {}
     assemble(made, CHANNELS, parts).bind(made.budgets()["2x"], SIGMAS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lesa.training import losses
-from tests.helpers.training_set import ends
+from tests.helpers.training_set import head
 
 B, S, L = 2, 2, 1
 TARGET = torch.tensor([[[[1.0, 1.0, 1.0, 1.0]], [[4.0, 4.0, 4.0, 4.0]]]]).expand(B, S, L, 4)
@@ -21,14 +21,14 @@ WEIGHTS = torch.tensor([0.1, 0.3])
 
 
 def test_feature_loss() -> None:
-    assert float(losses.feature_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, ends())) == pytest.approx(3 / 16)
+    assert float(losses.feature_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, head())) == pytest.approx(3 / 16)
 
 
 def test_normalised_feature_loss_divides_each_step_by_its_size() -> None:
-    loss = losses.normalised_feature_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, ends())
+    loss = losses.normalised_feature_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, head())
     assert float(loss) == pytest.approx((1 / 1 + 2 / 4) / 16)
     zero = torch.zeros(1, 1, 1, 4)
-    assert math.isfinite(float(losses.normalised_feature_loss(zero, zero, TEMB, WEIGHTS, ends())))
+    assert math.isfinite(float(losses.normalised_feature_loss(zero, zero, TEMB, WEIGHTS, head())))
 
 
 def test_output_loss_is_what_reaches_the_latents() -> None:
@@ -36,13 +36,13 @@ def test_output_loss_is_what_reaches_the_latents() -> None:
     step_0 = (1 * 1 + 0) / 2  # mean over two outputs of the first trajectory
     step_1 = (2 * 2 + 2 * 1) / 2
     expected = (step_0 / B * 0.1 + step_1 / B * 0.3) / 0.4
-    loss = losses.output_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, ends())
+    loss = losses.output_loss(TARGET + OFF, TARGET, TEMB, WEIGHTS, head())
     assert float(loss) == pytest.approx(expected)
 
 
 def test_each_feature_meets_its_own_temb() -> None:
     """A norm_out that multiplies by temb shows which one it was given."""
-    made = ends()
+    made = head()
     made.norm_out.forward = lambda feature, temb: feature * temb[:, None]  # type: ignore[method-assign]
     temb = torch.zeros(B, S, 4)
     temb[0, 1] = 1.0
@@ -67,5 +67,5 @@ def test_the_tables_are_what_the_parameters_may_name() -> None:
     assert set(losses.CLOSED_LOOP) == {"latents", "log_latents"}
     for loss in losses.GROUND_TRUTH.values():
         predicted = (TARGET + OFF).requires_grad_()
-        loss(predicted, TARGET, TEMB, WEIGHTS, ends()).backward()
+        loss(predicted, TARGET, TEMB, WEIGHTS, head()).backward()
         assert predicted.grad is not None and predicted.grad.abs().sum() > 0

@@ -19,7 +19,7 @@ from lesa.models.flops import predictor_flops
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import BudgetParams, Workload
 from lesa.params_file import load_params
-from lesa.predictor import alpha as gates
+from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import History
 from lesa.predictor.spec import MIXED, MIXED_VARIANT, PredictorSpec
@@ -41,7 +41,7 @@ from lesa.training.ground_truth import train_expert
 from lesa.training.loop import TrainingError
 from lesa.training.losses import log_latents_loss
 from lesa.training.rollout import ExpertRule, accelerated_latents
-from lesa.training.targets import Windows
+from lesa.training.targets import Targets
 from tests.attacks.hostile import edit
 from tests.helpers import training_set
 from tests.helpers.tiny import tiny_repository
@@ -263,8 +263,8 @@ def test_the_start_is_extrapolation_in_sigma_at_any_number_of_steps(place: Place
         schedule = place.workload.budgets()["2x"].carried(num_steps, 4)
         alphas = start.alphas(schedule, sigmas)
         for step in schedule.predicted_steps:
-            dt = gates.offsets(sigmas, step, schedule.anchors(step, 2))[None]
-            assert float(alphas[step]) == pytest.approx(float(gates.linear_alpha(dt)), rel=0.02)
+            dt = time_offsets(sigmas, step, schedule.anchors(step, 2))[None]
+            assert float(alphas[step]) == pytest.approx(float(linear_alpha(dt)), rel=0.02)
     line = torch.randn(2, 4, place.train[0].channels, generator=torch.Generator().manual_seed(0))
     rule, history = start.bind(schedule, sigmas), History(2)
     for step in range(num_steps):  # exact for features linear in sigma
@@ -287,11 +287,11 @@ def test_trained_experts_predict_as_the_bound_rule_does(place: Place) -> None:
             place.workload, Job(MIXED, stage), place.train[0].sigmas, channels, noise_levels(place.others)
         )
         expert.load_export(*(place.second.expert(MIXED_VARIANT, stage, part) for part in ("projection", "gate")))
-        windows = Windows.on(schedule, sigmas, stages, stage, 2, "full_steps")
-        features = splits[0].feature_batch([0, 1], windows.needed)
+        targets = Targets.on(schedule, sigmas, stages, stage, 2, "full_steps")
+        features = splits[0].feature_batch([0, 1], targets.needed)
         with torch.no_grad():
-            predicted = windows.predict(expert, features)
-        for index, (step, past) in enumerate(zip(windows.steps, windows.past, strict=True)):
+            predicted = targets.predict(expert, features)
+        for index, (step, past) in enumerate(zip(targets.steps, targets.past, strict=True)):
             history = History(2)
             for entry in reversed(past):
                 history.push(entry, splits[0].feature_batch([0, 1], [entry])[:, 0])
@@ -481,14 +481,14 @@ def test_a_number_that_is_not_finite_stops_the_mixed_experts_too(place: Place, t
     poisoned = dataclasses.replace(train, features=torch.full_like(train.features, float("nan")))
     others = {6: (poisoned, validation), 16: (poisoned, validation)} | {6: place.others[6]}
     settings = dataclasses.replace(place.workload.ground_truth, iterations=40)
-    from lesa.models.output_head import ends_of
+    from lesa.models.output_head import output_head_of
 
     with pytest.raises(TrainingError, match="not finite"):
         train_expert(
             dataclasses.replace(place.workload, ground_truth=settings),
             Job(MIXED, 1),
             *place.train,
-            ends_of(place.pipe.transformer),
+            output_head_of(place.pipe.transformer),
             others=others,
             work_dir=tmp_path,
             report=lambda *_: None,

@@ -12,7 +12,7 @@ from lesa.predictor.predictor import Predictor
 from lesa.predictor.projection import project
 from lesa.predictor.rule import History
 from lesa.predictor.spec import STEPS, Variant
-from lesa.predictor.step_weights import correction, differences, in_differences, of_differences
+from lesa.predictor.step_weights import correction, differences, to_difference_weights, to_feature_weights
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training.step_weights import LeastSquares, StepWeights, fit_step_weights
 from tests.helpers import training_set
@@ -30,8 +30,8 @@ OWN = dataclasses.replace(
 def test_weights_of_differences_are_the_same_sum() -> None:
     scale, history = torch.randn(3, C), [torch.randn(2, 5, C) for _ in range(3)]
     plain = sum(factor * feature for factor, feature in zip(scale, history, strict=True))
-    said = correction(history[0], differences(history, 3), in_differences(scale), torch.zeros(C))
-    torch.testing.assert_close(of_differences(in_differences(scale)), scale)
+    said = correction(history[0], differences(history, 3), to_difference_weights(scale), torch.zeros(C))
+    torch.testing.assert_close(to_feature_weights(to_difference_weights(scale)), scale)
     torch.testing.assert_close(said, plain, rtol=1e-5, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lesa.predictor.projection import KINDS, initial_projection, project, projection_shapes
-from lesa.training.whitened_projection import TrainableProjection
+from lesa.training.whitened_projection import WhitenedProjection
 
 C, K, RANK = 5, 2, 3
 
@@ -27,8 +27,8 @@ def coordinates(unit: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.solve_triangular(factor.transpose(1, 2), one, upper=True).float(), torch.full((C,), unit)
 
 
-def started(kind: str, start: str = "extrapolation") -> TrainableProjection:
-    return TrainableProjection(
+def started(kind: str, start: str = "extrapolation") -> WhitenedProjection:
+    return WhitenedProjection(
         initial_projection(kind, C, K, RANK, start, torch.Generator().manual_seed(1))
     )
 
