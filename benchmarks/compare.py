@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         budgets = bundle.manifest.budgets
         ours = {name: lesa_method(name, bundle.predictor, budget.schedule) for name, budget in budgets.items()}
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         results = compare(
             bundle,
             pipe,

@@ -117,7 +117,7 @@ def _lacks(schedule: Schedule, size: int, stages: Sequence[int], stage: int) -> 
 def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -> None:
     """Train what is not there yet."""
     train_set, validation = recorded_splits(workload)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     by_count = lesa_schedules(workload, sorted({f.count for f in chosen if f.kind == "lesa"}))
     for form in chosen:
         place = folder / f"{form.name}-{form.count}"
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train(workload, chosen[part::parts], folder, options.seed)
             return 0
         ours = list(methods_of(workload, chosen, folder))
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         judged = read_splits(workload.paths.prompts)["test"][: options.prompts]
         searched = options.peers or searched_file(workload.name)
         peers = peers_of(workload, pipe, options.counts, searched, judged, learned=not options.no_learned)

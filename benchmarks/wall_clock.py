@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     bundle = load_bundle(options.bundle)
     workload = load_params(workload=bundle.manifest.workload)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     prompts = read_prompts(workload.paths.prompts, "test")
     rows = [
         {"budget": budget, "batch": batch, **measure(pipe, bundle, budget, prompts, batch, options.pairs)}

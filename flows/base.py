@@ -48,7 +48,7 @@ def base(workload: str | None = None) -> dict[str, Any]:
             "batch_size": given.batch_size,
             "learning_rate": given.learning_rate,
             "seed": given.seed,
-            "device": str(pick_device(settings.device)),
+            "device": str(pick_device(settings.resources.device)),
             "report": run.report,
         }
         if given.trainer in STUDENTS:

@@ -36,19 +36,12 @@ def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
         "lesa": load_predictor(workload.paths.closed_loop),
         "lesa_ground_truth": load_predictor(workload.paths.ground_truth),
     }
-    params, curves = workload.evaluate, read_curves(metrics_folder(workload) / "train_stage2.csv")
+    share, curves = workload.resources.evaluate, read_curves(metrics_folder(workload) / "train_stage2.csv")
 
     def side_by_side(work: Callable[..., Any], settings: Workload, jobs: Mapping[str, Any]) -> dict[str, Any]:
-        return run_jobs(
-            work,
-            settings,
-            jobs,
-            workers=params.workers,
-            threads_per_worker=params.threads_per_worker,
-            reporter=run.reporter,
-        )
+        return run_jobs(work, settings, jobs, share=share, reporter=run.reporter)
 
-    with kept_workers(params.workers, params.threads_per_worker):
+    with kept_workers(share):
         results = evaluate_workload(workload, predictors, training=curves, run=side_by_side)
     metrics = results.metrics()
     run.note(0, final_values(metrics))

@@ -40,7 +40,7 @@ def publish(workload: str | None = None) -> dict[str, Any]:
 @task(name="judge and register", cache_policy=NO_CACHE)
 def judge_and_register(workload: Workload) -> dict[str, Any]:
     """A task so that Prefect shows it; the work is `publish_bundle`."""
-    with kept_workers(workload.publish.workers, workload.publish.threads_per_worker):
+    with kept_workers(workload.resources.publish):
         return publish_bundle(workload, get_run_logger())
 
 
@@ -60,7 +60,7 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     quality = budget_quality(workload, read_metrics(workload))
     log.info("error bounds: accelerated runs of validation and training prompts")
     error_bounds = measured_bounds(workload)  # before a pipeline is loaded here: two at once may be too many
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     train, validation = recorded_splits(workload)
     bundle = make_bundle(
         workload.paths.bundle,
@@ -103,14 +103,13 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
 
 def measured_bounds(workload: Workload) -> dict[str, list[float | None]]:
     """Error bounds of every budget, which are shared out to as many jobs as there are workers."""
-    publish = workload.publish
+    share = workload.resources.publish
     full_steps = {name: float(schedule.num_full) for name, schedule in workload.budgets().items()}
     found = run_jobs(
         measure_bounds,
         workload,
-        {" ".join(part): part for part in shared_out(full_steps, publish.workers)},
-        workers=publish.workers,
-        threads_per_worker=publish.threads_per_worker,
+        {" ".join(part): part for part in shared_out(full_steps, share.workers)},
+        share=share,
         reporter=Reporter(path=Path(os.devnull), name=f"error bounds {workload.name}"),
     )
     return {name: bounds for part in found.values() for name, bounds in part.items()}

@@ -14,7 +14,7 @@ from flows.ray_guard import no_orphans
 from flows.tracking.run import Reporter
 from lesa.errors import LesaError
 from lesa.models.pipelines import release_memory
-from lesa.params import Workload
+from lesa.params import WorkerResources, Workload
 
 RAY_ATTEMPTS = 3  # to start Ray
 
@@ -62,9 +62,9 @@ MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpo
 
 
 @contextlib.contextmanager
-def kept_workers(workers: int, threads_per_worker: int) -> Iterator[None]:
+def kept_workers(share: WorkerResources) -> Iterator[None]:
     """Several `run_jobs` of the block share their processes, which keep what they have read and imported."""
-    with ray_session(workers * threads_per_worker) if workers > 1 else contextlib.nullcontext():
+    with ray_session(share.workers * share.threads_per_worker) if share.workers > 1 else contextlib.nullcontext():
         yield
 
 
@@ -73,8 +73,7 @@ def run_jobs(
     workload: Workload,
     jobs: Mapping[str, J],
     *,
-    workers: int,
-    threads_per_worker: int,
+    share: WorkerResources,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Runs `work(workload, job, report)` for every job and returns the results by the jobs' names.
@@ -83,30 +82,30 @@ def run_jobs(
         work: a module-level function of lesa; it may be called again, and goes on from its
             checkpoints where it keeps any.
         jobs: name -> job; the names are the parts of the run that the values are reported under.
-        workers: jobs at once. Where there are GPUs, they are shared among so many.
-        threads_per_worker: torch threads of a job. It is part of the result: sums are split by it.
+        share: how many jobs run at once, and torch threads of each. Where there are GPUs, they are shared among so
+            many. Threads are part of the last bit of a result: sums are split by them.
 
     Raises:
         Whatever a job raised; the other jobs are stopped and keep their checkpoints.
     """
-    if min(workers, len(jobs)) <= 1:
+    if min(share.workers, len(jobs)) <= 1:
         return {
-            name: _job(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd())
+            name: _job(work, workload, job, share.threads_per_worker, reporter.child(name), os.getcwd())
             for name, job in jobs.items()
         }
-    with ray_session(workers * threads_per_worker) as ray:
+    with ray_session(share.workers * share.threads_per_worker) as ray:
         from ray.exceptions import RayTaskError
 
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.resources.device != "cpu" else 0
         # A process that has used a GPU keeps it and its memory: on GPUs each job has one of its own.
         remote = ray.remote(max_calls=1)(_job) if gpus else ray.remote(_job)
         task = remote.options(
-            num_cpus=threads_per_worker,
-            num_gpus=min(1.0, gpus / workers) if gpus else 0,
+            num_cpus=share.threads_per_worker,
+            num_gpus=min(1.0, gpus / share.workers) if gpus else 0,
             max_retries=MAX_RETRIES,
         )
         calls = {
-            task.remote(work, workload, job, threads_per_worker, reporter.child(name), os.getcwd()): name
+            task.remote(work, workload, job, share.threads_per_worker, reporter.child(name), os.getcwd()): name
             for name, job in jobs.items()
         }
         results: dict[str, Any] = {}

@@ -51,8 +51,8 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
         swept = store.sweep()
         if swept:
             log.info("removed %d unfinished trajectories of a recorder that was killed", len(swept))
-        settings = workload.record
-        num_cpus = settings.actors * settings.threads_per_actor
+        share = workload.resources.record
+        num_cpus = share.actors * share.threads_per_actor
         with ray_session(num_cpus) as ray:
             pool = RecorderPool(ray, workload, Path.cwd())
             try:

@@ -46,10 +46,10 @@ class Recorder:
         for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
             library.utils.logging.set_verbosity_error()
         # Before the first operation: the number of threads decides how sums are split, and so the last bit.
-        torch.set_num_threads(workload.record.threads_per_actor)
+        torch.set_num_threads(workload.resources.record.threads_per_actor)
         self._workload = workload
         self._store = TrajectoryStore.create(workload.paths.trajectories)
-        self._pipe = load_pipeline(workload)
+        self._pipe = load_pipeline(workload.model, workload.resources.device)
 
     def pid(self) -> int:
         """This actor's process; answering means that the pipeline is loaded."""
@@ -89,14 +89,14 @@ class RecorderPool:
 
     def __init__(self, ray: Any, workload: Workload, root: Path) -> None:
         self._ray, self._workload, self._root = ray, workload, root
-        self._gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.device != "cpu" else 0
+        self._gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.resources.device != "cpu" else 0
         self._calls: dict[Any, _Actor] = {}  # what is in flight
         self._idle: list[_Actor] = []
 
     @property
     def capacity(self) -> int:
         """How many actors work side by side: one a GPU, or what the settings say where there is none."""
-        return self._gpus or self._workload.record.actors
+        return self._gpus or self._workload.resources.record.actors
 
     def describe(self) -> tuple[dict[str, Any], RecordingSize]:
         """Starts the first actor and asks it what `Recorder.describe` answers."""
@@ -147,7 +147,7 @@ class RecorderPool:
         self._idle, self._calls = [], {}
 
     def _new_handle(self) -> Any:
-        threads = self._workload.record.threads_per_actor
+        threads = self._workload.resources.record.threads_per_actor
         resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._gpus else {"num_cpus": threads}
         remote = self._ray.remote(max_restarts=2, max_task_retries=2, **resources)(Recorder)
         return remote.remote(self._workload, str(self._root))
@@ -159,7 +159,7 @@ class RecorderPool:
     def _submit(self, actor: _Actor, batch: Batch, attempts: dict[str, int]) -> None:
         attempts[batch[0].key] += 1
         actor.batch = batch
-        actor.deadline = time.monotonic() + self._workload.record.timeout_s
+        actor.deadline = time.monotonic() + self._workload.resources.record.timeout_s
         self._calls[actor.handle.record.remote(batch)] = actor
 
     def _wait(self) -> list[tuple[_Actor, Batch | None, str | None]]:

@@ -5,6 +5,7 @@ python -m flows.search [--workload NAME]
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from prefect import flow, task
@@ -29,16 +30,14 @@ def search(workload: str | None = None) -> dict[str, Any]:
 @task(name="search schedules", cache_policy=NO_CACHE)
 def find(workload: Workload, run: Tracker) -> dict[str, Any]:
     """The cheapest paths first, then one job a budget."""
-    threads = workload.search.threads_per_worker
-    starts = run_jobs(
-        cheapest_starts, workload, {"paths": None}, workers=1, threads_per_worker=threads, reporter=run.reporter
-    )["paths"]
+    share = workload.resources.search
+    alone = dataclasses.replace(share, workers=1)
+    starts = run_jobs(cheapest_starts, workload, {"paths": None}, share=alone, reporter=run.reporter)["paths"]
     found = run_jobs(
         run_search_job,
         workload,
         {job.budget: job for job in starts},
-        workers=workload.search.workers,
-        threads_per_worker=threads,
+        share=share,
         reporter=run.reporter,
     )
     write_schedules(workload, found)

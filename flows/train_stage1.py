@@ -36,8 +36,7 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
         run_ground_truth_job,
         workload,
         jobs,
-        workers=workload.ground_truth.workers,
-        threads_per_worker=workload.ground_truth.threads_per_worker,
+        share=workload.resources.ground_truth,
         reporter=run.reporter,
     )
     figures = {name: values for name, (_, values) in done.items()}

@@ -32,8 +32,7 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
         run_closed_loop_job,
         workload,
         {budget: budget for budget in closed_loop_budgets(workload)},
-        workers=workload.closed_loop.workers,
-        threads_per_worker=workload.closed_loop.threads_per_worker,
+        share=workload.resources.closed_loop,
         reporter=run.reporter,
     )
     experts = {job: tensors for part, _ in done.values() for job, tensors in part.items()}

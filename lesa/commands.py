@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from lesa.bundle import Bundle, load_bundle
 from lesa.bundle.manifest import Manifest
 from lesa.errors import LesaError
 from lesa.models.pipelines import load_pipeline, sample
-from lesa.params import EvaluateParams, ModelParams, RecordParams, ScheduleParams, Workload
+from lesa.params import EvaluateParams, ModelParams
 from lesa.params_file import load_params
 from lesa.pull import pull
 from lesa.recording.prompts import read_prompts
@@ -45,19 +45,16 @@ def save_images(images: torch.Tensor, seeds: Sequence[int], folder: Path) -> lis
     return written
 
 
-def source_of(
-    manifest: Manifest, base: str | None = None, revision: str | None = None, device: str = "auto"
-) -> Workload:
-    """A workload with the bundle's model and call.
+def model_of(manifest: Manifest, base: str | None = None, revision: str | None = None) -> ModelParams:
+    """Where the pipeline of a bundle comes from, as `load_pipeline` takes it.
 
     Args:
         manifest: of the bundle.
         base: pipeline folder or hub id; None takes what the bundle was made from.
         revision: commit of a hub id; None takes the bundle's, where the model is the bundle's too.
-        device: auto, cpu or cuda.
 
     Raises:
-        ValueError: the bundle does not say where its model is.
+        LesaError: the bundle does not say where its model is.
     """
     model = manifest.data["model"]
     source = base or model["source"]
@@ -65,21 +62,8 @@ def source_of(
         raise LesaError("the bundle does not say where its model is: give the pipeline folder or hub id")
     if revision is None and source == model["source"]:
         revision = model["revision"]
-    dtype = "bfloat16" if model["dtype"] == "bfloat16" else "float32"
-    return Workload(
-        name=manifest.workload,
-        model=ModelParams(
-            family=manifest.family,
-            source=source,
-            revision=revision,
-            dtype=cast(Literal["float32", "bfloat16"], dtype),
-        ),
-        call=manifest.call,
-        prompts=manifest.workload,
-        schedule=ScheduleParams(budgets={}, default_budget=manifest.default_budget),
-        record=RecordParams(train_prompts=1, validation_prompts=1),
-        device=cast(Literal["auto", "cpu", "cuda"], device),
-    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if model["dtype"] == "bfloat16" else "float32"
+    return ModelParams(family=manifest.family, source=source, revision=revision, dtype=dtype)
 
 
 _NUM_TUNING = 16  # training prompts that the threshold caches are tuned on
@@ -170,7 +154,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def _pipeline(bundle: Bundle, arguments: argparse.Namespace) -> Any:
     """The pipeline that the bundle was made for."""
-    return load_pipeline(source_of(bundle.manifest, arguments.base, arguments.revision, arguments.device))
+    return load_pipeline(model_of(bundle.manifest, arguments.base, arguments.revision), arguments.device)
 
 
 def _lines(path: Path) -> list[str]:

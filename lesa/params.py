@@ -80,7 +80,7 @@ class ScheduleParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordParams:
-    """What is recorded and with how much of the machine."""
+    """What is recorded."""
 
     train_prompts: int = setting(low=1)  # first lines of train.txt
     validation_prompts: int = setting(low=1)  # first lines of validation.txt
@@ -91,9 +91,6 @@ class RecordParams:
     token_fraction: float = setting(1.0, low=0.001, high=1.0)  # random subset of tokens kept
     # Samples of a pipeline call. Worth it where one of them leaves the device idle, as a tiny model does.
     batch_size: int = setting(1, low=1)
-    actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
-    threads_per_actor: int = setting(1, low=1)
-    timeout_s: int = setting(600, low=1)  # per pipeline call; then the actor is replaced
 
     @property
     def step_count_validation_prompts(self) -> int:
@@ -112,8 +109,6 @@ class SearchParams:
     screen_iterations: int = setting(5, low=1)  # optimiser steps of each through the sampler
     finalists: int = setting(1, low=1)  # schedules trained before one is taken; 1: the closed form decides
     finalist_iterations: int = setting(20, low=1)  # optimiser steps of each through the sampler
-    workers: int = setting(2, low=1)  # budgets searched side by side
-    threads_per_worker: int = setting(1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +141,6 @@ class GroundTruthParams:
     weight_decay: float = setting(1e-4, low=0.0)
     gradient_clip: float = setting(1.0, low=0.0)
     checkpoint_every: int = setting(100, low=1)  # optimiser steps
-    workers: int = setting(2, low=1)  # experts trained side by side
-    threads_per_worker: int = setting(1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +158,6 @@ class ClosedLoopParams:
     gradient_clip: float = setting(1.0, low=0.0)
     gradient_checkpointing: bool = False  # recompute full steps in the backward pass: memory for time
     checkpoint_every: int = setting(10, low=1)
-    workers: int = setting(2, low=1)  # budgets trained side by side
-    threads_per_worker: int = setting(1, low=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +172,6 @@ class EvaluateParams:
     batch_size: int = setting(32, low=1)
     bootstrap: int = setting(2000, low=100)  # resamples
     wall_clock_repeats: int = setting(3, low=1)
-    workers: int = setting(1, low=1)  # processes that share the samples; times are then taken side by side
-    threads_per_worker: int = setting(1, low=1)  # of torch, in each of them; with one process too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,8 +182,39 @@ class PublishParams:
     gate_seed_offset: int = setting(30_000, low=0, high=MAX_SEED)  # never the evaluation's seeds
     bound_samples: int = setting(256, low=0)  # training runs that error bounds rest on, beside all validation runs
     tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the 5th percentile may be at any budget
-    workers: int = setting(1, low=1)  # budgets calibrated and judged side by side, each process with a pipeline
-    threads_per_worker: int = setting(1, low=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecorderResources:
+    """The machine's share of recording."""
+
+    actors: int = setting(2, low=1)  # Ray actors where there is no GPU; one a GPU where there are
+    threads_per_actor: int = setting(1, low=1)
+    timeout_s: int = setting(600, low=1)  # per pipeline call; then the actor is replaced
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerResources:
+    """The machine's share of a stage whose jobs run side by side."""
+
+    workers: int = setting(1, low=1)  # jobs at once, each with a process and a pipeline of its own
+    threads_per_worker: int = setting(1, low=1)  # of torch, in each of them; with one process too
+
+
+_TWO_WORKERS = WorkerResources(workers=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesParams:
+    """How much of the machine each stage takes: no dependency of any stage, since none of it is asked for a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    record: RecorderResources = RecorderResources()
+    search: WorkerResources = _TWO_WORKERS  # budgets side by side
+    ground_truth: WorkerResources = _TWO_WORKERS  # experts side by side
+    closed_loop: WorkerResources = _TWO_WORKERS  # budgets side by side
+    evaluate: WorkerResources = WorkerResources()  # shares of the samples; times are then taken side by side
+    publish: WorkerResources = WorkerResources()  # budgets calibrated and judged side by side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +236,7 @@ class Workload:
     base: BaseParams | None = None
     scorer: str | None = None  # folder of the scorer; without one the column is absent
     seed: int = setting(0, low=0)  # of training
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resources: ResourcesParams = ResourcesParams()
 
     @property
     def paths(self) -> Paths:

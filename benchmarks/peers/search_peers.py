@@ -265,7 +265,7 @@ def _search_all(options: argparse.Namespace) -> None:
     counts = options.evaluations or [schedule.num_full for schedule in workload.budgets().values()]
     if min(counts) < 2 or min(options.samples, options.quick_samples, options.quick_runs, options.runs) < 1:
         raise ValueError("--evaluations must be at least 2, samples and runs at least 1")
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     tuner = Tuner.of(workload, pipe, options.samples)
     empty = SearchedPeers(
         workload=workload.name,

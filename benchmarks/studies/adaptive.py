@@ -61,7 +61,7 @@ def adapted(workload: Workload, strength: float, seed: int = 0) -> tuple[Any, fl
     """A fresh pipeline with a random adapter on its attention, and the median relative change of those weights."""
     from peft import LoraConfig
 
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     if strength == 0:
         return pipe, 0.0
     config = LoraConfig(

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path("data/benchmarks") / workload.name / "menu"
         train, validation = recorded_splits(workload)
         found = schedules(workload, train, sorted(options.counts))
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         part, parts = map(int, options.part.split("/"))
         if options.act == "train":
             for count in sorted(options.counts)[part::parts]:

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train, validation = recorded_splits(workload)
     chosen = read_splits(workload.paths.prompts)["validation"][: options.prompts]
     prompts, seeds = samples(chosen, options.samples, SEED_OFFSET)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     reference = sample(pipe, prompts, seeds, workload.call)
     part, parts = map(int, options.part.split("/"))
     for seed in options.seeds:

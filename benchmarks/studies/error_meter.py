@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(texts) < 2 * FOLDS:
             raise ValueError(f"{len(texts)} samples are too few for {FOLDS} folds: raise --prompts or --seeds")
         seeds = list(range(SEED_OFFSET, SEED_OFFSET + len(texts)))
-        found = measure(load_pipeline(workload), bundle, texts, seeds)
+        found = measure(load_pipeline(workload.model, workload.resources.device), bundle, texts, seeds)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budgets = options.budgets or list(manifest.budgets)
     check(bundle, options.counts, budgets)
     refuse_trained(prompts, manifest.data["training"])
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     lesa.enable(pipe, bundle)  # refuses a pipeline that does not fit, before anything is computed
     lesa.disable(pipe)
     texts, seeds = samples(prompts, options.seeds, options.seed)

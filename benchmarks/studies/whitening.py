@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         workload = with_schedules(load_params(workload=options.workload))
         train, _ = recorded_splits(workload)
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -110,7 +110,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
         for stage, train in (("train_stage1", train_stage1.train), ("train_stage2", train_stage2.train)):
             with tracked_run(stage, experiment=NAME, params={}, tags={}, root=work) as tracker:
                 phases.run(stage, lambda train=train, tracker=tracker: train.fn(workload, tracker))  # type: ignore[misc]
-        pipe = phases.run("load_pipeline", lambda: load_pipeline(workload))
+        pipe = phases.run("load_pipeline", lambda: load_pipeline(workload.model, workload.resources.device))
         splits = kept_splits(workload)
         created = revisions(work)
         predictor = load_predictor(workload.paths.closed_loop)
@@ -168,9 +168,13 @@ def prepare(work: Path, preset: Preset, device: torch.device, options: argparse.
         (folder / f"{split}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     _, rows, columns = preset.grid
     channels = preset.config["num_attention_heads"] * preset.config["attention_head_dim"]
-    loop = {"iterations": options.iterations, "batch_size": 1, "checkpoint_every": options.iterations, "workers": 1}
+    loop = {"iterations": options.iterations, "batch_size": 1, "checkpoint_every": options.iterations}
     settings = {
-        "device": device.type,
+        "resources": {
+            "device": device.type,
+            "record": {"actors": 1, "timeout_s": 1800},
+            **{stage: {"workers": 1} for stage in ("search", "ground_truth", "closed_loop")},
+        },
         "prompts": NAME,
         "model": {"family": "flux", "source": f"data/base/{NAME}", "dtype": "bfloat16"},
         "call": {
@@ -185,8 +189,6 @@ def prepare(work: Path, preset: Preset, device: torch.device, options: argparse.
             "train_prompts": len(lines["train"]),
             "validation_prompts": len(lines["validation"]),
             "token_fraction": options.token_fraction,
-            "actors": 1,
-            "timeout_s": 1800,
         },
         "predictor": {
             "kind": "per_step",

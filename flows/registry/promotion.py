@@ -59,14 +59,13 @@ def measure_and_decide(
             tuning_prompts=tuning,
             tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
         )
-        for part in shared_out(full_steps, workload.publish.workers)
+        for part in shared_out(full_steps, workload.resources.publish.workers)
     }
     measured = run_jobs(
         measure_budgets,
         workload,
         jobs,
-        workers=workload.publish.workers,
-        threads_per_worker=workload.publish.threads_per_worker,
+        share=workload.resources.publish,
         reporter=Reporter(path=Path(os.devnull), name=f"publish {workload.name}"),
     )
     by_budget = {budget: methods for part in measured.values() for budget, methods in part.items()}

@@ -98,7 +98,7 @@ def _gpu(workload: Workload, costs: CostEstimate) -> Check:
         + (f", closed loop {_gb(costs.closed_loop)}" if costs.closed_loop else "")
         + ")"
     )
-    if workload.device == "cpu" or (workload.device == "auto" and not torch.cuda.is_available()):
+    if workload.resources.device == "cpu" or (workload.resources.device == "auto" and not torch.cuda.is_available()):
         hours = costs.run_flops / 1e11 / 3600  # a hundred GFLOP/s, what a few cores do
         small = hours < 0.01
         remedy = f"use a machine with a CUDA GPU: one unaccelerated run would take some {hours:.0f} hours on a CPU"

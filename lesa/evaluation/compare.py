@@ -89,7 +89,7 @@ def tune(workload: Workload, job: TuneJob, report: Report) -> list[Method]:
     """
     tuning = read_splits(workload.paths.prompts)["train"][:TUNING_SAMPLES]
     return tuned_caches(
-        load_pipeline(workload),
+        load_pipeline(workload.model, workload.resources.device),
         {budget: lesa_method(budget, job.predictor, schedule) for budget, schedule in workload.budgets().items()},
         call=workload.call,
         prompts=tuning,
@@ -104,7 +104,7 @@ def tune(workload: Workload, job: TuneJob, report: Report) -> list[Method]:
 def measure_samples(workload: Workload, job: MeasureJob, report: Report) -> MeasuredPart:
     """What every method does on the job's samples, as the workload's scorer reads them too."""
     return measure_part(
-        load_pipeline(workload),
+        load_pipeline(workload.model, workload.resources.device),
         job.methods,
         job.prompts,
         job.seeds,
@@ -151,7 +151,7 @@ def evaluate_workload(
         workload: its settings.
         predictors: by name; "lesa" first.
         training: curves of the closed loop for the report, budget -> [(optimiser step, loss)].
-        run: runs jobs, `evaluate.workers` of them at once if it can; by default one after the other, here.
+        run: runs jobs, `resources.evaluate.workers` of them at once if it can; by default one after the other, here.
 
     Raises:
         PromptError: splits that overlap, or fewer test prompts than are to be judged.
@@ -164,7 +164,8 @@ def evaluate_workload(
             f"{workload.paths.prompts}/test.txt has {len(splits['test'])}"
         )
     ours = predictor_methods(predictors, budgets)
-    together = [CACHES] if settings.workers == 1 else [(cache,) for cache in CACHES]
+    workers = workload.resources.evaluate.workers
+    together = [CACHES] if workers == 1 else [(cache,) for cache in CACHES]
     tunings = {" ".join(caches): TuneJob(caches=caches, predictor=predictors["lesa"]) for caches in together}
     caches = run(tune, workload, tunings)
     peers = [*peer_methods(budgets), *(method for found in caches.values() for method in found)]
@@ -175,7 +176,7 @@ def evaluate_workload(
     check(methods, prompts, seeds)
     jobs = {
         f"part{index}": MeasureJob(methods=methods, prompts=prompts, seeds=seeds, part=part)
-        for index, part in enumerate(share_out(len(prompts), settings, settings.workers))
+        for index, part in enumerate(share_out(len(prompts), settings, workers))
     }
     results = gather(
         list(run(measure_samples, workload, jobs).values()),

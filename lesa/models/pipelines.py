@@ -18,7 +18,7 @@ import torch
 
 from lesa.errors import LesaError
 from lesa.models.families import FAMILIES, Family
-from lesa.params import CallParams, Workload
+from lesa.params import CallParams, ModelParams
 
 # Parts of a pipeline may come from these libraries and from nowhere else: anything else names code to be run.
 _LIBRARIES = ("diffusers", "transformers")
@@ -40,8 +40,8 @@ def pick_device(setting: str) -> torch.device:
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(workload: Workload, device: torch.device | str | None = None) -> Any:
-    """The workload's pipeline on `device` (None: as the workload says), in its dtype, progress bar off.
+def load_pipeline(model: ModelParams, device: str = "auto") -> Any:
+    """A workload's pipeline on a device as `pick_device` takes it, in its dtype, progress bar off.
 
     Only safetensors weights and only classes of diffusers and transformers: nothing that comes with the model
     is run as code. A local folder is used as it is; a hub id is downloaded at its pinned revision, or taken
@@ -55,14 +55,14 @@ def load_pipeline(workload: Workload, device: torch.device | str | None = None) 
 
     for library in (diffusers, transformers):  # their bars of loading have no setting of their own
         library.utils.logging.disable_progress_bar()
-    family = FAMILIES[workload.model.family]
-    folder = pipeline_folder(workload)
+    family = FAMILIES[model.family]
+    folder = pipeline_folder(model)
     class_name = _check_index(folder, family)
     pipe = getattr(diffusers, class_name).from_pretrained(
-        folder, dtype=_DTYPES[workload.model.dtype], use_safetensors=True, local_files_only=True
+        folder, dtype=_DTYPES[model.dtype], use_safetensors=True, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(pick_device(workload.device) if device is None else torch.device(device))
+    pipe.to(pick_device(device))
     return pipe
 
 
@@ -76,13 +76,15 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def pipeline_folder(workload: Workload) -> Path:
-    model = workload.model
+def pipeline_folder(model: ModelParams) -> Path:
+    """Where a pipeline lies on this machine; a hub id is downloaded at its commit first."""
     if Path(model.source).is_dir():
         return Path(model.source)
     if model.source.startswith(("data/", "/", "./", "../")):
-        remedy = "run the stage that makes it, python -m flows.base" if workload.base else "put one there"
-        raise PipelineError(f"model.source: {model.source} is not a folder; {remedy}")
+        raise PipelineError(
+            f"model.source: {model.source} is not a folder; put a saved pipeline there, or run the stage that trains "
+            "one, python -m flows.base, where the workload has a base section"
+        )
     if model.revision is None:
         raise PipelineError("model.revision: required for a hub id, so that its weights cannot change")
     import diffusers

@@ -140,4 +140,5 @@ def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -
     """
     train, validation = recorded_splits(workload)  # not kept: a process has one such job
     predictor = load_predictor(workload.paths.closed_loop)
-    return bounds_by_budget(load_pipeline(workload), workload, predictor, train, validation, budgets, report)
+    pipe = load_pipeline(workload.model, workload.resources.device)
+    return bounds_by_budget(pipe, workload, predictor, train, validation, budgets, report)

@@ -172,7 +172,7 @@ def measure_budgets(workload: Workload, job: GateJob, report: Report) -> dict[st
     bundles = {each.name: load_bundle(each.folder, expected_digest=each.digest) for each in job.bundles}
     manifest = next(iter(bundles.values())).manifest
     settings = dataclasses.replace(workload.evaluate, converged_fraction=0.0)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     methods = default_methods(
         pipe,
         {name: bundle.predictor for name, bundle in bundles.items()},

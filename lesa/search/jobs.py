@@ -60,7 +60,7 @@ def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[
     """Search one budget; a search that was killed goes on from its journal."""
     train, _ = kept_splits(workload)
     return refine(
-        load_pipeline(workload),
+        load_pipeline(workload.model, workload.resources.device),
         workload,
         train,
         job.starts,

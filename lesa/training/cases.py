@@ -40,8 +40,6 @@ def training_key(workload: Workload, step: str, job: str, data: str) -> str:
         name: dataclasses.asdict(getattr(workload, name))
         for name in ("predictor", "schedule", "call", "model", step)
     }
-    for name in ("workers", "threads_per_worker"):  # checkpoint_every stays: it says when the best is looked for
-        sections[step].pop(name, None)  # how it runs, not what comes out
     text = json.dumps([sections, workload.seed, step, job, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -71,7 +71,7 @@ def train_expert(
     if not cases:
         return finished({})
     loss = losses.GROUND_TRUTH[settings.loss]
-    device = pick_device(workload.device)
+    device = pick_device(workload.resources.device)
     expert.to(device)
     of_cases = [(case.train, targets) for case, targets in cases]
     whiten(expert, of_cases, ridge=params.ridge, batch_size=settings.batch_size)

@@ -65,7 +65,7 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tupl
         workload,
         budget,
         load_predictor(workload.paths.ground_truth),
-        load_pipeline(workload),
+        load_pipeline(workload.model, workload.resources.device),
         train,
         validation,
         others=kept_elsewhere(workload) if budget == MIXED else None,
@@ -133,4 +133,4 @@ def load_figures(folder: Path) -> dict[str, Any]:
 
 def transformer_folder(workload: Workload) -> Path:
     """Where the transformer alone lies, for what needs only its ends."""
-    return pipeline_folder(workload) / "transformer"
+    return pipeline_folder(workload.model) / "transformer"

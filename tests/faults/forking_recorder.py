@@ -38,7 +38,7 @@ def main() -> None:
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
     workload = load_params()
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     print("ready", flush=True)
     for line in sys.stdin:
         store, _, pattern = line.rstrip("\n").partition("\t")

@@ -64,7 +64,7 @@ def undisturbed(root: Path) -> str:
     try:
         workload = load_params()
         store = TrajectoryStore.create("undisturbed.zarr")
-        assert len(record_all(workload, store, load_pipeline(workload))) == 6
+        assert len(record_all(workload, store, load_pipeline(workload.model, workload.resources.device))) == 6
     finally:
         os.chdir(here)
         torch.set_num_threads(threads)

@@ -116,7 +116,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         for gate in ("table", "kan"):
             workload = settings(gate)
-            pipe = load_pipeline(workload)
+            pipe = load_pipeline(workload.model, workload.resources.device)
             record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
             experts, figures = {}, {}
             for job in jobs.list_ground_truth_jobs(workload):
@@ -232,7 +232,7 @@ def test_a_changed_setting_never_goes_on_from_the_old_checkpoint(
     own = copy_of(root, tmp_path, "table")
     start(child, str(own), "ground_truth", "table", ("iteration", 5), str(own / "none"))
     text = (own / "params.yaml").read_text()
-    (own / "params.yaml").write_text(text.replace("    device: cpu", "    device: cpu\n    seed: 4"))
+    (own / "params.yaml").write_text(text.replace("    prompts: tiny", "    prompts: tiny\n    seed: 4"))
     done = resumed(own, "ground_truth", "table")
     assert done["iterations"] == [1, 2, 3, 4, 5, 6]
     assert done["digests"] != undisturbed["ground_truth", "table"]["digests"]

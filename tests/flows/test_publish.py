@@ -48,7 +48,8 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         workload = load_params()
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), load_pipeline(workload))
+        pipe = load_pipeline(workload.model, workload.resources.device)
+        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
     connect(root)
     return root
 

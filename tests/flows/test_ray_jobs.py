@@ -11,6 +11,7 @@ import pytest
 
 from flows.ray_jobs import ray_session, run_jobs
 from flows.tracking.run import Reporter
+from lesa.params import WorkerResources
 from lesa.params_file import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +58,7 @@ def go(work, reporter, workers, jobs=None):
         work,
         load_params(ROOT / "params.yaml"),
         jobs or {"a": 2, "b": 3},
-        workers=workers,
-        threads_per_worker=1,
+        share=WorkerResources(workers=workers),
         reporter=reporter,
     )
 

@@ -35,7 +35,7 @@ def test_a_recorder_commits_and_does_nothing_the_second_time(workload: Workload)
     threads = torch.get_num_threads()
     try:
         recorder = Recorder(workload, str(Path.cwd()))
-        assert torch.get_num_threads() == workload.record.threads_per_actor
+        assert torch.get_num_threads() == workload.resources.record.threads_per_actor
         assert recorder.pid() == os.getpid()
         source, size = recorder.describe()
         plan = plan_recording(workload, source)
@@ -88,7 +88,7 @@ def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
     try:
         workload = load_params()
         plain = TrajectoryStore.create(tmp_path / "plain.zarr")
-        record_all(workload, plain, load_pipeline(workload))
+        record_all(workload, plain, load_pipeline(workload.model, workload.resources.device))
         recorded = TrajectoryStore.open(workload.paths.trajectories)
         assert recorded.verify() == []
         assert atomic.tree_digest(recorded.path.resolve()) == atomic.tree_digest(plain.path)

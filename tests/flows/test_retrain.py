@@ -35,7 +35,8 @@ from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 
 workload = read_workload(None)
-record_all(workload, TrajectoryStore.create(workload.paths.trajectories), load_pipeline(workload))
+pipe = load_pipeline(workload.model, workload.resources.device)
+record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
 with stage_run("search", workload, ("seed",)) as tracked:
     search.find.fn(workload, tracked)
 workload = read_workload(None, searched=True)
@@ -130,8 +131,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(repository):
     changed = json.loads(run(repository, "dvc", "status", "--json").stdout)
     assert list(changed) == ["train_stage2"]
     document = yaml.safe_load(original)
-    document["workloads"]["tiny"]["record"]["actors"] = 2
-    document["workloads"]["tiny"]["device"] = "auto"
+    document["workloads"]["tiny"]["resources"] = {"device": "auto", "record": {"actors": 2}}
     params.write_text(yaml.safe_dump(document))
     assert json.loads(run(repository, "dvc", "status", "--json").stdout) == {}
     params.write_text(original)

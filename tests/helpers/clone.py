@@ -21,10 +21,10 @@ PROMPTS = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "schedule": {"budgets": {"2x": {"num_full": 4}}, "default_budget": "2x"},
-    "search": {"evaluations": 4, "samples": 1, "max_gap": 6, "workers": 1},
+    "search": {"evaluations": 4, "samples": 1, "max_gap": 6},
     "predictor": {"kind": "per_step", "boundaries": [0.5], "history_sizes": [2, 2], "grid": 3, "hidden": 3},
-    "ground_truth": {"iterations": 3, "batch_size": 2, "checkpoint_every": 2, "workers": 1},
-    "closed_loop": {"iterations": 2, "batch_size": 2, "checkpoint_every": 1, "workers": 1},
+    "ground_truth": {"iterations": 3, "batch_size": 2, "checkpoint_every": 2},
+    "closed_loop": {"iterations": 2, "batch_size": 2, "checkpoint_every": 1},
     "evaluate": {
         "prompts": 4,
         "seeds_per_prompt": 1,
@@ -32,9 +32,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch_size": 2,
         "bootstrap": 100,
         "wall_clock_repeats": 1,
-        "workers": 2,
     },
     "publish": {"gate_prompts": 4},
+    "resources": {
+        "device": "cpu",
+        "record": {"actors": 1, "timeout_s": 60},
+        "search": {"workers": 1},
+        "ground_truth": {"workers": 1},
+        "closed_loop": {"workers": 1},
+        "evaluate": {"workers": 2},
+    },
 }
 
 

@@ -18,6 +18,7 @@ from lesa.params import (
     ModelParams,
     PredictorParams,
     RecordParams,
+    ResourcesParams,
     ScheduleParams,
     Workload,
 )
@@ -97,7 +98,7 @@ def tiny_workload(name: str) -> Workload:
         model=ModelParams(family=kind.family, source=f"data/base/{name}"),
         call=CallParams(**kind.call),
         prompts="tiny",
-        device="cpu",
+        resources=ResourcesParams(device="cpu"),
         schedule=ScheduleParams(
             budgets={"fast": BudgetParams(full_steps=kind.full_steps)}, default_budget="fast"
         ),
@@ -113,7 +114,7 @@ def prepare(root: Path, name: str) -> tuple[Workload, Any]:
     workload = tiny_workload(name)
     KINDS[name].build(root / workload.model.source)
     tiny.write_prompts(root, SPLITS)
-    return workload, load_pipeline(workload)
+    return workload, load_pipeline(workload.model, workload.resources.device)
 
 
 def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories, dict[str, dict[str, float]]]:

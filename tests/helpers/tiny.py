@@ -80,14 +80,16 @@ def tiny_repository(
     *,
     num_inference_steps: int = 8,
     prompts: dict[str, list[str]] | None = None,  # split -> lines; None: SPLITS
+    actors: int = 2,
+    timeout_s: int = 60,  # of a call that records
     **record: Any,  # settings of the record section
 ) -> Path:
-    """A FluxPipeline, written to `folder` (None: a temporary one) and loaded from it, progress bar off."""
+    """A folder like a repository: params.yaml with the workload `tiny`, its pipeline and its prompts."""
     splits = prompts or SPLITS
     tiny_flux(root / "data/base/tiny")
     write_prompts(root, splits)
     settings = {
-        "device": "cpu",
+        "resources": {"device": "cpu", "record": {"actors": actors, "timeout_s": timeout_s}},
         "prompts": "tiny",
         "model": {"family": "flux", "source": "data/base/tiny"},
         "call": {**CALL, "num_inference_steps": num_inference_steps},
@@ -95,8 +97,6 @@ def tiny_repository(
         "record": {
             "train_prompts": len(splits["train"]),
             "validation_prompts": len(splits["validation"]),
-            "actors": 2,
-            "timeout_s": 60,
             **record,
         },
     }

@@ -19,6 +19,7 @@ from lesa.params import (
     ModelParams,
     PredictorParams,
     RecordParams,
+    ResourcesParams,
     ScheduleParams,
     Workload,
 )
@@ -95,6 +96,7 @@ def workload(**changes: Any) -> Workload:
         "ground_truth": GroundTruthParams(iterations=6, batch_size=4, checkpoint_every=2),
         "closed_loop": ClosedLoopParams(iterations=4, batch_size=2, checkpoint_every=2),
         "evaluate": EvaluateParams(),
+        "resources": ResourcesParams(device="cpu"),
     }
     for name, values in changes.items():
         sections[name] = dataclasses.replace(sections[name], **values) if name in sections else values
@@ -104,7 +106,6 @@ def workload(**changes: Any) -> Workload:
                 "name": "toy",
                 "model": ModelParams(family="flux", source="data/base/toy"),
                 "prompts": "toy",
-                "device": "cpu",
             }
             | sections
         )

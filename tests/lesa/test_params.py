@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {
     "workloads": {
         "toy": {
             "seed": 1,
-            "device": "cpu",
+            "resources": {"device": "cpu", "record": {"actors": 2}},
             "prompts": "toy",
             "model": {"family": "flux", "source": "data/base/toy"},
             "call": {"height": 16, "width": 16, "num_inference_steps": 50, "guidance_scale": 2},
@@ -105,7 +105,7 @@ HUB = {"family": "flux", "source": "someone/model"}
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("record.actorz", 2, "record.actorz: unknown key; did you mean actors?"),
+        ("resources.record.actorz", 2, "resources.record.actorz: unknown key; did you mean actors?"),
         ("whatever", 2, "whatever: unknown key; known:"),
         ("call.height", "16", "call.height: must be int, got str '16'"),
         ("call.height", 16.0, "call.height: must be int, got float 16.0"),
@@ -121,8 +121,8 @@ HUB = {"family": "flux", "source": "someone/model"}
         ("call.guidance_scale", 10**400, "call.guidance_scale: must be float"),
         ("call", None, "call: must be a mapping, got nothing"),
         ("call", [1], "call: must be a mapping, got list"),
-        ("device", "tpu", "device: 'tpu' is not one of auto, cpu, cuda"),
-        ("device", False, "device: False is not one of"),
+        ("resources.device", "tpu", "device: 'tpu' is not one of auto, cpu, cuda"),
+        ("resources.device", False, "device: False is not one of"),
         ("model.dtype", "float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
         ("predictor.gate", "spline", "predictor.gate: 'spline' is not one of kan, mlp, table"),
         ("predictor.history_sizes", 3, "predictor.history_sizes: must be a list, got int 3"),

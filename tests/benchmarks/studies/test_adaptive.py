@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         document["workloads"]["tiny"]["schedule"]["budgets"]["1.3x"] = {"interval": 2}
         Path("params.yaml").write_text(yaml.safe_dump(document))
         workload = load_params()
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)

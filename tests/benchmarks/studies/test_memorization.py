@@ -33,7 +33,7 @@ def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_training_images_stand_beside_held_out_ones_and_a_rule(workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
     train_set, _ = recorded_splits(workload)
     noises = first_noises(train_set)

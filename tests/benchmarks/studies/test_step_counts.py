@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         workload = load_params()
         changed = dataclasses.replace(workload.predictor, hidden=3, grid=3, history_sizes=(2, 2, 2))
         workload = dataclasses.replace(workload, predictor=changed)
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         (train, validation), others = recorded_splits(workload), recorded_elsewhere(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels, noise_levels(others))

@@ -30,7 +30,7 @@ def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tiny_repository(tmp_path))
     workload = load_params()
     facts, costs = model_facts(workload), estimate_costs(workload)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert facts.numbers[name] == sum(p.numel() for p in getattr(pipe, name).parameters())
     measured = measure_size(pipe, workload)

@@ -38,7 +38,7 @@ def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workload:
 
 
 def test_a_pipeline_nobody_uses_any_more_is_given_back(workload: Workload, capfd) -> None:
-    loaded = load_pipeline(workload)
+    loaded = load_pipeline(workload.model, workload.resources.device)
     sample(loaded, PROMPTS[:1], [1], PLAIN)
     watched = weakref.ref(loaded.transformer)
     del loaded
@@ -63,13 +63,13 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_noise_is_the_same_on_a_gpu(workload: Workload) -> None:
-    cpu, gpu = load_pipeline(workload, "cpu"), load_pipeline(workload, "cuda")
+    cpu, gpu = load_pipeline(workload.model, "cpu"), load_pipeline(workload.model, "cuda")
     difference = sample(cpu, PROMPTS[:1], [1], PLAIN) - sample(gpu, PROMPTS[:1], [1], PLAIN)
     assert difference.abs().max() < 1e-2
 
 
 def test_a_workload_loads_like_any_pipeline(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     assert type(pipe).__name__ == "FluxPipeline"
     assert pipe.transformer.dtype == torch.float32 and pipe.device.type == "cpu"
     other = FluxPipeline.from_pretrained(workload.model.source)
@@ -79,10 +79,10 @@ def test_a_workload_loads_like_any_pipeline(workload: Workload) -> None:
 def test_a_missing_folder_names_the_remedy(workload: Workload, tmp_path: Path) -> None:
     (tmp_path / "data/base/tiny").rename(tmp_path / "gone")
     with pytest.raises(PipelineError, match=r"data/base/tiny is not a folder"):
-        load_pipeline(workload)
+        load_pipeline(workload.model, workload.resources.device)
     (tmp_path / "data/base/tiny").mkdir()
     with pytest.raises(PipelineError, match=r"model_index.json does not exist"):
-        load_pipeline(workload)
+        load_pipeline(workload.model, workload.resources.device)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_an_index_that_names_other_code_is_refused(
     path = Path(workload.model.source) / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(PipelineError, match=message):
-        load_pipeline(workload)
+        load_pipeline(workload.model, workload.resources.device)
 
 
 def test_code_beside_the_weights_is_never_run(workload: Workload, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     for folder in (Path(workload.model.source), Path(workload.model.source) / "transformer"):
         (folder / "pipeline.py").write_text(f"open({str(canary)!r}, 'w')")
-    load_pipeline(workload)
+    load_pipeline(workload.model, workload.resources.device)
     assert not canary.exists()
 
 
@@ -120,7 +120,7 @@ def test_weights_as_pickle_are_refused(workload: Workload) -> None:
     folder = Path(workload.model.source) / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        load_pipeline(workload)
+        load_pipeline(workload.model, workload.resources.device)
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_place(pipe: FluxPipeline) -> None:

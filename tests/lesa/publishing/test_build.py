@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         workload = dataclasses.replace(
             workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
         )
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)

@@ -97,7 +97,7 @@ def test_an_identity_is_what_it_always_was(workload: Workload) -> None:
 
 
 def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
     store = TrajectoryStore.create(more.paths.trajectories)
     size, plan = measure_size(pipe, more), plan_recording(more, describe_source(pipe))
@@ -152,7 +152,7 @@ def test_whatever_determines_the_bytes_is_in_the_key(workload: Workload) -> None
         plan_recording(workload, SOURCE)[1],
     ]
     assert len({base, *(item.key for item in variants)}) == len(variants) + 1
-    how = changed(workload, "record", actors=7, timeout_s=1, validation_prompts=1)
+    how = changed(workload, "record", validation_prompts=1)
     assert plan_recording(how, SOURCE)[0].key == base
 
 
@@ -167,7 +167,7 @@ def test_overlapping_or_too_few_prompts_are_refused(workload: Workload, tmp_path
 
 
 def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     source = describe_source(pipe)
     assert json.loads(json.dumps(source)) == source and describe_source(tiny_flux()) == source
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Worklo
 
 
 def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     planned = plan_recording(workload, describe_source(pipe))[0]
     [trajectory] = record_batch(pipe, [planned], workload)
     assert trajectory.features.shape == (STEPS, 1, 16, 32) and trajectory.features.dtype == torch.bfloat16
@@ -210,7 +210,7 @@ def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
 
 
 def test_both_branches_are_recorded(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     guided = changed(workload, "call", true_cfg_scale=2.0)
     planned = plan_recording(guided, describe_source(pipe))[0]
     [trajectory] = record_batch(pipe, [planned], guided)
@@ -225,7 +225,7 @@ def test_both_branches_are_recorded(workload: Workload) -> None:
 
 def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
     part = changed(workload, "record", token_fraction=0.25)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     source = describe_source(pipe)
     planned, whole = plan_recording(part, source)[0], plan_recording(workload, source)[0]
     [trajectory] = record_batch(pipe, [planned], part)
@@ -244,7 +244,7 @@ def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
 def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
     workload: Workload, tmp_path: Path
 ) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     store = TrajectoryStore.create(workload.paths.trajectories)
     done: list[int] = []
     keys = record_all(workload, store, pipe, lambda step, values: done.append(step))
@@ -265,12 +265,12 @@ def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
 
 
 def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     plan = plan_recording(workload, describe_source(pipe))
     forwards, backwards = TrajectoryStore.create("a.zarr"), TrajectoryStore.create("b.zarr")
     for planned in plan:
         forwards.commit(*record_batch(pipe, [planned], workload))
-    fresh = load_pipeline(workload)
+    fresh = load_pipeline(workload.model, workload.resources.device)
     for planned in plan[::-1]:
         backwards.commit(*record_batch(fresh, [planned], workload))
     assert atomic.tree_digest(forwards.path) == atomic.tree_digest(backwards.path)
@@ -281,7 +281,7 @@ def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance
     """Whole batches, what a killed recorder left of them, and another order: the same store."""
     workload = changed(workload, "call", true_cfg_scale=guidance)
     several = changed(workload, "record", batch_size=4, token_fraction=0.5)
-    pipe = load_pipeline(several)
+    pipe = load_pipeline(several.model, several.resources.device)
     plan = plan_recording(several, describe_source(pipe))
     whole, rest, backwards = (TrajectoryStore.create(f"{name}.zarr") for name in ("whole", "rest", "backwards"))
     record_all(several, whole, pipe)
@@ -309,14 +309,14 @@ def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: W
     plan = plan_recording(changed(workload, "record", step_counts=(5,), step_count_prompts=3), SOURCE)
     assert [(len(batch), batch[0].num_steps) for batch in batches(plan, 4)] == [(4, 8), (2, 8), (4, 5), (1, 5)]
     assert [item for batch in batches(plan, 4) for item in batch] == plan and batches([], 4) == []
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     for size, wrong in ((2, []), (1, plan[:2]), (2, plan[5:7])):
         with pytest.raises(ValueError, match=f"a batch is 1 to {size} trajectories of one number of steps"):
             record_batch(pipe, wrong, changed(workload, "record", batch_size=size))
 
 
 def test_the_size_is_known_before_recording(workload: Workload) -> None:
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     size = measure_size(pipe, workload)
     assert (size.num_steps, size.num_branches, size.num_tokens, size.channels) == (STEPS, 1, 16, 32)
     store = TrajectoryStore.create(workload.paths.trajectories)
@@ -329,7 +329,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded(
     workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = changed(workload, "record", seeds_per_prompt=2**33)
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     store = TrajectoryStore.create(workload.paths.trajectories)
     size = measure_size(pipe, many)
     with pytest.raises(OSError, match=r"needs .* TiB and .* are free"):
@@ -339,7 +339,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded(
 
 def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> None:
     """The recorder meets a model that blows up at one step: nothing of that trajectory is committed."""
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     calls = 0
 
     def poison(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -360,7 +360,7 @@ def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> No
 def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
     from diffusers import FirstBlockCacheConfig
 
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train", num_steps=STEPS)
     with pytest.raises(ValueError, match="only full steps are recorded"):
@@ -369,7 +369,7 @@ def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
 
 def test_bfloat16_pipelines_are_recorded_exactly(workload: Workload) -> None:
     half = changed(workload, "model", dtype="bfloat16")
-    pipe = load_pipeline(half)
+    pipe = load_pipeline(half.model, half.resources.device)
     assert pipe.transformer.dtype == torch.bfloat16
     [trajectory] = record_batch(pipe, plan_recording(half, describe_source(pipe))[:1], half)
     store = TrajectoryStore.create(half.paths.trajectories)

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     os.chdir(tiny_repository(tmp_path_factory.mktemp("repository")))
     try:
         workload = small(load_params())
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train_set, validation = recorded_splits(workload)
         start = untrained_predictor(workload, train_set.sigmas, train_set.channels)
@@ -346,7 +346,7 @@ def test_a_bfloat16_pipeline_trains_float32_experts(place: Place, tmp_path: Path
         closed_loop={"gradient": gradient, "iterations": 1},
         predictor={"projection": "dense"},
     )
-    pipe = load_pipeline(workload)
+    pipe = load_pipeline(workload.model, workload.resources.device)
     start = untrained_predictor(workload, place.train.sigmas, place.train.channels)
     seen: list[dict[str, float]] = []
     tensors, _ = train(

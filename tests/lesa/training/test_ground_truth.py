@@ -196,7 +196,7 @@ def test_the_key_is_of_everything_the_result_depends_on() -> None:
         return training_key(workload(**changes), "ground_truth", "2x.stage0", "data")
 
     assert key() == key()
-    assert key() == key(ground_truth={"workers": 7, "threads_per_worker": 3})
+    assert key() == key(resources={"ground_truth": WorkerResources(workers=7, threads_per_worker=3)})
     for changes in (
         {"ground_truth": {"learning_rate": 0.5}},
         {"ground_truth": {"checkpoint_every": 3}},  # it says when the best state is looked for

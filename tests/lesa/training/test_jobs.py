@@ -66,7 +66,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     os.chdir(root)
     try:
         workload = tiny_workload()
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), load_pipeline(workload))
+        pipe = load_pipeline(workload.model, workload.resources.device)
+        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         reports: dict[str, list[int]] = {}
 
         def report_to(name: str) -> jobs.Report:
@@ -118,7 +119,7 @@ def test_both_steps_improve_or_keep_their_validation_loss(trained: Trained) -> N
 def test_the_saved_predictor_accelerates_the_pipeline(trained: Trained) -> None:
     from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
 
-    workload, pipe = trained.workload, load_pipeline(trained.workload)
+    workload, pipe = trained.workload, load_pipeline(trained.workload.model, trained.workload.resources.device)
     plain = sample(pipe, ["a dog on the left"], [3], workload.call)
     schedule = workload.budgets()["2x"]
     sigmas = pipe.scheduler.sigmas.clone()

@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     os.chdir(tiny_repository(tmp_path_factory.mktemp("repository"), num_inference_steps=OWN, **record))
     try:
         workload = settings()
-        pipe = load_pipeline(workload)
+        pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         experts, figures = {}, {}
         for job in jobs.list_ground_truth_jobs(workload):
