@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lesa.params import WorkerResources
 from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.projection import KINDS
 from lesa.recording.dataset import Trajectories
