@@ -19,6 +19,7 @@ from flows.recorders import RecorderPool
 from flows.stage import read_workload, stage_main
 from lesa.atomic import format_bytes, require_space
 from lesa.params import Workload
+from lesa.recording.catalogue import write_catalogue
 from lesa.recording.plan import count_by_steps, missing, plan_recording, recorded_prompts
 from lesa.recording.store import TrajectoryStore
 
@@ -73,6 +74,7 @@ def drive(workload: Workload, log: Any) -> dict[str, Any]:
             finally:
                 pool.close()
         pruned = store.prune({item.key for item in plan})
+        write_catalogue(store)
     if pruned:
         log.info("removed %d trajectories that the plan does not name any more", len(pruned))
     return {

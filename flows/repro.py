@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from flows.environment import ROOT, state_folder
 from flows.registry.registry import CHAMPION, Registry
 from flows.stage import experiment_name, metrics_folder, read_workload
@@ -21,28 +23,32 @@ from lesa.locks import Locked, file_lock
 from lesa.params import Workload
 from lesa.params_file import load_params
 
+WORKLOADS_FILE = "data/workloads/dvc.yaml"
 STOP_SECONDS = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints the names of its workers
 
 
-def dvc_file(workload: str, default: str, root: Path = ROOT) -> Path:
-    """The pipeline file of a workload, relative to the root: the root's is the default workload's.
+def dvc_target(workload: str, default: str, root: Path = ROOT) -> str:
+    """What `dvc repro` is given for a workload: the root's file, or its last stage in data/workloads/dvc.yaml.
 
-    Raises ValueError naming the file to write when the workload has none.
+    Raises:
+        LesaError: naming the line to write where the workload stands in no list of that file.
     """
     if workload == default:
-        return Path("dvc.yaml")
-    path = Path("data/workloads") / workload / "dvc.yaml"
-    if not (root / path).is_file():
-        raise LesaError(
-            f"workload {workload!r} has no pipeline file: write {path} (wdir: ../../.., every command with "
-            f"--workload {workload}) after the pattern of dvc.yaml"
-        )
-    return path
+        return "dvc.yaml"
+    document = yaml.safe_load((root / WORKLOADS_FILE).read_text(encoding="utf-8"))
+    lists = {name: rows for entry in document["vars"] for name, rows in entry.items()}
+    for rows, stage in (("local", "publish"), ("hub", "publish-hub")):
+        if workload in lists[rows]:
+            return f"{WORKLOADS_FILE}:{stage}@{workload}"
+    raise LesaError(
+        f"workload {workload!r} has no stages: add a line to {WORKLOADS_FILE}, under `given` for a pipeline folder "
+        f"(`{workload}: {{family: ..., prompts: ..., model: ...}}`) or under `hub` for a hub id (without `model`)"
+    )
 
 
-def dvc_repro(pipeline: Path, show: Callable[[str], object] = print, root: Path = ROOT) -> int:
-    """Runs `dvc repro` for a pipeline file and returns its exit code.
+def dvc_repro(target: str, show: Callable[[str], object] = print, root: Path = ROOT) -> int:
+    """Runs `dvc repro` for a target and returns its exit code.
 
     Raises:
         lesa.locks.Locked: another one of ours is at work; its process is named.
@@ -53,7 +59,7 @@ def dvc_repro(pipeline: Path, show: Callable[[str], object] = print, root: Path 
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with file_lock(state_folder(root) / "repro.lock"):
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", str(pipeline)],
+            [sys.executable, "-m", "dvc", "repro", target],
             cwd=root, env=environment, text=True, errors="replace", start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -127,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workload = read_workload(args.workload)
         if args.repro:
-            pipeline = dvc_file(workload.name, load_params("params.yaml").name)
-            code = dvc_repro(pipeline, show=functools.partial(print, flush=True))
+            target = dvc_target(workload.name, load_params("params.yaml").name)
+            code = dvc_repro(target, show=functools.partial(print, flush=True))
             if code != 0:
                 return code
         return show_outcome(workload)

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from flows.registry.registry import CHAMPION, Registry
-from flows.repro import dvc_file, dvc_repro
+from flows.repro import dvc_repro, dvc_target
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
 from lesa.locks import Locked
 from lesa.params_file import load_params
@@ -22,16 +22,16 @@ def retrain(workload: str | None = None) -> dict[str, Any]:
     """Bring a workload up to date: record what is new, train, judge, publish; report the gate's decision."""
     logger = get_run_logger()
     settings = read_workload(workload)
-    pipeline = dvc_file(settings.name, load_params("params.yaml").name)
+    target = dvc_target(settings.name, load_params("params.yaml").name)
     try:
-        code = dvc_repro(pipeline, show=logger.info)
+        code = dvc_repro(target, show=logger.info)
     except Locked as error:
         # Whoever is at work brings things up to date; doing it twice at once would only mix two runs.
         logger.warning("skipped: %s", error)
         return {"status": "skipped", "reason": str(error)}
     if code != 0:
         raise RuntimeError(
-            f"dvc repro {pipeline} failed with exit code {code}; its last lines are in this run's log"
+            f"dvc repro {target} failed with exit code {code}; its last lines are in this run's log"
         )
     decision = json.loads((metrics_folder(settings) / "decision.json").read_text())
     champion = Registry(experiment_name(settings)).alias(CHAMPION)

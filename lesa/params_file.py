@@ -33,6 +33,8 @@ from lesa.predictor.spec import MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS
 from lesa.schedule import MIN_CARRIED, Schedule, boundary_problems, history_problems
 from lesa.validation import NAME, build
 
+MERGE = "<<"  # takes a preset's section: `search: {<<: *small-search, samples: 16}`
+_TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository
 STUDENTS = ("schnell-digits", "lightning-digits")  # trainers that need a teacher
 
@@ -57,8 +59,9 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
     """
     data = read_yaml(path)
     problems: list[str] = []
-    for key in sorted(set(data) - {"workloads", "default_workload"}):
-        problems.append(f"{key}: unknown section; known are default_workload and workloads")
+    for key in sorted(set(data) - {"workloads", "default_workload", "presets"}):
+        problems.append(f"{key}: unknown section; known are default_workload, presets and workloads")
+    problems += _preset_problems(data.get("presets", {}))
     workloads = data.get("workloads")
     if not isinstance(workloads, dict) or not workloads:
         raise ParamsError(path, [*problems, "workloads: must be a mapping with at least one workload"])
@@ -83,6 +86,24 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
     if problems:
         raise ParamsError(path, problems)
     return typing.cast(Workload, parsed)
+
+
+def _preset_problems(presets: Any) -> list[str]:
+    """What is wrong in presets, used or not; they may leave out what every workload sets itself."""
+    if not isinstance(presets, dict):
+        return ["presets: must be a mapping of presets"]
+    hints = typing.get_type_hints(Workload)
+    problems: list[str] = []
+    for name, sections in presets.items():
+        for section, values in sections.items() if isinstance(sections, dict) else ():
+            where = f"presets.{name}.{section}"
+            if dataclasses.is_dataclass(hints.get(section)):
+                build(hints[section], values, where, problems)
+            else:
+                problems.append(f"{where}: not a section of a workload")
+        if not isinstance(sections, dict):
+            problems.append(f"presets.{name}: must be a mapping of sections")
+    return [problem for problem in problems if not problem.endswith(": missing")]
 
 
 def _sound_sections(section: dict[str, Any]) -> Any:
@@ -320,7 +341,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., list[str]]], ...] = (
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping, safely: no tags, no aliases, no duplicate keys.
+    """A YAML mapping, safely: no tags, no duplicate keys, no alias but one under `<<` in a section.
 
     Raises:
         ParamsError: naming the line.
@@ -341,24 +362,42 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases, tags and duplicate keys."""
+    """SafeLoader that refuses tags, duplicate keys and aliases, one under `<<` excepted: that cannot grow a file.
+
+    A whole workload is not taken by `<<`: what `dvc exp run -S` sets in a section of it would be lost without a word.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases are refused, line {event.start_mark.line + 1}")
         event = self.peek_event()
-        if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"tags are refused ({event.tag}), line {event.start_mark.line + 1}")
+        line = event.start_mark.line + 1
+        if self.check_event(yaml.AliasEvent):
+            if getattr(index, "value", None) != MERGE:
+                raise yaml.YAMLError(f"aliases are refused, line {line}: only a preset's under `<<` in a section")
+        elif getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags are refused ({event.tag}), line {line}")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"keys must be text, got {key!r}, line {key_node.start_mark.line + 1}")
-            if key in seen:
-                raise yaml.YAMLError(f"duplicate key {key!r}, line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag not in (_TEXT_TAG, _MERGE_TAG):
+                raise yaml.YAMLError(f"keys must be text, got {key.value!r}, line {line}")
+            if key.value in seen:
+                raise yaml.YAMLError(f"duplicate key {key.value!r}, line {line}")
+            seen.add(key.value)
+        return node
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        for name, workloads in node.value if isinstance(node, yaml.MappingNode) else ():
+            for workload, section in workloads.value if name.value == "workloads" else ():
+                keys = [key for key, _ in section.value] if isinstance(section, yaml.MappingNode) else []
+                for key in keys:
+                    if key.tag == _MERGE_TAG:
+                        raise yaml.YAMLError(
+                            f"workloads.{workload.value} takes a whole workload by `<<`, line "
+                            f"{key.start_mark.line + 1}: give every section a `<<` of its own"
+                        )
+        return node

@@ -13,6 +13,7 @@ import torch
 
 from lesa.errors import LesaError
 from lesa.params import Workload
+from lesa.recording.catalogue import check_catalogue
 from lesa.recording.prompts import read_splits
 from lesa.recording.store import TrajectoryStore
 
@@ -169,7 +170,7 @@ class _Verified:
 
 
 def _open_store(workload: Workload) -> _Verified:
-    return _Verified(records=TrajectoryStore.open(workload.paths.trajectories).records(), sets={})
+    return _catalogued(workload.paths.trajectories)
 
 
 def _kept_store(workload: Workload) -> _Verified:
@@ -179,7 +180,13 @@ def _kept_store(workload: Workload) -> _Verified:
 
 @lru_cache(maxsize=1)
 def _store_at(path: Path, state: str) -> _Verified:
-    return _Verified(records=TrajectoryStore.open(path).records(), sets={})
+    return _catalogued(path)
+
+
+def _catalogued(path: Path) -> _Verified:
+    records = TrajectoryStore.open(path).records()
+    check_catalogue(path, records)
+    return _Verified(records=records, sets={})
 
 
 def _recorded(workload: Workload, step_counts: Sequence[int], store: _Verified) -> dict[int, Splits]:

@@ -13,6 +13,7 @@ from lesa import atomic
 from lesa.errors import LesaError
 from lesa.models.pipelines import sample
 from lesa.params import CallParams, Workload
+from lesa.recording.catalogue import write_catalogue
 from lesa.recording.plan import (
     PlannedTrajectory,
     RecordingSize,
@@ -217,4 +218,5 @@ def record_all(
                 done += 1
                 report(done, {"recorded": float(done), "planned": float(len(todo))})
         store.prune({item.key for item in plan})
+        write_catalogue(store)
     return [item.key for item in plan]

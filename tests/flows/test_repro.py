@@ -14,8 +14,9 @@ import pytest
 
 from flows.environment import ROOT, state_folder
 from flows.prefect_server import alive
-from flows.repro import dvc_file, dvc_repro, printable
+from flows.repro import dvc_repro, dvc_target, printable
 from flows.retrain_local import descendants
+from lesa.errors import LesaError
 from lesa.locks import Locked, file_lock
 from tests.helpers.clone import git
 
@@ -31,13 +32,15 @@ def repository(tmp_path) -> Path:
     return tmp_path
 
 
-def test_every_workload_has_its_pipeline_file(tmp_path):
-    assert dvc_file("flux-digits", "flux-digits", tmp_path) == Path("dvc.yaml")
-    with pytest.raises(ValueError, match=r"write data/workloads/mine/dvc\.yaml"):
-        dvc_file("mine", "flux-digits", tmp_path)
-    (tmp_path / "data/workloads/mine").mkdir(parents=True)
-    (tmp_path / "data/workloads/mine/dvc.yaml").write_text("stages: {}\n")
-    assert dvc_file("mine", "flux-digits", tmp_path) == Path("data/workloads/mine/dvc.yaml")
+def test_every_workload_has_its_target(tmp_path):
+    assert dvc_target("flux-digits", "flux-digits", tmp_path) == "dvc.yaml"
+    file = tmp_path / "data/workloads/dvc.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("vars:\n  - local: {mine: {}}\n  - hub: {theirs: {}}\n")
+    assert dvc_target("mine", "flux-digits", tmp_path) == "data/workloads/dvc.yaml:publish@mine"
+    assert dvc_target("theirs", "flux-digits", tmp_path) == "data/workloads/dvc.yaml:publish-hub@theirs"
+    with pytest.raises(LesaError, match=r"add a line to data/workloads/dvc\.yaml, under `given`"):
+        dvc_target("other", "flux-digits", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +61,11 @@ def test_output_is_made_fit_for_a_log(line, shown):
 def test_stages_run_on_the_python_that_runs_us(repository, monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     lines: list[str] = []
-    assert dvc_repro(Path("dvc.yaml"), lines.append, repository) == 0
+    assert dvc_repro("dvc.yaml", lines.append, repository) == 0
     (working,) = [line for line in lines if line.startswith("working")]
     assert Path(working.split()[1]).parent == Path(sys.executable).parent
     lines.clear()
-    assert dvc_repro(Path("dvc.yaml"), lines.append, repository) == 0
+    assert dvc_repro("dvc.yaml", lines.append, repository) == 0
     assert any("didn't change" in line for line in lines)
 
 
@@ -70,13 +73,13 @@ def test_stages_run_on_the_python_that_runs_us(repository, monkeypatch):
 def test_a_failing_stage_is_dvcs_exit_code(repository):
     (repository / "work.py").write_text("raise SystemExit(3)\n")
     lines: list[str] = []
-    assert dvc_repro(Path("dvc.yaml"), lines.append, repository) != 0
+    assert dvc_repro("dvc.yaml", lines.append, repository) != 0
     assert any("exited with 3" in line for line in lines)
 
 
 def test_one_at_a_time(repository):
     with file_lock(state_folder(repository) / "repro.lock"), pytest.raises(Locked, match=str(os.getpid())):
-        dvc_repro(Path("dvc.yaml"), root=repository)
+        dvc_repro("dvc.yaml", root=repository)
 
 
 @pytest.mark.slow
@@ -86,7 +89,7 @@ def test_an_interrupt_takes_dvc_and_its_stage_along(repository):
         "import signal, sys\nfrom pathlib import Path\nfrom flows.repro import dvc_repro\n"
         "def stop(*_):\n    raise KeyboardInterrupt\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "dvc_repro(Path('dvc.yaml'), lambda line: print(line, flush=True), Path(sys.argv[1]))\n"
+        "dvc_repro('dvc.yaml', lambda line: print(line, flush=True), Path(sys.argv[1]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(repository)], cwd=ROOT, stdout=subprocess.PIPE, text=True

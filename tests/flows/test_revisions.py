@@ -34,13 +34,17 @@ def test_code_and_data(tmp_path):
     assert revisions(tmp_path)["dvc"] != first["dvc"]
 
 
-def test_a_workload_with_its_own_pipeline_file(tmp_path):
-    own = tmp_path / "data/workloads/mine"
-    own.mkdir(parents=True)
+def test_a_workload_has_its_own_stages_in_the_shared_file(tmp_path):
+    folder = tmp_path / "data/workloads"
+    folder.mkdir(parents=True)
     assert revisions(tmp_path, "mine")["dvc"] == "none"
-    (own / "dvc.lock").write_text(yaml.safe_dump({"stages": {"record": {"outs": []}}}))
-    assert revisions(tmp_path, "mine")["dvc"] != "none"
-    assert revisions(tmp_path)["dvc"] == "none"
+    stages = {"record@mine": {"outs": []}, "record-hub@hubs": {"outs": [1]}, "record@mine-too": {"outs": [2]}}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+    found = {name: revisions(tmp_path, name)["dvc"] for name in ("mine", "hubs", "mine-too")}
+    assert len(set(found.values())) == 3 and "none" not in found.values()
+    assert revisions(tmp_path)["dvc"] == revisions(tmp_path, "other")["dvc"] == "none"
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"record": {"outs": []}}}))
+    assert revisions(tmp_path, "other")["dvc"] == revisions(tmp_path)["dvc"] == found["mine"]
 
 
 def test_a_broken_lock_file_has_no_revision(tmp_path):

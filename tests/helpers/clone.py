@@ -19,12 +19,15 @@ PROMPTS = {
     "validation": ["a dog on the left", "the white dog"],
     "test": ["a black cat", "a bold nine", "the red dog", "a thin house"],
 }
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, Any] = {
+    "seed": 0,
     "schedule": {"budgets": {"2x": {"num_full": 4}}, "default_budget": "2x"},
     "search": {"evaluations": 4, "samples": 1, "max_gap": 6},
     "predictor": {"kind": "per_step", "boundaries": [0.5], "history_sizes": [2, 2], "grid": 3, "hidden": 3},
     "ground_truth": {"iterations": 3, "batch_size": 2, "checkpoint_every": 2},
-    "closed_loop": {"iterations": 2, "batch_size": 2, "checkpoint_every": 1},
+    "closed_loop": {
+        "iterations": 2, "batch_size": 2, "checkpoint_every": 1, "gradient_clip": 1.0, "step_learning_rate": 0.01
+    },
     "evaluate": {
         "prompts": 4,
         "seeds_per_prompt": 1,
@@ -59,7 +62,7 @@ def clone(folder: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "dvc.lock").unlink(missing_ok=True)
-    tiny_repository(folder, prompts=PROMPTS, actors=1)
+    tiny_repository(folder, prompts=PROMPTS, actors=1, seed_offset=10_000)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["workloads"]["tiny"] |= SETTINGS
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -70,15 +73,10 @@ def clone(folder: Path) -> Path:
 
 def tiny_pipeline() -> str:
     """The repository's own pipeline file for the tiny workload; its model is given, so nothing trains one."""
-    document = yaml.safe_load((ROOT / "dvc.yaml").read_text().replace("flux-digits", "tiny"))
+    document = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    document["vars"] = [{"workload": "tiny", "prompts": "tiny", "family": "flux"}]
     del document["stages"]["base"]
-    document["stages"]["evaluate"]["deps"].remove("data/scorers/tiny")
-    # The tiny workload leaves most settings at their defaults, and DVC wants listed keys to be there.
-    for name, stage in document["stages"].items():
-        known = {"call", "model", "prompts", "schedule", "record.train_prompts", "record.validation_prompts"}
-        known |= set(SETTINGS)
-        stage["params"] = [key for key in stage["params"] if key.removeprefix("workloads.tiny.") in known]
-        assert stage["params"], name
+    document["stages"]["evaluate"]["deps"].remove("data/scorers/${workload}")
     return yaml.safe_dump(document, sort_keys=False)
 
 

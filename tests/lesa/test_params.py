@@ -397,7 +397,7 @@ def test_missing_sections_and_workloads(tmp_path: Path) -> None:
         ("a: !!binary aGVsbG8=", "tags are refused"),
         ("a: !!int ''", "tags are refused"),
         ("a: &x [1]\nb: *x", "aliases are refused, line 2"),
-        ("a: {<<: {b: 1}}", "could not determine a constructor"),
+        ("a: &a {b: 1}\nc: {<<: [*a, *a]}", "aliases are refused, line 2"),
         ("? [1, 2]\n: 3", "keys must be text"),
         ("1: 2", "keys must be text"),
         ("a: 2024-13-45", "not YAML that can be read"),
@@ -412,6 +412,29 @@ def test_hostile_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
         load_text(tmp_path, text)
     assert len(caught.value.problems) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml"]  # no canary
+
+
+def test_a_section_takes_a_preset_and_writes_what_it_sets_itself(tmp_path: Path) -> None:
+    text = yaml.safe_dump(GOOD, sort_keys=False).replace("default_workload: toy\n", "")
+    head = "default_workload: toy\npresets:\n  small:\n    search: &s {samples: 5, descents: 3}\n"
+    text = head + text.replace("    predictor:", "    search: {<<: *s, samples: 7}\n    predictor:")
+    workload = load_text(tmp_path, text)
+    assert (workload.search.samples, workload.search.descents) == (7, 3)
+    for change, problem in (
+        (("samples: 5", "sample: 5"), "presets.small.search.sample: unknown key; did you mean samples"),
+        (("samples: 5", "samples: 0"), "presets.small.search.samples: must be at least 1"),
+        (("    search: &s", "    serach: &s"), "presets.small.serach: not a section of a workload"),
+    ):
+        with pytest.raises(ParamsError) as caught:
+            load_text(tmp_path, text.replace(*change))
+        assert any(line.startswith(problem) for line in caught.value.problems), caught.value.problems
+
+
+def test_a_whole_workload_is_not_taken_by_a_merge(tmp_path: Path) -> None:
+    """DVC would lose what `dvc exp run -S` sets in a section of it."""
+    text = yaml.safe_dump(GOOD, sort_keys=False).replace("  toy:\n", "  toy: &toy\n")
+    with pytest.raises(ParamsError, match="workloads.mine takes a whole workload by `<<`, line"):
+        load_text(tmp_path, text + "  mine: {<<: *toy}\n")
 
 
 def test_an_alias_bomb_is_refused_at_its_first_alias(tmp_path: Path) -> None:
