@@ -35,6 +35,13 @@ from lesa.validation import NAME, build
 
 MERGE = "<<"  # takes a preset's section: `search: {<<: *small-search, samples: 16}`
 _TEXT_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_SIDE_BY_SIDE = ("search", "ground_truth", "closed_loop", "evaluate", "publish")
+MOVED = {  # keys of a workload that stood elsewhere before 0.2
+    "device": "resources.device",
+    **{f"record.{key}": f"resources.record.{key}" for key in ("actors", "threads_per_actor", "timeout_s")},
+    **{f"{stage}.workers": f"resources.{stage}.workers" for stage in _SIDE_BY_SIDE},
+    **{f"{stage}.threads_per_worker": f"resources.{stage}.threads_per_worker" for stage in _SIDE_BY_SIDE},
+}
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of a hub repository
 STUDENTS = ("schnell-digits", "lightning-digits")  # trainers that need a teacher
 
@@ -78,6 +85,10 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
         if isinstance(section, dict) and "name" in section:
             problems.append(f"{where}.name: unknown key; the name is the section's")
             continue
+        if moved := [name for name in MOVED if isinstance(section, dict) and _has(section, name)]:
+            problems += [f"{where}.{name}: stands in {where}.{MOVED[name]} now" for name in moved]
+            problems.append(f"{where}: `lesa migrate {path}` moves {'it' if len(moved) == 1 else 'them'}")
+            continue
         built = build(Workload, {"name": key, **section} if isinstance(section, dict) else section, where, problems)
         if isinstance(section, dict):
             problems += [f"{where}.{problem}" for problem in _cross_field(built or _sound_sections(section))]
@@ -86,6 +97,12 @@ def load_params(path: str | Path = "params.yaml", workload: str | None = None) -
     if problems:
         raise ParamsError(path, problems)
     return typing.cast(Workload, parsed)
+
+
+def _has(section: Any, path: str) -> bool:
+    """Whether a dotted key stands in a section."""
+    head, _, rest = path.partition(".")
+    return isinstance(section, dict) and head in section and (not rest or _has(section[head], rest))
 
 
 def _preset_problems(presets: Any) -> list[str]:
