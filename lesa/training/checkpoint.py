@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +51,15 @@ def save_checkpoint(
     tensors |= _optimizer_tensors(optimizer)
     data = serialise_tensors(tensors)
     final = folder / f"iteration-{state.iteration:08d}"
-    partial = folder / atomic.partial_name(final.name)
-    partial.mkdir()
-    try:
+    record = {
+        "key": key,
+        "iteration": state.iteration,
+        "best_loss": state.best_loss,
+        "sha256": atomic.sha256_bytes(data),
+    }
+    with atomic.new_dir(final, replace=True) as partial:
         atomic.write_bytes(partial / "state.safetensors", data)
-        record = {
-            "key": key,
-            "iteration": state.iteration,
-            "best_loss": state.best_loss,
-            "sha256": atomic.sha256_bytes(data),
-        }
         atomic.write_json(partial / "state.json", record)
-        atomic.replace_dir(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     names = [path for path in _checkpoints(folder) if path.name <= final.name]
     for old in set(_checkpoints(folder)) - set(names[:KEPT]):
         atomic.remove_dir(old)

@@ -97,17 +97,11 @@ def work_dir(workload: Workload) -> Path:
 def save_predictor(folder: Path, predictor: Predictor, figures: Mapping[str, Any]) -> None:
     """Write `predictor.json` and `weights.safetensors` as one act."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / atomic.partial_name(folder.name)
-    partial.mkdir()
-    try:
-        weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+    weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+    record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
+    with atomic.new_dir(folder, replace=True) as partial:
         atomic.write_bytes(partial / "weights.safetensors", weights)
-        record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
         atomic.write_json(partial / "predictor.json", record)
-        atomic.replace_dir(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def load_predictor(folder: Path) -> Predictor:

@@ -98,7 +98,7 @@ def test_a_killed_run_is_closed_for_it_and_half_a_line_is_left_out(root, no_send
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from flows import tracking\n"
+        "from flows.tracking import run as tracking\n"
         "tracking.start_sender = lambda root: None\n"
         "run = tracking.Tracker('stage x', experiment='lesa-x', params={}, tags={}, root=Path(sys.argv[1]))\n"
         "run.report(0, {'loss': 1.0})\n"

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesa.atomic import sha256_file, tree_digest
+from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle, write_bundle
 from lesa.bundle.card import card
 from lesa.bundle.manifest import NAME, BundleError, Manifest
 from lesa.schedule import Schedule
 from tests.attacks.hostile import ATTACKS, edit, reweigh
 from tests.helpers.bundles import extrapolating, make_bundle, manifest_for, run_sigmas
+from tests.helpers.digests import tree_digest
 from tests.helpers.tiny import tiny_flux
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
