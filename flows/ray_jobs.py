@@ -117,7 +117,7 @@ def run_jobs(
                     results[calls[call]] = ray.get(call)
                 except RayTaskError as error:
                     if isinstance(error.cause, LesaError):  # of anything else the worker's whole traceback is wanted
-                        raise LesaError(str(error.cause)) from None
+                        raise error.cause from None
                     raise
         return {name: results[name] for name in jobs}
 
