@@ -6,7 +6,6 @@ generators seeded by (seed, iteration), so the iteration is the whole of the RNG
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from safetensors.torch import save as serialise_tensors
 from torch import nn
 
 from lesa import atomic
+from lesa.strict_json import parse
 
 KEPT = 2
+_MAX_RECORD = 1 << 16  # bytes of state.json
 _NAME = re.compile(r"iteration-(\d{8})")
 
 
@@ -79,7 +80,7 @@ def load_checkpoint(
     atomic.sweep_partials(folder)
     for path in _checkpoints(folder):
         try:
-            record = json.loads((path / "state.json").read_text())
+            record = parse((path / "state.json").read_bytes(), max_bytes=_MAX_RECORD)
             data = (path / "state.safetensors").read_bytes()
             if record["key"] != key or record["sha256"] != atomic.sha256_bytes(data):
                 continue

@@ -66,6 +66,13 @@ def test_a_trajectory_comes_back_bit_for_bit(store: TrajectoryStore) -> None:
     assert back.verify() == []
 
 
+@pytest.mark.parametrize("prompt", ["\U0001f469\u200d\U0001f52c in a lab", "\u0645\u06cc\u200c\u062e", "x" * 4000])
+def test_any_prompt_that_a_set_may_hold_is_read_back(store: TrajectoryStore, prompt: str) -> None:
+    identity = trajectory().identity | {"prompt": prompt}
+    key = store.commit(trajectory(identity=identity, prompt=prompt))
+    assert store.record(key)["prompt"] == prompt and store.verify() == []
+
+
 def test_the_key_is_the_identity_and_recording_twice_changes_nothing(store: TrajectoryStore) -> None:
     one = trajectory()
     key = store.commit(one)
