@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import ROOT, state_folder
-from flows.tracking.client import redact, tracking_uri
+from flows.tracking.client import tracking_uri
 from flows.tracking.sender import start_sender
 from lesa.locks import new_locked_file
+from lesa.pull import redacted
 
 DRAIN_SECONDS = 3.0  # the most a finished run waits for MLflow; the sender goes on by itself
 PROGRESS_SECONDS = 5.0  # between two lines on the screen
@@ -154,7 +155,7 @@ class Tracker:
             log.warning(
                 "MLflow at %s has not taken the run %r within %.0f s. It is kept in %s; sending goes on in "
                 "the background, with the next run, or by `python -m flows.tracking.sender`",
-                redact(tracking_uri(self.root)),
+                redacted(tracking_uri(self.root)),
                 self.reporter.name,
                 drain_seconds,
                 path,

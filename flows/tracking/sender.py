@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import ROOT, state_folder
-from flows.tracking.client import connect, experiment_id, find_or_create_run, redact
+from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sweep_partials, write_json
 from lesa.locks import Locked, file_lock, is_free
+from lesa.pull import redacted
 
 LINGER_SECONDS = 30.0  # the most a sender goes on after the last run ended
 IDLE_SECONDS = 15.0  # how long one with nothing to do waits for the next stage's run
@@ -173,7 +174,7 @@ def _send_spools(root: Path, folder: Path, background: bool) -> int:
                 continue
             except Exception as error:  # whatever MLflow or the network answers
                 failed = True
-                print(f"{path.name}: {type(error).__name__}: {redact(str(error))[:500]}", file=sys.stderr)
+                print(f"{path.name}: {type(error).__name__}: {redacted(str(error))[:500]}", file=sys.stderr)
         left = sorted(folder.glob("*.jsonl"))
         if not background:
             return len(left)
