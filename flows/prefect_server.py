@@ -33,6 +33,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.environment import ROOT, prefect_home, quiet_environment
 from lesa.atomic import write_json
 from lesa.locks import file_lock, is_free, process_alive, shared_lock
 from lesa.strict_json import StrictJsonError, parse
@@ -134,7 +135,7 @@ def _start(home: Path) -> Server:
                 str(IDLE_SECONDS),
             ],
             env={**_server_environment(home), "PREFECT_SERVER_API_AUTH_STRING": auth},
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -210,8 +211,6 @@ def _serve(home: Path, port: int, idle_seconds: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`status` and `stop` are for people, `serve` is what `shared_server` starts."""
-    from flows.environment import prefect_home, quiet_environment
-
     parser = argparse.ArgumentParser(prog="python -m flows.prefect_server", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("serve", "status", "stop"))
     parser.add_argument("--home", type=Path, default=None, help="Prefect home (default: the repository's)")
