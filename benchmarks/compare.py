@@ -28,7 +28,7 @@ from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.peers.lineup import peers_from_file
 from lesa.peers.method import Method, lesa_method
-from lesa.peers.tuning import TUNING_PROMPTS, Bench
+from lesa.peers.tuning import TUNING_SAMPLES, Bench
 from lesa.recording.prompts import read_splits
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         test = splits["test"]
         if not 1 <= options.prompts <= len(test):
             raise ValueError(f"--prompts must be from 1 to {len(test)}, got {options.prompts}")
-        judged, tuning = test[: options.prompts], splits["train"][:TUNING_PROMPTS]
+        judged, tuning = test[: options.prompts], splits["train"][:TUNING_SAMPLES]
         settings = dataclasses.replace(
             workload.evaluate, prompts=max(2, options.prompts), seeds_per_prompt=options.seeds
         )

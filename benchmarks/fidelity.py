@@ -40,7 +40,7 @@ from lesa.params_file import load_params
 from lesa.peers.lineup import fixed_peers, load_searched
 from lesa.peers.method import Method, lesa_method
 from lesa.peers.rules import rule_method
-from lesa.peers.tuning import TUNING_PROMPTS
+from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests, read_splits
 from lesa.schedule import Schedule, history_problems, stage_of_steps
@@ -161,7 +161,7 @@ def peers_of(
     found = load_searched(searched) if searched.exists() else None
     if found is not None:
         found.refuse(judged, fingerprint(pipe.transformer))
-    tuning = read_splits(workload.paths.prompts)["train"][:TUNING_PROMPTS]
+    tuning = read_splits(workload.paths.prompts)["train"][:TUNING_SAMPLES]
     noise = [workload.record.seed_offset + i for i in range(len(tuning))]
     uniform = {str(count): schedule_of(workload, "uniform", count) for count in counts}
     ours = {str(count): schedule_of(workload, "searched", count) for count in counts}

@@ -14,7 +14,7 @@ from lesa.bundle import Bundle, load_bundle
 from lesa.evaluation.compare import refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.params import Workload
-from lesa.peers.tuning import TUNING_PROMPTS
+from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.publishing.gate import (
     Decision,
     GateJob,
@@ -54,7 +54,7 @@ def measure_and_decide(
         refuse_trained(chosen, bundle.manifest.data["training"])
     offset = fresh_offset(workload, candidate, champion)
     prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
-    tuning_prompts, tuning_seeds = samples(splits["train"][:TUNING_PROMPTS], 1, workload.record.seed_offset)
+    tuning_prompts, tuning_seeds = samples(splits["train"][:TUNING_SAMPLES], 1, workload.record.seed_offset)
     full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
     jobs = {
         " ".join(part): GateJob(

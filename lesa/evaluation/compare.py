@@ -16,7 +16,7 @@ from lesa.params import CallParams, EvaluateParams, Report, Workload
 from lesa.peers.caches import CACHES, tuned_caches
 from lesa.peers.lineup import by_budget, default_methods, peer_methods, predictor_methods
 from lesa.peers.method import Method, lesa_method
-from lesa.peers.tuning import TUNING_PROMPTS
+from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.predictor.predictor import Predictor
 from lesa.recording.prompts import PromptError, prompt_digests, read_splits
 from lesa.sampling.enable import disable, enable
@@ -87,7 +87,7 @@ def tune(workload: Workload, job: TuneJob, report: Report) -> list[Method]:
 
     Training noise, on purpose: what the peers are tuned on must not be what anybody is judged on.
     """
-    tuning = read_splits(workload.paths.prompts)["train"][:TUNING_PROMPTS]
+    tuning = read_splits(workload.paths.prompts)["train"][:TUNING_SAMPLES]
     return tuned_caches(
         load_pipeline(workload.model, workload.resources.device),
         {budget: lesa_method(budget, job.predictor, schedule) for budget, schedule in workload.budgets().items()},
