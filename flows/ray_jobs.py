@@ -86,7 +86,8 @@ def run_jobs(
             many. Threads are part of the last bit of a result: sums are split by them.
 
     Raises:
-        Whatever a job raised; the other jobs are stopped and keep their checkpoints.
+        LesaError: a job's refusal, as the job raised it. Any other error of a job comes with its process's traceback.
+            The other jobs are stopped and keep their checkpoints.
     """
     if min(share.workers, len(jobs)) <= 1:
         return {

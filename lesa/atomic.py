@@ -133,7 +133,7 @@ def fsync_tree(folder: str | Path) -> None:
 def new_dir(final: str | Path, *, replace: bool) -> Iterator[Path]:
     """An empty folder beside `final` to be filled by the block; then it is synced and renamed to `final`.
 
-    The folder is removed, and `final` left as it was, where the block or the commit raises.
+    The folder is removed where the block or the commit raises; a block that raises leaves `final` as it was.
 
     Args:
         replace: True puts it in the place of a `final` that is there; False drops it then: the first to commit wins.
