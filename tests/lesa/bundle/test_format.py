@@ -277,7 +277,7 @@ def test_no_single_change_of_a_manifest_is_more_than_a_refusal(good, schema):
         (lambda d: d.update(branches=["a", "a"]), "branches: must be a list of one to four names, got list ['a', 'a']"),
         (lambda d: d.update(step_range=[10, 5]), "step_range: must be two numbers of steps, the lowest first, got"),
         (lambda d: d.update(step_range=[5, 10]), "step_range: got [5, 10], the predictor was trained on [10, 10]"),
-        (lambda d: d.update(default_budget="9x"), "default_budget: '9x' is not one of 1.67x, 1.43x"),
+        (lambda d: d.update(default_budget="9x"), "default_budget: '9x' is not one of 1.43x, 1.67x"),
         (lambda d: d["model"].update(family="unet"), "model.family: must be one of ['flux'"),
     ],
 )
