@@ -243,7 +243,7 @@ def test_no_single_change_of_a_manifest_is_more_than_a_refusal(good, schema):
     assert Manifest.from_dict(document).to_dict() == document
     read = []
     for path in list(places(document))[1:]:
-        for wrong in (None, True, 0, -1, 1.5, 2**53 - 1, "", "Bad Name", [], [None], {}, {"a": 1}):
+        for wrong in (None, True, -1, "Bad Name", [None], {"a": 1}):
             changed = copy.deepcopy(document)
             parent = changed
             for key in path[:-1]:
