@@ -20,7 +20,7 @@ from benchmarks.peers.learned import learned_peers
 from benchmarks.peers.rule_tuning import tuned_rules
 from benchmarks.results_files import keep, warned
 from lesa.bundle import load_bundle
-from lesa.evaluation.compare import TUNING_SAMPLES, compare, load_scorer
+from lesa.evaluation.compare import compare, load_scorer
 from lesa.evaluation.table import format_table
 from lesa.models.fingerprint import fingerprint
 from lesa.models.pipelines import load_pipeline
@@ -28,7 +28,7 @@ from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.peers.lineup import peers_from_file
 from lesa.peers.method import Method, lesa_method
-from lesa.peers.tuning import Bench
+from lesa.peers.tuning import TUNING_SAMPLES, Bench
 from lesa.recording.prompts import read_splits
 
 

@@ -30,7 +30,7 @@ from benchmarks.studies.choices import trained
 from benchmarks.studies.lesa_schedules import lesa_schedules
 from benchmarks.studies.memorization import CONTROL, learned_by_heart
 from benchmarks.studies.memorization import table as heart_table
-from lesa.evaluation.compare import TUNING_SAMPLES, evaluate_methods, load_scorer, refuse_trained
+from lesa.evaluation.compare import evaluate_methods, load_scorer, refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.evaluation.results import Results
 from lesa.models.fingerprint import fingerprint
@@ -40,6 +40,7 @@ from lesa.params_file import load_params
 from lesa.peers.lineup import fixed_peers, load_searched
 from lesa.peers.method import Method, lesa_method
 from lesa.peers.rules import rule_method
+from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests, read_splits
 from lesa.schedule import Schedule, history_problems, stage_of_steps

@@ -8,7 +8,7 @@ no flow has held its lease for a while. Nothing of it is needed afterwards: what
 
 Files, all under the Prefect home (private, ignored by git):
     server.json   pid, url and the password of this server (mode 0600)
-    server.lock   held while somebody starts or stops the server
+    server.lock   there while somebody starts or stops the server
     server.lease  shared lock of every running flow; the kernel frees it when a process dies
     server.log    the server's own output
 """
@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
-import json
+import math
 import os
 import secrets
 import signal
@@ -33,46 +32,32 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from flows.environment import ROOT, prefect_home, quiet_environment
+from lesa.atomic import write_json
+from lesa.locks import file_lock, is_free, process_alive, shared_lock
+from lesa.strict_json import StrictJsonError, parse
+from lesa.validation import build, setting
 
 IDLE_SECONDS = 60.0  # longer than DVC ever pauses between two stages to hash what they wrote
 START_TIMEOUT_SECONDS = 120.0  # a fresh database is migrated at the first start, 10-20 s on two busy cores
 LOOPBACK = "127.0.0.1"
+_MAX_BYTES = 4096  # of server.json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
     """Where a running server is, and the password it asks for."""
 
-    pid: int
+    pid: int = setting(low=1)
     url: str
     auth: str = dataclasses.field(repr=False)
 
 
-def _open_private(path: Path) -> IO[str]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
-
-
-@contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[bool]:
-    """flock `path`; yields False when LOCK_NB was asked for and somebody else holds it."""
-    with _open_private(path) as file:
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+def _starting_or_stopping(home: Path) -> contextlib.AbstractContextManager[None]:
+    """Held by who starts or stops the server of this home."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return file_lock(home / "server.lock", timeout=math.inf, mode=0o600)
 
 
 def healthy(url: str, auth: str, timeout: float = 5.0) -> bool:
@@ -92,10 +77,12 @@ def healthy(url: str, auth: str, timeout: float = 5.0) -> bool:
 def read(home: Path) -> Server | None:
     """The server of this home if its process is alive, else None."""
     try:
-        server = Server(**json.loads((home / "server.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        document = parse((home / "server.json").read_bytes(), max_bytes=_MAX_BYTES)
+    except (OSError, StrictJsonError):
         return None
-    return server if alive(server.pid) else None
+    problems: list[str] = []
+    server = build(Server, document, "server.json", problems)
+    return server if not problems and process_alive(server.pid) else None
 
 
 @contextlib.contextmanager
@@ -107,8 +94,8 @@ def shared_server(home: Path) -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         # The lease is taken inside the start lock: the server decides to stop under the same lock, so it can
         # never stop between our finding it and our holding it.
-        with _locked(home / "server.lock", fcntl.LOCK_EX):
-            stack.enter_context(_locked(home / "server.lease", fcntl.LOCK_SH))
+        with _starting_or_stopping(home):
+            stack.enter_context(shared_lock(home / "server.lease"))
             server = read(home)
             if server is None or not _wait_healthy(server):
                 server = _start(home)
@@ -117,7 +104,7 @@ def shared_server(home: Path) -> Iterator[Server]:
 
 def _wait_healthy(server: Server, seconds: float = START_TIMEOUT_SECONDS) -> bool:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and alive(server.pid):
+    while time.monotonic() < deadline and process_alive(server.pid):
         if healthy(server.url, server.auth):
             return True
         time.sleep(0.1)
@@ -148,16 +135,14 @@ def _start(home: Path) -> Server:
                 str(IDLE_SECONDS),
             ],
             env={**_server_environment(home), "PREFECT_SERVER_API_AUTH_STRING": auth},
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C of one stage is not meant for it
         )
     server = Server(pid=process.pid, url=f"http://{LOOPBACK}:{port}/api", auth=auth)
-    with _open_private(home / "server.json") as file:
-        file.truncate(0)
-        json.dump(dataclasses.asdict(server), file)
+    write_json(home / "server.json", dataclasses.asdict(server), mode=0o600)
     if not _wait_healthy(server):
         process.kill()
         tail = log_path.read_text(errors="replace")[-2000:]
@@ -179,16 +164,16 @@ def _server_environment(home: Path) -> dict[str, str]:
 
 def stop(home: Path, seconds: float = 10.0) -> bool:
     """Stops the server of this home; True when there was one."""
-    with _locked(home / "server.lock", fcntl.LOCK_EX):
+    with _starting_or_stopping(home):
         server = read(home)
         (home / "server.json").unlink(missing_ok=True)
     if server is None:
         return False
     os.kill(server.pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds
-    while alive(server.pid) and time.monotonic() < deadline:
+    while process_alive(server.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if alive(server.pid):
+    if process_alive(server.pid):
         os.kill(server.pid, signal.SIGKILL)
     return True
 
@@ -208,16 +193,11 @@ def _serve(home: Path, port: int, idle_seconds: float) -> None:
             if not home.is_dir():  # a temporary checkout was removed under us
                 server.should_exit = True
                 return
-            with _locked(home / "server.lease", fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
-                pass
-            if not free:
+            if not is_free(home / "server.lease", shared=True):
                 last_used = time.monotonic()
             elif time.monotonic() - last_used > idle_seconds:
-                with (
-                    _locked(home / "server.lock", fcntl.LOCK_EX),
-                    _locked(home / "server.lease", fcntl.LOCK_EX | fcntl.LOCK_NB) as still_free,
-                ):
-                    if still_free:
+                with _starting_or_stopping(home):
+                    if is_free(home / "server.lease", shared=True):  # a lease is taken under this lock only
                         known = read(home)
                         if known is not None and known.pid == os.getpid():
                             (home / "server.json").unlink(missing_ok=True)
@@ -231,8 +211,6 @@ def _serve(home: Path, port: int, idle_seconds: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`status` and `stop` are for people, `serve` is what `shared_server` starts."""
-    from flows.environment import prefect_home, quiet_environment
-
     parser = argparse.ArgumentParser(prog="python -m flows.prefect_server", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("serve", "status", "stop"))
     parser.add_argument("--home", type=Path, default=None, help="Prefect home (default: the repository's)")

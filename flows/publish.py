@@ -18,7 +18,7 @@ from flows.registry.promotion import Judgement
 from flows.registry.registry import CANDIDATE, Registry
 from flows.registry.tags import budget_quality, evaluation_facts, read_metrics, registry_tags
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
-from flows.tracking.client import redact, tracking_uri
+from flows.tracking.client import tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
 from lesa.atomic import write_json
@@ -27,6 +27,7 @@ from lesa.params import Workload
 from lesa.publishing.build import make_bundle
 from lesa.publishing.calibration import measure_bounds
 from lesa.publishing.gate import shared_out
+from lesa.pull import redacted
 from lesa.recording.dataset import recorded_elsewhere, recorded_splits
 from lesa.training.jobs import load_predictor
 
@@ -77,7 +78,7 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     )
     del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
     release_memory()
-    log.info("registry: %s", redact(tracking_uri(root)))
+    log.info("registry: %s", redacted(tracking_uri(root)))
     registry = Registry(experiment_name(workload), root)
     candidate = registry.register(
         bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}

@@ -86,7 +86,8 @@ def run_jobs(
             many. Threads are part of the last bit of a result: sums are split by them.
 
     Raises:
-        Whatever a job raised; the other jobs are stopped and keep their checkpoints.
+        LesaError: a job's refusal, as the job raised it. Any other error of a job comes with its process's traceback.
+            The other jobs are stopped and keep their checkpoints.
     """
     if min(share.workers, len(jobs)) <= 1:
         return {
@@ -117,7 +118,7 @@ def run_jobs(
                     results[calls[call]] = ray.get(call)
                 except RayTaskError as error:
                     if isinstance(error.cause, LesaError):  # of anything else the worker's whole traceback is wanted
-                        raise LesaError(str(error.cause)) from None
+                        raise error.cause from None
                     raise
         return {name: results[name] for name in jobs}
 

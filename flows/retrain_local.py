@@ -19,6 +19,7 @@ from pathlib import Path
 
 from flows.environment import ROOT, prefect_home
 from flows.prefect_server import LOOPBACK, START_TIMEOUT_SECONDS, healthy
+from lesa.locks import process_alive
 
 POOL = "lesa"
 STOP_SECONDS = 20.0
@@ -72,7 +73,7 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             process.poll()  # reaps it
-            family = [pid for pid in {*family, *(d for p in family for d in descendants(p))} if _runs(pid)]
+            family = [pid for pid in {*family, *(d for p in family for d in descendants(p))} if process_alive(pid)]
             if not family:
                 return
             time.sleep(0.1)
@@ -92,13 +93,6 @@ def descendants(pid: int) -> list[int]:
         found += below
         waiting += below
     return found
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
-    except OSError:
-        return False
 
 
 def prefect(*arguments: str, environment: dict[str, str]) -> None:

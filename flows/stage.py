@@ -138,7 +138,7 @@ def stage_main(
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_traceback_of_refusals)
     try:
-        (check or _check_settings)(args.workload)
+        (check or read_workload)(args.workload)
         result = run_flow(flow, workload=args.workload)
     except KeyboardInterrupt:
         print("interrupted: what is committed stays, run again to go on", file=sys.stderr)
@@ -154,12 +154,6 @@ def stage_main(
     if result is not None:
         print(json.dumps(result, indent=1, sort_keys=True, default=str))
     return 0
-
-
-def _check_settings(workload: str | None) -> None:
-    pass
-
-    read_workload(workload)
 
 
 def is_refusal(error: BaseException | None) -> bool:

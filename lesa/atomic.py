@@ -1,4 +1,4 @@
-"""Durable writing: aside, synced, then committed by one rename; and the digests and locks that go with it.
+"""Durable writing: aside, synced, then committed by one rename; and the digests that go with it.
 
 Whatever ends in `.partial` is unfinished and belongs to nobody once the process in its name is gone.
 """
@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -23,15 +24,17 @@ _COUNTER = itertools.count()  # two threads of one process must not share a temp
 _BLOCK = 1 << 20  # bytes read at a time when hashing
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` so that `path` holds its old content or all of the new one, also after a power cut."""
+def write_bytes(path: str | Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write `data` so that `path` holds its old content or all of the new one, also after a power cut.
+
+    Args:
+        mode: of the file, less the umask; 0o600 for a secret.
+    """
     path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_COUNTER)}{PARTIAL}")
     try:
         # O_EXCL and O_NOFOLLOW: a link planted under the temporary name is an error, not a way out.
-        descriptor = os.open(
-            aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -47,9 +50,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     fsync_dir(path.parent)
 
 
-def write_json(path: str | Path, value: object, *, sort_keys: bool = True) -> None:
+def write_json(path: str | Path, value: object, *, sort_keys: bool = True, mode: int = 0o666) -> None:
     """Write `value` as indented JSON with sorted keys; NaN and infinities are refused (ValueError)."""
-    write_bytes(path, json_bytes(value, sort_keys=sort_keys))
+    write_bytes(path, json_bytes(value, sort_keys=sort_keys), mode=mode)
 
 
 def json_bytes(value: object, *, sort_keys: bool = True) -> bytes:
@@ -89,30 +92,19 @@ def open_regular(path: str | Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def tree_digest(folder: str | Path) -> str:
-    """One SHA-256 for a folder: relative paths and contents, nothing of times, owners or order on disk.
-
-    Links and special files raise OSError.
-    """
-    digest = hashlib.sha256()
-    for relative in regular_files(Path(folder)):
-        digest.update(f"{relative}\0{sha256_file(Path(folder) / relative)}\n".encode())
-    return digest.hexdigest()
-
-
 def regular_files(folder: str | Path, prefix: str = "") -> list[str]:
     """Relative paths of all files under `folder`, sorted; OSError for a link, FIFO or device among them."""
-    found = []
+    files = []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = f"{prefix}{entry.name}"
             if entry.is_dir(follow_symlinks=False):
-                found += regular_files(entry.path, f"{name}/")
+                files += regular_files(entry.path, f"{name}/")
             elif entry.is_file(follow_symlinks=False):
-                found.append(name)
+                files.append(name)
             else:
                 raise OSError(errno.EINVAL, "neither a regular file nor a folder", entry.path)
-    return sorted(found)
+    return sorted(files)
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -137,19 +129,40 @@ def fsync_tree(folder: str | Path) -> None:
         fsync_dir(root)
 
 
-def commit_dir(partial: str | Path, final: str | Path) -> bool:
-    """Sync `partial` and rename it to `final`. False, and `partial` removed, if `final` is there already."""
-    partial, final = Path(partial), Path(final)
+@contextmanager
+def new_dir(final: str | Path, *, replace: bool) -> Iterator[Path]:
+    """An empty folder beside `final` to be filled by the block; then it is synced and renamed to `final`.
+
+    The folder is removed where the block or the commit raises; a block that raises leaves `final` as it was.
+
+    Args:
+        replace: True puts it in the place of a `final` that is there; False drops it then: the first to commit wins.
+    """
+    final = Path(final)
+    partial = final.with_name(partial_name(final.name))
+    partial.mkdir()
+    try:
+        yield partial
+        if replace:
+            replace_dir(partial, final)
+        else:
+            _commit_first(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _commit_first(partial: Path, final: Path) -> None:
+    """Sync `partial` and rename it to `final`; `partial` is removed if `final` is there already."""
     fsync_tree(partial)
     try:
-        os.rename(partial, final)  # fails on a folder with content: the first to commit wins
+        os.rename(partial, final)  # fails on a folder with content
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         shutil.rmtree(partial)
-        return False
-    fsync_dir(final.parent)
-    return True
+    else:
+        fsync_dir(final.parent)
 
 
 def replace_dir(partial: str | Path, final: str | Path) -> None:

@@ -66,9 +66,6 @@ def model_of(manifest: Manifest, base: str | None = None, revision: str | None =
     return ModelParams(family=manifest.family, source=source, revision=revision, dtype=dtype)
 
 
-_NUM_TUNING = 16  # training prompts that the threshold caches are tuned on
-
-
 def load(source: str, digest: str | None = None) -> Bundle:
     """A bundle from a folder or a registry address."""
     if not source.startswith(REGISTRY_PREFIX):
@@ -118,6 +115,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from lesa.evaluation.table import format_table
     from lesa.models.fingerprint import fingerprint
     from lesa.peers.lineup import peers_from_file
+    from lesa.peers.tuning import TUNING_SAMPLES
 
     if arguments.seeds < 1 or arguments.num_prompts < 1:
         raise LesaError("--seeds and --num-prompts: must be at least 1")
@@ -125,7 +123,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     settings, tuning, scorer = EvaluateParams(), [], None
     if Path("params.yaml").is_file():
         workload = load_params("params.yaml", bundle.manifest.workload)
-        settings, tuning = workload.evaluate, read_prompts(workload.paths.prompts, "train")[:_NUM_TUNING]
+        settings, tuning = workload.evaluate, read_prompts(workload.paths.prompts, "train")[:TUNING_SAMPLES]
         scorer = load_scorer(workload) if workload.scorer and Path(workload.scorer).is_dir() else None
         held_out = read_prompts(workload.paths.prompts, "test")
     if arguments.prompts is not None:

@@ -1,4 +1,7 @@
-"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions."""
+"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions.
+
+Nor does importing it bring torch: what shows addresses needs `redacted` alone.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
-from lesa.bundle import BundleError, load_bundle
 from lesa.errors import LesaError
 
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
@@ -20,6 +22,9 @@ _URI = re.compile(
     r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))"
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+# user:password@ up to the last @ of the host's part, with or without a scheme before it; what follows ? and #.
+_USER = re.compile(r"(?<=://)[^/\s]*@|(?<![^\s'\"(<])[^\s/@:'\"(<]+:[^\s/]*@")
+_QUERY = re.compile(r"(?<=://)([^\s?#\"<>]*)([?#])[^\s\"<>]+")
 
 
 class PullError(LesaError):
@@ -40,10 +45,10 @@ def pull(uri: str, tracking_uri: str | None = None) -> Path:
     Raises:
         PullError: naming what is missing; a database is never created.
     """
-    found = _URI.fullmatch(uri)
-    if found is None:
+    parts = _URI.fullmatch(uri)
+    if parts is None:
         raise PullError(f"{uri!r} is not of the form models:/name@alias or models:/name/version")
-    name, alias, number = found.groups()
+    name, alias, number = parts.groups()
     registry = _registry(tracking_uri)
     client_class = _client_class()
     try:
@@ -67,8 +72,8 @@ def pull(uri: str, tracking_uri: str | None = None) -> Path:
     except PullError:
         raise
     except Exception as error:  # MLflow's errors, and those of the store behind it
-        text = " ".join(str(error).replace(registry, _redacted(registry)).split())[:500]
-        raise PullError(f"{uri} from {_redacted(registry)}: {text}") from None
+        text = " ".join(redacted(str(error)).split())[:500]
+        raise PullError(f"{uri} from {redacted(registry)}: {text}") from None
     return folder
 
 
@@ -126,7 +131,7 @@ def _download(source: str, registry: str, folder: Path, digest: str) -> None:
         problem = _problem(made, digest)
         if problem is not None:
             raise PullError(
-                f"{_redacted(source)}: not the bundle that was registered: {problem}; register it again or "
+                f"{redacted(source)}: not the bundle that was registered: {problem}; register it again or "
                 "move the alias back"
             )
         if folder.exists():
@@ -142,6 +147,8 @@ def _download(source: str, registry: str, folder: Path, digest: str) -> None:
 
 def _problem(folder: Path, digest: str) -> str | None:
     """Why the folder is not the bundle with this digest; None if it is, to the last byte."""
+    from lesa.bundle import BundleError, load_bundle
+
     try:
         load_bundle(folder, expected_digest=digest)
     except BundleError as error:
@@ -161,7 +168,6 @@ def _cache() -> Path:
     return folder
 
 
-def _redacted(uri: str) -> str:
-    """The address without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def redacted(text: str) -> str:
+    """`text` without what may be secret in the addresses in it: users, passwords, queries and fragments."""
+    return _QUERY.sub(r"\1\2***", _USER.sub("***@", text))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lesa.errors import LesaError
+from lesa.validation import is_int
 
 MIN_CARRIED = 3  # full steps that a schedule keeps, however short the run it is carried to
 
@@ -30,9 +31,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         problems = []
-        if not _is_int(self.num_steps) or self.num_steps < 1:
+        if not is_int(self.num_steps) or self.num_steps < 1:
             problems.append(f"num_steps must be an integer of at least 1, got {self.num_steps!r}")
-        elif not all(_is_int(step) for step in self.full_steps):
+        elif not all(is_int(step) for step in self.full_steps):
             problems.append(f"full_steps must be integers, got {list(self.full_steps)}")
         else:
             if list(self.full_steps) != sorted(set(self.full_steps)):
@@ -58,12 +59,12 @@ class Schedule:
             cooldown_steps: trailing steps that are always full, >= 0.
         """
         problems = []
-        if not _is_int(num_steps) or num_steps < 1:
+        if not is_int(num_steps) or num_steps < 1:
             problems.append(f"num_steps must be an integer of at least 1, got {num_steps!r}")
-        if not _is_int(interval) or interval < 1:
+        if not is_int(interval) or interval < 1:
             problems.append(f"interval must be an integer of at least 1 (1 is plain sampling), got {interval!r}")
         for name, value in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
-            if not _is_int(value) or value < 0:
+            if not is_int(value) or value < 0:
                 problems.append(f"{name} must be an integer of at least 0, got {value!r}")
         if problems:
             raise LesaError("schedule: " + "; ".join(problems))
@@ -91,7 +92,7 @@ class Schedule:
         Raises:
             ValueError: `num_steps` is no number of steps.
         """
-        if not _is_int(num_steps) or num_steps < 1:
+        if not is_int(num_steps) or num_steps < 1:
             raise LesaError(f"schedule: num_steps must be an integer of at least 1, got {num_steps!r}")
         count = min(num_steps, max(least, math.floor(num_steps / self.ratio + 0.5)))
         lead = list(range(min(2, count)))
@@ -180,10 +181,6 @@ def history_problems(
                 )
                 break
     return problems
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def stage_of_steps(sigmas: torch.Tensor, boundaries: Sequence[float]) -> list[int]:

@@ -22,8 +22,16 @@ class StrictJsonError(LesaError):
     """Why a document was refused, with the place where there is one."""
 
 
-def parse(data: bytes, *, max_bytes: int) -> dict[str, Any]:
-    """The object in `data`; `StrictJsonError` says why there is none."""
+def parse(data: bytes, *, max_bytes: int, printable: bool = True) -> dict[str, Any]:
+    """The object in `data`.
+
+    Args:
+        printable: False lets control and format characters pass, in texts that are compared or shown as `repr` alone:
+            a prompt may join its letters with them.
+
+    Raises:
+        StrictJsonError: why there is none, and where.
+    """
     if len(data) > max_bytes:
         raise StrictJsonError(f"{len(data)} bytes, at most {max_bytes} are read")
     if data.startswith(b"\xef\xbb\xbf"):
@@ -46,7 +54,7 @@ def parse(data: bytes, *, max_bytes: int) -> dict[str, Any]:
         raise StrictJsonError(f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     if not isinstance(value, dict):
         raise StrictJsonError(f"must be an object, got {type(value).__name__}")
-    _check(value, "", 1)
+    _check(value, "", 1, "Cc Cf Cs" if printable else "Cs")
     return value
 
 
@@ -79,23 +87,24 @@ def _constant(text: str) -> float:
     raise StrictJsonError(f"{text} is not a number")
 
 
-def _check(value: Any, where: str, depth: int) -> None:
+def _check(value: Any, where: str, depth: int, refused: str) -> None:
+    """Refuse what is too deep or too long, and characters of the `refused` Unicode categories."""
     if depth > MAX_DEPTH:
         raise StrictJsonError(f"nested deeper than {MAX_DEPTH} at {where[:80]}")
     if isinstance(value, str):
-        _check_text(value, where)
+        _check_text(value, where, refused)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_text(key, where)
-            _check(item, f"{where}.{key}" if where else key, depth + 1)
+            _check_text(key, where, refused)
+            _check(item, f"{where}.{key}" if where else key, depth + 1, refused)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]", depth + 1)
+            _check(item, f"{where}[{index}]", depth + 1, refused)
 
 
-def _check_text(text: str, where: str) -> None:
+def _check_text(text: str, where: str, refused: str) -> None:
     if len(text) > MAX_STRING:
         raise StrictJsonError(f"text of {len(text)} characters at {where[:80]}, at most {MAX_STRING}")
     # Control, format (right-to-left marks) and surrogate characters could rewrite a terminal or a log.
-    if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cf", "Cs") for char in text):
+    if not text.isprintable() and any(unicodedata.category(char) in refused for char in text):
         raise StrictJsonError(f"control characters in the text at {where[:80]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +11,23 @@ from flows.ray_jobs import run_jobs
 from flows.registry.registry import Version
 from flows.tracking.run import Reporter
 from lesa.bundle import Bundle, load_bundle
-from lesa.errors import LesaError
 from lesa.evaluation.compare import refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.params import Workload
-from lesa.publishing.gate import Decision, GateJob, NamedBundle, decide, measure_budgets, shared_out
+from lesa.peers.tuning import TUNING_SAMPLES
+from lesa.publishing.gate import (
+    Decision,
+    GateJob,
+    NamedBundle,
+    decide,
+    fresh_offset,
+    measure_budgets,
+    shared_out,
+)
 from lesa.pull import pull
 from lesa.recording.prompts import read_splits
 
 CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
-TUNING_PROMPTS = 16  # training prompts that peers with a threshold are tuned on
 
 
 def measure_and_decide(
@@ -48,7 +54,7 @@ def measure_and_decide(
         refuse_trained(chosen, bundle.manifest.data["training"])
     offset = fresh_offset(workload, candidate, champion)
     prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
-    tuning = splits["train"][:TUNING_PROMPTS]
+    tuning_prompts, tuning_seeds = samples(splits["train"][:TUNING_SAMPLES], 1, workload.record.seed_offset)
     full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
     jobs = {
         " ".join(part): GateJob(
@@ -56,8 +62,8 @@ def measure_and_decide(
             bundles=tuple(NamedBundle(name=n, folder=b.path.resolve(), digest=b.digest) for n, b in bundles.items()),
             prompts=prompts,
             seeds=seeds,
-            tuning_prompts=tuning,
-            tuning_seeds=[workload.record.seed_offset + index for index in range(len(tuning))],
+            tuning_prompts=tuning_prompts,
+            tuning_seeds=tuning_seeds,
         )
         for part in shared_out(full_steps, workload.resources.publish.workers)
     }
@@ -83,21 +89,6 @@ def measure_and_decide(
         tail_tolerance_db=workload.publish.tail_tolerance_db,
     )
     return decision, {"prompts": len(chosen), "samples": len(prompts), "first_seed": offset}
-
-
-def fresh_offset(workload: Workload, candidate: Bundle, champion: Bundle | None) -> int:
-    """First noise seed of this judgement: new for every pair of bundles, and repeatable for one.
-
-    It lies far above the seeds of recording and evaluation; were it the same every time, a long line of
-    candidates would be chosen for the luck they have with it.
-    """
-    pair = f"{candidate.digest}/{champion.digest if champion else ''}"
-    block = int.from_bytes(hashlib.sha256(pair.encode()).digest()[:3], "big")
-    start = workload.publish.gate_seed_offset + (1 << 32) + block * (1 << 16)
-    used = max(workload.record.seed_offset, workload.evaluate.seed_offset) + (1 << 24)
-    if start < used:
-        raise LesaError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
-    return start
 
 
 class Judgement:

@@ -18,7 +18,7 @@ from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sha256_file
 from lesa.bundle.manifest import READ
 from lesa.errors import LesaError
-from lesa.locks import waiting_lock
+from lesa.locks import file_lock
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"
@@ -171,7 +171,7 @@ class Registry:
         return Version(name=self.name, number=str(found.version), tags=dict(found.tags))
 
     def _lock(self, what: str) -> Any:
-        return waiting_lock(state_folder(self.root) / f"{self.name}.{what}.lock", seconds=120)
+        return file_lock(state_folder(self.root) / f"{self.name}.{what}.lock", timeout=120.0)
 
 
 def fingerprint_alias(fingerprint: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +9,21 @@ from typing import Any
 from lesa.errors import LesaError
 from lesa.params import Workload
 from lesa.recording.prompts import prompts_digest, read_splits
+from lesa.strict_json import StrictJsonError, parse
 
+MAX_METRICS = 16 << 20  # bytes of metrics.json
 QUALITY = {"psnr_mean": "mean", "psnr_p5": "p5", "psnr_low": "low", "psnr_high": "high"}
 
 
 def read_metrics(workload: Workload) -> dict[str, Any]:
-    """metrics.json of the workload's report; ValueError naming the stage to run when it is missing."""
+    """metrics.json of the workload's report; LesaError naming the stage to run when it is missing or torn."""
     path = workload.paths.report / "metrics.json"
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text())
+        return parse(path.read_bytes(), max_bytes=MAX_METRICS)
     except FileNotFoundError:
         raise LesaError(f"{path} does not exist: run the evaluate stage first") from None
-    return metrics
+    except StrictJsonError as error:
+        raise LesaError(f"{path}: {error}: run the evaluate stage again") from None
 
 
 def budget_quality(workload: Workload, metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from flows.environment import ROOT, state_folder
 from lesa.errors import LesaError
-from lesa.locks import waiting_lock
-
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-_QUERY_SECRET = re.compile(r"(?i)([?&](?:password|passwd|token|key|secret|signature|sig)=)[^&#\s]*")
-
-
-def redact(text: str) -> str:
-    """`text` without the user:password part and secret-looking query values of any URL in it."""
-    return _QUERY_SECRET.sub(r"\1***", _USERINFO.sub("***@", text))
+from lesa.locks import file_lock
 
 
 def tracking_uri(root: Path = ROOT) -> str:
@@ -36,7 +27,7 @@ def connect(root: Path = ROOT) -> Any:
     uri = tracking_uri(root)
     if uri.startswith("sqlite:"):
         # Two processes that both find no tables would both create them.
-        with waiting_lock(state_folder(root) / "database.lock"):
+        with file_lock(state_folder(root) / "database.lock", timeout=60.0):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
         return client

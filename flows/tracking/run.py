@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -28,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.environment import ROOT, state_folder
-from flows.tracking.client import redact, tracking_uri
+from flows.tracking.client import tracking_uri
 from flows.tracking.sender import start_sender
+from lesa.locks import new_locked_file
+from lesa.pull import redacted
 
 DRAIN_SECONDS = 3.0  # the most a finished run waits for MLflow; the sender goes on by itself
 PROGRESS_SECONDS = 5.0  # between two lines on the screen
@@ -97,10 +98,7 @@ class Tracker:
         self.root = root
         self.spool_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
         path = state_folder(root) / f"{self.spool_id}.jsonl"
-        new = path.with_suffix(".new")  # a sender sees it only once it is owned
-        self._owned = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._owned, fcntl.LOCK_EX)
-        os.rename(new, path)
+        self._owned = new_locked_file(path)  # a sender takes a spool without owner for a killed run's
         self.reporter = Reporter(path=path, name=name)
         self.reporter.write(
             kind="start",
@@ -157,7 +155,7 @@ class Tracker:
             log.warning(
                 "MLflow at %s has not taken the run %r within %.0f s. It is kept in %s; sending goes on in "
                 "the background, with the next run, or by `python -m flows.tracking.sender`",
-                redact(tracking_uri(self.root)),
+                redacted(tracking_uri(self.root)),
                 self.reporter.name,
                 drain_seconds,
                 path,

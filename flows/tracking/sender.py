@@ -9,7 +9,6 @@ was measured, so MLflow recognises one that it has. A spool is removed when MLfl
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import math
@@ -20,10 +19,13 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flows.environment import ROOT, state_folder
-from flows.tracking.client import connect, experiment_id, find_or_create_run, redact
+from flows.tracking.client import connect, experiment_id, find_or_create_run
+from lesa.atomic import sweep_partials, write_json
+from lesa.locks import Locked, file_lock, is_free
+from lesa.pull import redacted
 
 LINGER_SECONDS = 30.0  # the most a sender goes on after the last run ended
 IDLE_SECONDS = 15.0  # how long one with nothing to do waits for the next stage's run
@@ -35,7 +37,7 @@ log = logging.getLogger("flows.tracking.sender")
 
 def start_sender(root: Path) -> None:
     """Starts a sender unless one is at work; it outlives a killed trainer for at most LINGER_SECONDS."""
-    if not _is_free(state_folder(root) / "sender.lock"):
+    if not is_free(state_folder(root) / "sender.lock"):
         return
     try:
         with open(state_folder(root) / "sender.log", "ab") as output:
@@ -45,20 +47,6 @@ def start_sender(root: Path) -> None:
             )  # fmt: skip
     except OSError as error:
         log.warning("the sender to MLflow did not start (%s); the run stays in its spool", error)
-
-
-def _is_free(path: Path) -> bool:
-    """Whether nobody holds the lock on a file."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    with os.fdopen(descriptor) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
 
 class Spool:
@@ -75,7 +63,7 @@ class Spool:
 
     def send(self, client: Any, root: Path) -> bool:
         """Brings what is new to MLflow; True when the run is complete there (the spool is then removed)."""
-        orphan = _is_free(self.path)  # asked before reading: what an owner wrote before it ended is then read
+        orphan = is_free(self.path)  # asked before reading: what an owner wrote before it ended is then read
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read()
@@ -123,9 +111,7 @@ class Spool:
             client.log_batch(self.run_id, metrics=points[start : start + BATCH])
 
     def _save(self) -> None:
-        temporary = self.mark.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"offset": self.offset, "run_id": self.run_id}))
-        os.replace(temporary, self.mark)
+        write_json(self.mark, {"offset": self.offset, "run_id": self.run_id})
 
     def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -163,45 +149,41 @@ def send_all(root: Path = ROOT, *, background: bool = False) -> int:
     after the last run ended. In the foreground it tries each spool once.
     """
     folder = state_folder(root)
-    descriptor = os.open(folder / "sender.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "r+") as lock:
-        if not _acquire(lock):
-            return len(list(folder.glob("*.jsonl")))
-        if background:
-            threading.Thread(target=_give_up_when_alone, args=(folder,), daemon=True).start()
-        client: Any = None
-        pause, idle_since = 0.2, time.monotonic()
-        while True:
-            failed = False
-            for path in sorted(folder.glob("*.jsonl")):
-                try:
-                    client = client or connect(root)
-                    Spool(path).send(client, root)
-                except FileNotFoundError:
-                    continue
-                except Exception as error:  # whatever MLflow or the network answers
-                    failed = True
-                    print(f"{path.name}: {type(error).__name__}: {redact(str(error))[:500]}", file=sys.stderr)
-            left = sorted(folder.glob("*.jsonl"))
-            if not background:
-                return len(left)
-            if left:
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > IDLE_SECONDS:
-                return 0
-            pause = min(pause * 2, 10.0) if failed else 0.2
-            time.sleep(pause)
+    try:
+        # Who only asks whether a sender is at work holds its lock for an instant.
+        with file_lock(folder / "sender.lock", timeout=0.5):
+            return _send_spools(root, folder, background)
+    except Locked:
+        return len(list(folder.glob("*.jsonl")))
 
 
-def _acquire(lock: IO[str], tries: int = 10) -> bool:
-    """Takes the sender's lock; a few tries, for whoever only looks at it holds it for an instant too."""
-    for _ in range(tries):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.05)
-    return False
+def _send_spools(root: Path, folder: Path, background: bool) -> int:
+    """`send_all`, alone at work in `folder`."""
+    sweep_partials(folder)
+    if background:
+        threading.Thread(target=_give_up_when_alone, args=(folder,), daemon=True).start()
+    client: Any = None
+    pause, idle_since = 0.2, time.monotonic()
+    while True:
+        failed = False
+        for path in sorted(folder.glob("*.jsonl")):
+            try:
+                client = client or connect(root)
+                Spool(path).send(client, root)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # whatever MLflow or the network answers
+                failed = True
+                print(f"{path.name}: {type(error).__name__}: {redacted(str(error))[:500]}", file=sys.stderr)
+        left = sorted(folder.glob("*.jsonl"))
+        if not background:
+            return len(left)
+        if left:
+            idle_since = time.monotonic()
+        elif time.monotonic() - idle_since > IDLE_SECONDS:
+            return 0
+        pause = min(pause * 2, 10.0) if failed else 0.2
+        time.sleep(pause)
 
 
 def _give_up_when_alone(folder: Path) -> None:
@@ -209,7 +191,7 @@ def _give_up_when_alone(folder: Path) -> None:
     last_owned = time.monotonic()
     while True:
         time.sleep(1.0)
-        if any(not _is_free(path) for path in folder.glob("*.jsonl")):
+        if any(not is_free(path) for path in folder.glob("*.jsonl")):
             last_owned = time.monotonic()
         elif time.monotonic() - last_owned > LINGER_SECONDS or not folder.is_dir():
             os._exit(0)

@@ -8,7 +8,6 @@ noticed only where the expected digest comes from elsewhere (registry tag, DVC l
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,9 +92,7 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
         "files": {WEIGHTS: {"bytes": len(weights), "sha256": atomic.sha256_bytes(weights)}},
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(atomic.partial_name(folder.name))
-    partial.mkdir()
-    try:
+    with atomic.new_dir(folder, replace=True) as partial:
         try:
             atomic.write_json(partial / MANIFEST, document)
         except ValueError as error:  # NaN, or something that is no JSON
@@ -104,10 +101,6 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
         checked = Manifest.from_dict(document, folder)
         atomic.write_bytes(partial / README, card(checked).encode())
         load_bundle(partial)
-        atomic.replace_dir(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return load_bundle(folder)
 
 
@@ -115,9 +108,9 @@ def _predictor(folder: Path, manifest: Manifest, weights: bytes) -> Predictor:
     problems = []
     if len(weights) != manifest.weights_bytes:
         problems.append(f"{WEIGHTS}: {len(weights)} bytes, the manifest says {manifest.weights_bytes}")
-    found = atomic.sha256_bytes(weights)
-    if found != manifest.weights_sha256:
-        problems.append(f"{WEIGHTS}: SHA-256 is {found}, the manifest says {manifest.weights_sha256}")
+    digest = atomic.sha256_bytes(weights)
+    if digest != manifest.weights_sha256:
+        problems.append(f"{WEIGHTS}: SHA-256 is {digest}, the manifest says {manifest.weights_sha256}")
     if problems:
         raise BundleError(folder, problems)
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lesa.pull import redacted
+
 _CORE = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 _PIPELINE = ("prefect", "ray", "dvc", "zarr", "mlflow", "pykan", "scikit-learn", "matplotlib")
 _PREFECT_DEFAULT = "http://127.0.0.1:4200/api"
@@ -80,14 +82,14 @@ def _registry() -> dict[str, Any]:
         return {"where": "./mlflow.db", "reachable": True if exists else None}
     if uri.startswith("sqlite:///"):
         return {"where": uri, "reachable": Path(uri.removeprefix("sqlite:///")).is_file()}
-    return {"where": public(uri), "reachable": answers(uri)}
+    return {"where": redacted(uri), "reachable": answers(uri)}
 
 
 def _prefect() -> dict[str, Any]:
     given = os.environ.get("PREFECT_API_URL")
     uri = given or _PREFECT_DEFAULT
     reachable = answers(uri)
-    return {"where": public(uri), "reachable": reachable if reachable or given else None}
+    return {"where": redacted(uri), "reachable": reachable if reachable or given else None}
 
 
 def answers(uri: str) -> bool:
@@ -101,9 +103,3 @@ def answers(uri: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
-
-
-def public(uri: str) -> str:
-    """Scheme, host and path: no user, password or query."""
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
-from lesa.doctor.machine import answers, public, version
+from lesa.doctor.machine import answers, version
 from lesa.params import Workload
+from lesa.pull import redacted
 from lesa.recording.plan import recorded_prompts
 from lesa.recording.prompts import PromptError
 
@@ -131,7 +132,7 @@ def _model(workload: Workload, costs: CostEstimate) -> list[Check]:
     proxy = _proxy(hub)
     reachable = answers(hub if proxy is None else proxy)
     remedy = "connect this machine, set HTTPS_PROXY or HF_ENDPOINT, or bring a filled cache (HF_HOME)"
-    asked = public(hub) if proxy is None else f"{public(proxy)}, the proxy to {public(hub)},"
+    asked = redacted(hub) if proxy is None else f"{redacted(proxy)}, the proxy to {redacted(hub)},"
     checks = [Check("hub", reachable, f"{asked} is {'reachable' if reachable else 'not reachable'}", remedy)]
     if costs.facts.name in _GATED:
         remedy = f"accept the licence on {_HUB}/{source}, then `hf auth login`"

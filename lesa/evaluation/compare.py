@@ -16,6 +16,7 @@ from lesa.params import CallParams, EvaluateParams, Report, Workload
 from lesa.peers.caches import CACHES, tuned_caches
 from lesa.peers.lineup import by_budget, default_methods, peer_methods, predictor_methods
 from lesa.peers.method import Method, lesa_method
+from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.predictor.predictor import Predictor
 from lesa.recording.prompts import PromptError, prompt_digests, read_splits
 from lesa.sampling.enable import disable, enable
@@ -59,7 +60,6 @@ def evaluate_methods(
     return gather([found], methods, prompts, seeds, call=call, settings=settings, about=about)
 
 
-TUNING_SAMPLES = 16  # training prompts that the peers' thresholds are tuned on
 # (work, workload, jobs by name) -> what `work(workload, job, report)` returned for each
 Runner = Callable[[Callable[[Workload, Any, Report], Any], Workload, Mapping[str, Any]], dict[str, Any]]
 

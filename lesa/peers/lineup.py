@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from lesa.peers.solvers import SOLVERS, euler_method, solver_method
 from lesa.predictor.predictor import Predictor
 from lesa.recording.prompts import PromptError, prompt_digests
 from lesa.schedule import Schedule
+from lesa.strict_json import parse
 
 
 def taylorseer_schedule(num_steps: int, num_full: int, warmup_steps: int = 3) -> Schedule | None:
@@ -178,6 +178,7 @@ def default_methods(
 
 
 SCHEMA = "lesa-searched-peers-1"
+_MAX_SEARCHED = 1 << 20  # bytes of a file of searched peers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,7 @@ def save_searched(path: Path, found: SearchedPeers) -> None:
 def load_searched(path: Path) -> SearchedPeers:
     """`ValueError` naming what is missing or wrong."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse(path.read_bytes(), max_bytes=_MAX_SEARCHED)
         if record.pop("schema") != SCHEMA:
             raise LesaError(f"schema is not {SCHEMA}")
         peers = tuple(Searched(**{**peer, "steps": tuple(peer["steps"])}) for peer in record.pop("peers"))

@@ -24,6 +24,8 @@ from lesa.models.probe import probe
 from lesa.params import CallParams, Report
 from lesa.peers.method import Method
 
+TUNING_SAMPLES = 16  # training prompts that peers with a threshold are tuned on, a sample each
+
 EVERYTHING = 1e9  # a threshold that skips all a cache can skip
 
 

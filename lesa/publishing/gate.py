@@ -9,6 +9,7 @@ Whatever is missing, not finite or not comparable speaks against the candidate.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from lesa.bundle import load_bundle
+from lesa.bundle import Bundle, load_bundle
+from lesa.errors import LesaError
 from lesa.evaluation.bootstrap import paired_interval
 from lesa.evaluation.compare import evaluate_methods
 from lesa.models.pipelines import load_pipeline
@@ -190,3 +192,18 @@ def measure_budgets(workload: Workload, job: GateJob, report: Report) -> dict[st
         budget: {row.method: results.values(budget, row.method, "psnr").tolist() for row in results.at(budget)}
         for budget in job.budgets
     }
+
+
+def fresh_offset(workload: Workload, candidate: Bundle, champion: Bundle | None) -> int:
+    """First noise seed of this judgement: new for every pair of bundles, and repeatable for one.
+
+    It lies far above the seeds of recording and evaluation; were it the same every time, a long line of
+    candidates would be chosen for the luck they have with it.
+    """
+    pair = f"{candidate.digest}/{champion.digest if champion else ''}"
+    block = int.from_bytes(hashlib.sha256(pair.encode()).digest()[:3], "big")
+    start = workload.publish.gate_seed_offset + (1 << 32) + block * (1 << 16)
+    used = max(workload.record.seed_offset, workload.evaluate.seed_offset) + (1 << 24)
+    if start < used:
+        raise LesaError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
+    return start

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -193,21 +192,16 @@ class TrajectoryStore:
             "timesteps": trajectory.timesteps.tolist(),
             "token_index": None if trajectory.token_index is None else trajectory.token_index.tolist(),
         }
-        partial = self.path / atomic.partial_name(key)
-        partial.mkdir()
         try:
-            form.write_array(partial / "features", features, form.features_metadata(features.shape))
-            form.write_array(partial / "context", context, form.context_metadata(context.size, layout))
-            (partial / "zarr.json").write_bytes(atomic.json_bytes(form.group_metadata(record)))
-            atomic.commit_dir(partial, self.path / key)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                need = atomic.format_bytes(features.nbytes + context.nbytes)
-                raise OSError(
-                    error.errno, f"{error.strerror} (trajectory {key} needs {need})", str(self.path)
-                ) from error
-            raise
+            with atomic.new_dir(self.path / key, replace=False) as partial:
+                form.write_array(partial / "features", features, form.features_metadata(features.shape))
+                form.write_array(partial / "context", context, form.context_metadata(context.size, layout))
+                (partial / "zarr.json").write_bytes(atomic.json_bytes(form.group_metadata(record)))
+        except OSError as error:
+            need = atomic.format_bytes(features.nbytes + context.nbytes)
+            raise OSError(
+                error.errno, f"{error.strerror} (trajectory {key} needs {need})", str(self.path)
+            ) from error
         return key
 
     def record(self, key: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ codecs `bytes` and `crc32c` and nothing else. A file's size must be what its sha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from lesa import atomic
 from lesa.errors import LesaError
+from lesa.strict_json import StrictJsonError, parse
 
 MAX_METADATA_BYTES = 16 << 20  # of one zarr.json; the largest part is a list of kept tokens
 _AXES = ("step", "branch", "token", "channel")
@@ -153,35 +153,15 @@ def context_metadata(size: int, layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """A zarr.json, strictly: bounded, UTF-8, no key twice, no NaN."""
+    """A zarr.json, read as `lesa.strict_json` reads; StoreError says what is wrong with it."""
     try:
         with atomic.open_regular(path) as file:
             text = file.read(MAX_METADATA_BYTES + 1)
-        if len(text) > MAX_METADATA_BYTES:
-            raise StoreError(f"{path}: larger than {MAX_METADATA_BYTES} bytes")
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        return parse(text, max_bytes=MAX_METADATA_BYTES, printable=False)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from None
-    except StoreError:
-        raise
-    except (ValueError, RecursionError) as error:
+    except StrictJsonError as error:
         raise StoreError(f"{path}: not the JSON it should be ({error})") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{path}: must be an object")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise LesaError("a key stands twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise LesaError(f"{name} is not a number")
 
 
 def _is_shape(shape: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from lesa.errors import LesaError
 from lesa.predictor.predictor import BoundPredictor, Predictor
 from lesa.predictor.rule import History
+from lesa.sampling.checks import SIGMA_TOLERANCE
 from lesa.schedule import Schedule
 
 
@@ -36,7 +37,6 @@ class LazyPredictor:
         return self._bound(history, step)
 
 
-_SIGMA_TOLERANCE = 1e-5  # as for the bundle's own noise levels
 ScheduleOf = Callable[[int], Schedule]  # number of steps -> the schedule that was asked for; ValueError where none is
 Bind = Callable[[Predictor, Schedule, torch.Tensor], Any]  # -> a lesa.predictor.rule.Rule
 
@@ -72,7 +72,7 @@ class StepCountBinding:
         problems = [
             f"sigmas: got {float(sigmas[place]):.6g} at the {name}, expected {expected:.6g}"
             for name, place, expected in (("start", 0, self._ends[0]), ("end", -1, self._ends[1]))
-            if not abs(float(sigmas[place]) - expected) <= _SIGMA_TOLERANCE
+            if not abs(float(sigmas[place]) - expected) <= SIGMA_TOLERANCE
         ]
         if not (sigmas[1:] < sigmas[:-1]).all():
             problems.append("sigmas: must decrease from step to step")

@@ -15,7 +15,7 @@ from lesa.models.families import Family, Grid, family_of
 from lesa.models.fingerprint import adapters, fingerprint, is_quantized
 from lesa.params import CallParams
 
-_SIGMA_TOLERANCE = 1e-5  # float32 schedules of one configuration differ by less between machines
+SIGMA_TOLERANCE = 1e-5  # float32 schedules of one configuration differ by less between machines
 
 
 class MismatchError(LesaError):
@@ -68,7 +68,7 @@ def _sigma_problems(sigmas: torch.Tensor | None, expected: Sequence[float]) -> l
         return [f"sigmas: got {len(sigmas)} noise levels, expected {len(expected)}"]
     off = (sigmas.detach().cpu().double() - torch.tensor(list(expected), dtype=torch.float64)).abs()
     step = int(off.argmax())
-    if float(off[step]) <= _SIGMA_TOLERANCE:
+    if float(off[step]) <= SIGMA_TOLERANCE:
         return []
     return [f"sigmas: got {float(sigmas[step]):.6g} at step {step}, expected {float(expected[step]):.6g}"]
 

@@ -6,9 +6,7 @@ generators seeded by (seed, iteration), so the iteration is the whole of the RNG
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,10 @@ from safetensors.torch import save as serialise_tensors
 from torch import nn
 
 from lesa import atomic
+from lesa.strict_json import parse
 
 KEPT = 2
+_MAX_RECORD = 1 << 16  # bytes of state.json
 _NAME = re.compile(r"iteration-(\d{8})")
 
 
@@ -52,21 +52,15 @@ def save_checkpoint(
     tensors |= _optimizer_tensors(optimizer)
     data = serialise_tensors(tensors)
     final = folder / f"iteration-{state.iteration:08d}"
-    partial = folder / atomic.partial_name(final.name)
-    partial.mkdir()
-    try:
+    record = {
+        "key": key,
+        "iteration": state.iteration,
+        "best_loss": state.best_loss,
+        "sha256": atomic.sha256_bytes(data),
+    }
+    with atomic.new_dir(final, replace=True) as partial:
         atomic.write_bytes(partial / "state.safetensors", data)
-        record = {
-            "key": key,
-            "iteration": state.iteration,
-            "best_loss": state.best_loss,
-            "sha256": atomic.sha256_bytes(data),
-        }
         atomic.write_json(partial / "state.json", record)
-        atomic.replace_dir(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     names = [path for path in _checkpoints(folder) if path.name <= final.name]
     for old in set(_checkpoints(folder)) - set(names[:KEPT]):
         atomic.remove_dir(old)
@@ -86,7 +80,7 @@ def load_checkpoint(
     atomic.sweep_partials(folder)
     for path in _checkpoints(folder):
         try:
-            record = json.loads((path / "state.json").read_text())
+            record = parse((path / "state.json").read_bytes(), max_bytes=_MAX_RECORD)
             data = (path / "state.safetensors").read_bytes()
             if record["key"] != key or record["sha256"] != atomic.sha256_bytes(data):
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,13 @@ from lesa.params import Report, Workload
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, PredictorSpec
 from lesa.recording.dataset import kept_elsewhere, kept_splits, recorded_splits
+from lesa.strict_json import StrictJsonError, parse
 from lesa.training.experts import Job, assemble, ground_truth_jobs
 from lesa.training.ground_truth import train_expert
 
 Tensors = dict[str, torch.Tensor]
 Figures = dict[str, float]
+_MAX_RECORD = 16 << 20  # bytes of predictor.json, most of them figures
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:
@@ -97,38 +98,48 @@ def work_dir(workload: Workload) -> Path:
 def save_predictor(folder: Path, predictor: Predictor, figures: Mapping[str, Any]) -> None:
     """Write `predictor.json` and `weights.safetensors` as one act."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / atomic.partial_name(folder.name)
-    partial.mkdir()
-    try:
-        weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+    weights = serialise_tensors({name: tensor.contiguous() for name, tensor in predictor.tensors.items()})
+    record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
+    with atomic.new_dir(folder, replace=True) as partial:
         atomic.write_bytes(partial / "weights.safetensors", weights)
-        record = {"spec": predictor.spec.to_dict(), "sha256": atomic.sha256_bytes(weights), "figures": dict(figures)}
         atomic.write_json(partial / "predictor.json", record)
-        atomic.replace_dir(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def load_predictor(folder: Path) -> Predictor:
     """The predictor that a training step saved; `ValueError` where it is missing, torn or altered."""
-    try:
-        record = json.loads((folder / "predictor.json").read_text())
-        weights = (folder / "weights.safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise LesaError(f"{error.filename} does not exist; run the training stages first") from None
-    except json.JSONDecodeError as error:
-        raise LesaError(f"{folder}: predictor.json is torn ({error}); train again") from None
-    if not isinstance(record, dict) or set(record) != {"spec", "sha256", "figures"}:
-        raise LesaError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
-    if record["sha256"] != atomic.sha256_bytes(weights):
+    record, weights = _read_saved(folder, "predictor.json"), _read_saved(folder, "weights.safetensors")
+    described = _described(folder, record)
+    if described["sha256"] != atomic.sha256_bytes(weights):
         raise LesaError(f"{folder}: weights.safetensors is not what predictor.json describes; train again")
-    return Predictor(PredictorSpec.from_dict(record["spec"]), parse_tensors(weights))
+    return Predictor(PredictorSpec.from_dict(described["spec"]), parse_tensors(weights))
 
 
 def load_figures(folder: Path) -> dict[str, Any]:
-    """What the training step noted of itself: validation losses before and after, a job each."""
-    return json.loads((folder / "predictor.json").read_text())["figures"]
+    """What the training step noted of itself: validation losses before and after, a job each.
+
+    Raises:
+        LesaError: as `load_predictor`.
+    """
+    figures: dict[str, Any] = _described(folder, _read_saved(folder, "predictor.json"))["figures"]
+    return figures
+
+
+def _read_saved(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise LesaError(f"{error.filename} does not exist; run the training stages first") from None
+
+
+def _described(folder: Path, record: bytes) -> dict[str, Any]:
+    """What `predictor.json` says: the spec as a mapping, the weights' SHA-256 and the figures."""
+    try:
+        described = parse(record, max_bytes=_MAX_RECORD)
+    except StrictJsonError as error:
+        raise LesaError(f"{folder}: predictor.json is torn ({error}); train again") from None
+    if set(described) != {"spec", "sha256", "figures"} or not isinstance(described["spec"], dict):
+        raise LesaError(f"{folder}: predictor.json must have spec, sha256 and figures; train again")
+    return described
 
 
 def transformer_folder(workload: Workload) -> Path:

@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from flows.ray_guard import MARK
-from lesa import atomic, locks
+from lesa import locks
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
+from tests.helpers.digests import tree_digest
 from tests.helpers.tiny import tiny_repository
 from tests.lesa.recording.test_store import trajectory
 
@@ -69,7 +70,7 @@ def undisturbed(root: Path) -> str:
         os.chdir(here)
         torch.set_num_threads(threads)
     assert store.path.name == "undisturbed.zarr"
-    return atomic.tree_digest(root / store.path)
+    return tree_digest(root / store.path)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_a_kill_at_any_moment_and_a_rerun_end_as_undisturbed(
             assert TrajectoryStore.create(store).verify() == []
         start(recorder, store)
         assert status(recorder) == 0
-        assert atomic.tree_digest(store) == undisturbed, f"trial {trial}"
+        assert tree_digest(store) == undisturbed, f"trial {trial}"
         assert len(committed(store)) == 6
     assert interrupted >= 5  # the sweep did hit recordings in the middle
 
@@ -160,7 +161,7 @@ def test_a_kill_while_a_trajectory_is_being_written(
         start(recorder, store)
         assert status(recorder) == 0
         assert list(store.glob("*.partial")) == []
-        assert atomic.tree_digest(store) == undisturbed
+        assert tree_digest(store) == undisturbed
 
 
 def test_commits_killed_at_every_point_of_time_are_whole_or_absent(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_commits_killed_at_every_point_of_time_are_whole_or_absent(tmp_path: Pat
             for seed in range(6):
                 store.commit(trajectory(seed))
             # A root document that was being written when the kill came leaves its own unfinished file.
-            assert atomic.tree_digest(path) == atomic.tree_digest(expected.path), f"trial {trial}"
+            assert tree_digest(path) == tree_digest(expected.path), f"trial {trial}"
     finally:
         process.stdin.close()
         process.wait()
@@ -246,7 +247,7 @@ def test_the_second_recorder_is_told_who_the_first_is(
     os.kill(pid, signal.SIGCONT)
     assert status(recorder) == 0
     with store.writer_lock():
-        assert atomic.tree_digest(path) == undisturbed
+        assert tree_digest(path) == undisturbed
 
 
 def test_two_writers_of_one_trajectory_make_one(tmp_path: Path) -> None:
@@ -271,14 +272,15 @@ def test_two_writers_of_one_trajectory_make_one(tmp_path: Path) -> None:
     single = TrajectoryStore.create(tmp_path / "single.zarr")
     for seed in range(20):
         single.commit(trajectory(seed))
-    assert atomic.tree_digest(path) == atomic.tree_digest(single.path)
+    assert tree_digest(path) == tree_digest(single.path)
 
 
 DISK = """
 import sys, errno, os
 from pathlib import Path
-from lesa import atomic, locks
+from lesa import atomic
 from lesa.recording.store import TrajectoryStore
+from tests.helpers.digests import tree_digest
 from tests.lesa.recording.test_store import trajectory
 disk, free, elsewhere = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 store = TrajectoryStore.create(disk / "set.zarr")
@@ -303,7 +305,7 @@ except OSError as error:
     assert not list(disk.glob("large*"))
 ballast.unlink()
 store.commit(trajectory(1))
-print(atomic.tree_digest(store.path))
+print(tree_digest(store.path))
 """
 
 
@@ -327,7 +329,7 @@ def test_a_full_disk_surfaces_and_leaves_nothing_committed(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         outcome, digest = done.stdout.split()
         seen.add(outcome)
-        assert digest == atomic.tree_digest(expected.path)
+        assert digest == tree_digest(expected.path)
     assert seen == {"full", "fits"}
 
 
@@ -347,7 +349,7 @@ import logging, os, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 os.chdir(sys.argv[1])
 from flows.record import drive
-from lesa.params import load_params
+from lesa.params_file import load_params
 print(drive(load_params(), logging.getLogger("drive")))
 """
 
@@ -417,5 +419,5 @@ def test_a_killed_flow_a_killed_actor_and_a_hung_one(root: Path, undisturbed: st
     assert f"6 trajectories planned, {6 - len(before)} to record" in output
     assert "no answer in time" in output
     assert {key: (store / key / "zarr.json").stat().st_ino for key in before} == inodes
-    assert atomic.tree_digest(store) == undisturbed
+    assert tree_digest(store) == undisturbed
     assert marked_processes(mark) == {} and MARK not in os.environ

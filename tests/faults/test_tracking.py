@@ -19,6 +19,7 @@ from flows.environment import ROOT, state_folder
 from flows.tracking import sender
 from flows.tracking.client import connect
 from flows.tracking.run import tracked_run
+from lesa.locks import is_free
 
 pytestmark = pytest.mark.slow
 CANARY = "canary-7f3a9b"
@@ -119,7 +120,7 @@ def test_a_sender_that_nobody_needs_ends(tmp_path):
             '{"kind":"start","experiment":"x","name":"x","time":1,"params":{},"tags":{}}\n'
         )
         code = (
-            "import sys\nfrom pathlib import Path\nfrom flows import sender\n"
+            "import sys\nfrom pathlib import Path\nfrom flows.tracking import sender\n"
             "sender.LINGER_SECONDS = 1.0\nsender.send_all(Path(sys.argv[1]), background=True)\n"
         )
         process = subprocess.Popen(
@@ -140,5 +141,5 @@ def stop_sender(root: Path) -> None:
                 if b"flows.tracking.sender" in words and str(root).encode() in words:
                     os.kill(int(entry.name), signal.SIGKILL)
     deadline = time.monotonic() + 5
-    while not sender._is_free(state_folder(root) / "sender.lock") and time.monotonic() < deadline:
+    while not is_free(state_folder(root) / "sender.lock") and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -14,12 +14,13 @@ import pytest
 from flows import prefect_server as server
 from flows.environment import ROOT, quiet_environment
 from flows.stage import run_flow, stage_main
-from lesa.locks import Locked, file_lock, waiting_lock
+from lesa.locks import process_alive
 
 STAGE = """
 import sys
 from prefect import flow, task
 from flows.stage import stage_main
+from lesa.errors import LesaError
 
 @task
 def add(a, b):
@@ -29,7 +30,7 @@ def add(a, b):
 def tiny(workload: str | None = None) -> dict:
     "A tiny stage."
     if workload == "bad":
-        raise ValueError("workloads.bad: unknown")
+        raise LesaError("workloads.bad: unknown")
     if workload == "crash":
         raise RuntimeError("broken inside")
     if workload == "bug":
@@ -67,16 +68,6 @@ def test_quiet_environment_keeps_what_the_user_set(monkeypatch):
     assert os.environ["DVC_NO_ANALYTICS"] == "1"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-
-
-def test_waiting_lock_waits_and_then_names_the_holder(tmp_path):
-    with file_lock(tmp_path / "a.lock"):
-        start = time.monotonic()
-        with pytest.raises(Locked, match=str(os.getpid())), waiting_lock(tmp_path / "a.lock", seconds=0.3):
-            pass
-        assert time.monotonic() - start >= 0.3
-    with waiting_lock(tmp_path / "a.lock", seconds=0):
-        pass
 
 
 @pytest.mark.slow
@@ -121,6 +112,7 @@ def test_the_server_is_private(tmp_path):
         assert not server.healthy(found.url, "lesa:wrong")
         assert found.auth not in repr(found)
         assert (home / "server.json").stat().st_mode & 0o077 == 0
+        assert not (home / "server.lock").exists(), "nobody starts or stops it now"
         addresses = listening(found.pid)
         assert addresses and addresses <= {"0100007F"}, addresses  # 127.0.0.1 as the kernel writes it
 
@@ -134,8 +126,8 @@ def test_an_idle_server_ends_and_a_killed_one_is_replaced(tmp_path, monkeypatch)
     with server.shared_server(tmp_path) as second:
         assert second.pid != first.pid
         time.sleep(2.0)
-        assert server.alive(second.pid)  # in use, so not idle
-    wait_until(lambda: not server.alive(second.pid), 20)
+        assert process_alive(second.pid)  # in use, so not idle
+    wait_until(lambda: not process_alive(second.pid), 20)
     assert server.read(tmp_path) is None and not (tmp_path / "server.json").exists()
 
 

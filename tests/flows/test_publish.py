@@ -13,7 +13,7 @@ import yaml
 
 from flows import publish
 from flows.publish import publish_bundle
-from flows.registry.promotion import fresh_offset, measure_and_decide
+from flows.registry.promotion import measure_and_decide
 from flows.registry.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
 from flows.registry.tags import budget_quality, registry_tags
 from flows.tracking.client import connect
@@ -24,7 +24,7 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
-from lesa.publishing.gate import Decision
+from lesa.publishing.gate import Decision, fresh_offset
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore

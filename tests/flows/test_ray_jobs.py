@@ -11,6 +11,7 @@ import pytest
 
 from flows.ray_jobs import ray_session, run_jobs
 from flows.tracking.run import Reporter
+from lesa.bundle import BundleError
 from lesa.params import WorkerResources
 from lesa.params_file import load_params
 
@@ -42,6 +43,12 @@ def refuse(workload, job, report):
     from lesa.recording.prompts import read_prompts
 
     read_prompts(Path("nowhere"), "train")
+
+
+def refuse_all(workload, job, report):
+    from lesa.bundle import BundleError
+
+    raise BundleError("folder", ["channels: missing", "sigmas: missing"])
 
 
 @pytest.fixture
@@ -85,6 +92,9 @@ def test_side_by_side(reporter):
         assert parts(reporter) == {"a/value", "b/value"}
         with pytest.raises(ValueError, match=r"nowhere/train\.txt does not exist"):
             go(refuse, reporter, 2)
+        with pytest.raises(BundleError, match="not a usable bundle") as caught:
+            go(refuse_all, reporter, 2)
+        assert caught.value.problems == ["channels: missing", "sigmas: missing"]
         with pytest.raises(Exception, match="JSONDecodeError"):
             go(stumble, reporter, 2)
         assert go(die_once, reporter, 2) == {"a": "resumed", "b": "resumed"}

@@ -13,7 +13,7 @@ import torch
 from flows.ray_jobs import ray_session
 from flows.record import drive
 from flows.recorders import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
-from lesa import atomic, locks
+from lesa import locks
 from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -22,6 +22,7 @@ from lesa.recording.prompts import PromptError
 from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 from tests.helpers.clone import clone, run
+from tests.helpers.digests import tree_digest
 from tests.helpers.tiny import SPLITS, tiny_repository, write_prompts
 
 
@@ -91,7 +92,7 @@ def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
         record_all(workload, plain, load_pipeline(workload.model, workload.resources.device))
         recorded = TrajectoryStore.open(workload.paths.trajectories)
         assert recorded.verify() == []
-        assert atomic.tree_digest(recorded.path.resolve()) == atomic.tree_digest(plain.path)
+        assert tree_digest(recorded.path.resolve()) == tree_digest(plain.path)
     finally:
         os.chdir(here)
         torch.set_num_threads(threads)

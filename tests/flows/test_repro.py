@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from flows.environment import ROOT, state_folder
-from flows.prefect_server import alive
 from flows.repro import dvc_repro, dvc_target, printable
 from flows.retrain_local import descendants
 from lesa.errors import LesaError
-from lesa.locks import Locked, file_lock
+from lesa.locks import Locked, file_lock, process_alive
 from tests.helpers.clone import git
 
 
@@ -104,9 +103,9 @@ def test_an_interrupt_takes_dvc_and_its_stage_along(repository):
     process.wait(60)
     assert process.returncode != 0
     deadline = time.monotonic() + 5
-    while any(alive(pid) for pid in family) and time.monotonic() < deadline:
+    while any(process_alive(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [pid for pid in family if alive(pid)]
+    left = [pid for pid in family if process_alive(pid)]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.prefect_server import alive
 from flows.retrain_local import descendants
+from lesa.locks import process_alive
 from tests.helpers.clone import clone, commit, environment, run
 from tests.helpers.tiny import write_prompts
 
@@ -109,7 +109,7 @@ def test_the_schedule_retrains_on_new_prompts(repository):
     assert versions["1"]["manifest_sha256"] != versions["2"]["manifest_sha256"]
 
     time.sleep(1)
-    assert [pid for pid in family if alive(pid)] == [], "nothing is left running"
+    assert [pid for pid in family if process_alive(pid)] == [], "nothing is left running"
 
 
 def test_then_nothing_changes_and_dvc_does_nothing(repository):

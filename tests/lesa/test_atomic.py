@@ -1,19 +1,17 @@
-"""Durable writing, digests, locks: with real files, links, FIFOs and processes."""
+"""Durable writing and digests: with real files, links, FIFOs and processes."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from lesa import atomic, locks
+from lesa import atomic
+from tests.helpers.digests import tree_digest
 
 
 def test_write_bytes_replaces_whole_files_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -31,6 +29,8 @@ def test_write_bytes_follows_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert (tmp_path / "value").stat().st_mode & 0o777 == 0o644
+    atomic.write_json(tmp_path / "secret", {"auth": "x"}, mode=0o600)
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_failed_write_keeps_the_old_content(tmp_path: Path) -> None:
@@ -72,35 +72,46 @@ def test_tree_digest_sees_names_and_contents_but_not_times(tmp_path: Path) -> No
         (tmp_path / name / "sub" / "file").write_bytes(b"content")
         (tmp_path / name / "top").write_bytes(b"more")
     os.utime(tmp_path / "b" / "top", (1, 1))
-    digest = atomic.tree_digest(tmp_path / "a")
-    assert atomic.tree_digest(tmp_path / "b") == digest
+    digest = tree_digest(tmp_path / "a")
+    assert tree_digest(tmp_path / "b") == digest
     (tmp_path / "b" / "top").write_bytes(b"morE")
-    assert atomic.tree_digest(tmp_path / "b") != digest
+    assert tree_digest(tmp_path / "b") != digest
     (tmp_path / "b" / "top").rename(tmp_path / "b" / "other")
     (tmp_path / "b" / "other").write_bytes(b"more")
-    assert atomic.tree_digest(tmp_path / "b") != digest
+    assert tree_digest(tmp_path / "b") != digest
     (tmp_path / "a" / "link").symlink_to(tmp_path / "b")
     with pytest.raises(OSError, match="neither a regular file"):
-        atomic.tree_digest(tmp_path / "a")
+        tree_digest(tmp_path / "a")
 
 
-def test_the_first_commit_of_a_folder_wins(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("replace", "kept"), [(False, "one"), (True, "two")])
+def test_a_new_folder_yields_to_what_is_there_or_takes_its_place(tmp_path: Path, replace: bool, kept: str) -> None:
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "value").write_text(name)
-    assert atomic.commit_dir(tmp_path / "one", tmp_path / "final") is True
-    assert atomic.commit_dir(tmp_path / "two", tmp_path / "final") is False
-    assert (tmp_path / "final" / "value").read_text() == "one"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
-
-
-def test_replace_dir_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    for name in ("final", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(name)
-    atomic.replace_dir(tmp_path / "new", tmp_path / "final")
-    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
+        with atomic.new_dir(tmp_path / "final", replace=replace) as partial:
+            (partial / name).write_text(name)
+            assert atomic.sweep_partials(tmp_path) == [], "its process is alive"
+    assert [path.name for path in (tmp_path / "final").iterdir()] == [kept]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path, replace: bool, error: BaseException) -> None:
+    with pytest.raises(type(error)), atomic.new_dir(tmp_path / "final", replace=replace) as partial:
+        (partial / "half").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "old").write_text("x")
+    with pytest.raises(type(error)), atomic.new_dir(tmp_path / "final", replace=replace) as partial:
+        raise error
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "old"]
+
+
+def test_a_new_folder_with_a_link_in_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError), atomic.new_dir(tmp_path / "final", replace=True) as partial:
+        (partial / "link").symlink_to("/etc/hostname")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_partials_of_dead_processes_are_swept_and_those_of_the_living_stay(tmp_path: Path) -> None:
@@ -115,66 +126,6 @@ def test_partials_of_dead_processes_are_swept_and_those_of_the_living_stay(tmp_p
     swept = atomic.sweep_partials(tmp_path)
     assert swept == [f"file.json.{dead.pid}.3.partial", f"key.{dead.pid}.0.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "mine.partial"])
-
-
-def test_a_number_given_to_a_later_process_counts_as_dead(tmp_path: Path) -> None:
-    assert locks.process_alive(os.getpid())
-    assert locks.process_alive(os.getpid(), since=time.time())
-    assert not locks.process_alive(os.getpid(), since=time.time() - 10 * 365 * 86400)
-    zombie = subprocess.Popen([sys.executable, "-c", "pass"])
-    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
-    assert not locks.process_alive(zombie.pid)
-    zombie.wait()
-
-
-def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
-    lock = tmp_path / "store.lock"
-    script = (
-        "import sys, time; from lesa.atomic import file_lock\n"
-        "with file_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(locks.Locked, match=f"process {holder.pid}") as caught, locks.file_lock(lock):
-            pass
-        assert caught.value.pid == holder.pid
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        assert lock.exists()  # what it left behind
-        with locks.file_lock(lock):
-            assert int(lock.read_text()) == os.getpid()
-        assert not lock.exists()
-    finally:
-        holder.kill()
-        holder.wait()
-        if holder.stdout is not None:
-            holder.stdout.close()
-
-
-def test_a_lock_lets_one_thread_in_at_a_time(tmp_path: Path) -> None:
-    inside, most, entered = 0, 0, 0
-
-    def work() -> None:
-        nonlocal inside, most, entered
-        while True:
-            try:
-                with locks.file_lock(tmp_path / "lock"):
-                    inside += 1
-                    most = max(most, inside)
-                    time.sleep(0.002)
-                    inside -= 1
-                    entered += 1
-                    return
-            except locks.Locked:
-                time.sleep(0.001)
-
-    threads = [threading.Thread(target=work) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (most, entered) == (1, 16)
 
 
 def test_require_space_names_need_and_free(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import lesa
 from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle
-from lesa.pull import PullError, pull
+from lesa.pull import PullError, pull, redacted
 from tests.helpers.bundles import make_bundle
 from tests.helpers.tiny import tiny_flux
 
@@ -174,3 +176,45 @@ def test_without_mlflow_the_remedy_is_named(registry, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     with pytest.raises(PullError, match="pip install mlflow"):
         pull("models:/lesa-tiny@champion", tracking_uri=registry[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pass@host/path", "https://***@host/path"),
+        ("https://token@host:8080/path", "https://***@host:8080/path"),
+        ("failed at postgresql://me:s3cret@db:5432/x now", "failed at postgresql://***@db:5432/x now"),
+        ("http://me:s3c@ret@host/x and http://you:too@host", "http://***@host/x and http://***@host"),
+        ("http://me:s3c?ret@host/x", "http://***@host/x"),
+        ("http://me:s3c#ret@host/x", "http://***@host/x"),
+        ("http://host/?token=abc&x=1", "http://host/?***"),
+        ("http://host/api?abc", "http://host/api?***"),
+        ("http://host/api#access_token=abc", "http://host/api#***"),
+        ('{"url": "http://host/?token=abc", "x": 1}', '{"url": "http://host/?***", "x": 1}'),
+        ("me:s3cret@proxy:3128", "***@proxy:3128"),
+        ("the proxy 'me:s3cret@proxy:3128' refused", "the proxy '***@proxy:3128' refused"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("http://127.0.0.1:4200/api", "http://127.0.0.1:4200/api"),
+        ("models:/lesa-tiny@champion: not found?", "models:/lesa-tiny@champion: not found?"),
+    ],
+)
+def test_addresses_are_shown_without_their_secrets(text, shown):
+    assert redacted(text) == shown
+    assert redacted(shown) == shown
+
+
+def test_redacting_needs_neither_mlflow_nor_torch():
+    code = "import sys, lesa.pull; sys.exit(bool({'mlflow', 'torch', 'lesa.bundle'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_long_answer_is_cut_after_its_secrets_are_gone(registry, monkeypatch):
+    class Broken:
+        def __init__(self, **_):
+            raise RuntimeError("x" * 470 + " http://user:canary-canary-canary-canary@host/")
+
+    monkeypatch.setattr("lesa.pull._client_class", lambda: Broken)
+    with pytest.raises(PullError) as caught:
+        pull("models:/lesa-tiny@champion", tracking_uri=registry[0])
+    assert "canary" not in str(caught.value) and str(caught.value).count("x") >= 470

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -10,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesa.atomic import sha256_file, tree_digest
+from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle, write_bundle
 from lesa.bundle.card import card
-from lesa.bundle.manifest import NAME, BundleError, Manifest
+from lesa.bundle.manifest import READ, BundleError, Manifest
+from lesa.params import CallParams
 from lesa.schedule import Schedule
+from lesa.validation import NAME
 from tests.attacks.hostile import ATTACKS, edit, reweigh
 from tests.helpers.bundles import extrapolating, make_bundle, manifest_for, run_sigmas
+from tests.helpers.digests import tree_digest
 from tests.helpers.tiny import tiny_flux
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
@@ -219,6 +223,74 @@ def test_writing_checks_first_and_leaves_what_was_there(pipe, good, tmp_path):
     assert write_bundle(folder, changed, predictor).digest != before
     assert load_bundle(folder).manifest.data["license"] == "MIT"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def places(value, path=()):
+    """Every place in a document, by its keys; of a list its first items."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("schema", READ)
+def test_no_single_change_of_a_manifest_is_more_than_a_refusal(good, schema):
+    """Whatever stands at whichever place: the manifest is read, or its problems are named."""
+    document = json.loads((good / MANIFEST).read_text()) | {"schema": schema}
+    if schema < 4:
+        for budget in document["budgets"].values():
+            del budget["error_bounds"]
+    assert Manifest.from_dict(document).to_dict() == document
+    read = []
+    for path in list(places(document))[1:]:
+        for wrong in (None, True, -1, "Bad Name", [None], {"a": 1}):
+            changed = copy.deepcopy(document)
+            parent = changed
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = wrong
+            try:
+                read += [path] * bool(Manifest.from_dict(changed))
+            except BundleError as error:
+                assert error.problems
+    free = {"created_from", "training", "evaluation", "tap", "license", "base_license"}  # text, or any mapping
+    held = {path for path in read if path[0] not in free}
+    assert not {path for path in held if path[0] in ("workload", "step_range", "files", "schema", "default_budget")}
+    assert {("model", "source"), ("scheduler", "config")} <= held
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda d: d["files"].update({WEIGHTS: None}), f"files.{WEIGHTS}: must be a mapping, got nothing"),
+        (lambda d: d["files"].update({"code.py": d["files"][WEIGHTS]}), "files.code.py: unknown key"),
+        (lambda d: d["files"][WEIGHTS].update(bytes=0), f"files.{WEIGHTS}.bytes: must be at least 1, got 0"),
+        (lambda d: d["files"][WEIGHTS].update(sha256="abc"), f"files.{WEIGHTS}.sha256: must be 64 hexadecimal digits"),
+        (lambda d: d["call"].pop("num_frames"), "call.num_frames: missing"),
+        (lambda d: d["call"].update(height=0), "call.height: must be at least 1, got 0"),
+        (lambda d: d["call"].update(num_inference_steps=9), "call.num_inference_steps: got 9, num_inference_"),
+        (lambda d: d["budgets"]["1.67x"].update(interval=0), "budgets.1.67x.interval: must be at least 1, got 0"),
+        (lambda d: d["budgets"]["1.67x"].pop("error_bounds"), "budgets.1.67x.error_bounds: missing"),
+        (lambda d: d["budgets"]["1.67x"]["error_bounds"].pop(), "budgets.1.67x.error_bounds: must be a list of"),
+        (lambda d: d.update(schema=3), "budgets.1.67x.error_bounds: unknown key"),
+        (lambda d: d.update(budgets={}), "budgets: must be from 1 to 64, got 0"),
+        (lambda d: d.update(branches=["a", "a"]), "branches: must be a list of one to four names, got list ['a', 'a']"),
+        (lambda d: d.update(step_range=[10, 5]), "step_range: must be two numbers of steps, the lowest first, got"),
+        (lambda d: d.update(step_range=[5, 10]), "step_range: got [5, 10], the predictor was trained on [10, 10]"),
+        (lambda d: d.update(default_budget="9x"), "default_budget: '9x' is not one of 1.43x, 1.67x"),
+        (lambda d: d["model"].update(family="unet"), "model.family: must be one of ['flux'"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_named_by_its_path(spoiled, change, problem):
+    edit(spoiled, change)
+    assert problem in refusal(spoiled)
+
+
+def test_a_bundle_of_smaller_pictures_than_a_workload_may_have_is_read(good):
+    document = json.loads((good / MANIFEST).read_text())
+    document["call"] |= {"height": 4, "width": 1, "guidance_scale": 4}
+    call = Manifest.from_dict(document).call
+    assert type(call) is CallParams and (call.height, call.width, call.guidance_scale) == (4, 1, 4.0)
 
 
 def test_a_manifest_goes_through_json(good):

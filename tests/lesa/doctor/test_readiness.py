@@ -101,7 +101,7 @@ def test_a_proxy_is_asked_in_the_hub_s_stead(here: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HTTPS_PROXY", "http://me:secret@proxy.example:3128")
     found = checks("qwen-image")["hub"]
     assert found["ok"] and asked == ["http://me:secret@proxy.example:3128"]
-    assert found["found"] == "http://proxy.example:3128, the proxy to https://huggingface.co, is reachable"
+    assert found["found"] == "http://***@proxy.example:3128, the proxy to https://huggingface.co, is reachable"
     monkeypatch.setenv("HTTPS_PROXY", "proxy.example:3128")
     assert checks("qwen-image")["hub"]["ok"] and asked[-1] == "http://proxy.example:3128"
     monkeypatch.setenv("NO_PROXY", "huggingface.co")

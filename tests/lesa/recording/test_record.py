@@ -28,6 +28,7 @@ from lesa.recording.prompts import PromptError
 from lesa.recording.record import kept_tokens, measure_size, record_all, record_batch, transformer_arguments
 from lesa.recording.store import TrajectoryStore, trajectory_key
 from lesa.recording.store_format import StoreError
+from tests.helpers.digests import tree_digest
 from tests.helpers.tiny import SPLITS, tiny_flux, tiny_repository, write_prompts
 
 STEPS = 8
@@ -249,9 +250,9 @@ def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
     done: list[int] = []
     keys = record_all(workload, store, pipe, lambda step, values: done.append(step))
     assert done == [1, 2, 3, 4, 5, 6] and sorted(keys) == store.keys()
-    before = atomic.tree_digest(store.path)
+    before = tree_digest(store.path)
     assert record_all(workload, store, pipe, lambda step, values: done.append(step)) == keys
-    assert len(done) == 6 and atomic.tree_digest(store.path) == before
+    assert len(done) == 6 and tree_digest(store.path) == before
     assert recorded_keys(workload, store) == {"train": keys[:4], "validation": keys[4:]}
 
     fewer = changed(workload, "record", train_prompts=2)
@@ -273,7 +274,7 @@ def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
     fresh = load_pipeline(workload.model, workload.resources.device)
     for planned in plan[::-1]:
         backwards.commit(*record_batch(fresh, [planned], workload))
-    assert atomic.tree_digest(forwards.path) == atomic.tree_digest(backwards.path)
+    assert tree_digest(forwards.path) == tree_digest(backwards.path)
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])
@@ -291,7 +292,7 @@ def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance
     for batch in batches(plan[::-1], 4):
         for trajectory in record_batch(pipe, batch, several):
             backwards.commit(trajectory)
-    assert atomic.tree_digest(whole.path) == atomic.tree_digest(rest.path) == atomic.tree_digest(backwards.path)
+    assert tree_digest(whole.path) == tree_digest(rest.path) == tree_digest(backwards.path)
     # Alone in its call a sample is the same up to rounding, in every part of what is kept.
     alone = changed(workload, "record", token_fraction=0.5)
     for item, single in zip(plan, plan_recording(alone, describe_source(pipe)), strict=True):

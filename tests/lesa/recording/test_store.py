@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lesa import atomic
 from lesa.recording.store import Trajectory, TrajectoryStore, estimate_bytes, trajectory_key
 from lesa.recording.store_format import StoreError
+from tests.helpers.digests import tree_digest
 
 STEPS, BRANCHES, TOKENS, CHANNELS = 5, 2, 3, 4
 
@@ -66,15 +66,22 @@ def test_a_trajectory_comes_back_bit_for_bit(store: TrajectoryStore) -> None:
     assert back.verify() == []
 
 
+@pytest.mark.parametrize("prompt", ["\U0001f469\u200d\U0001f52c in a lab", "\u0645\u06cc\u200c\u062e", "x" * 4000])
+def test_any_prompt_that_a_set_may_hold_is_read_back(store: TrajectoryStore, prompt: str) -> None:
+    identity = trajectory().identity | {"prompt": prompt}
+    key = store.commit(trajectory(identity=identity, prompt=prompt))
+    assert store.record(key)["prompt"] == prompt and store.verify() == []
+
+
 def test_the_key_is_the_identity_and_recording_twice_changes_nothing(store: TrajectoryStore) -> None:
     one = trajectory()
     key = store.commit(one)
-    before = atomic.tree_digest(store.path)
+    before = tree_digest(store.path)
     inode = (store.path / key / "zarr.json").stat().st_ino
     assert store.commit(one) == key == trajectory_key(one.identity)
     assert trajectory_key({"b": 1, "a": 2}) == trajectory_key({"a": 2, "b": 1})
     assert trajectory_key(one.identity) != trajectory_key(trajectory(1).identity)
-    assert atomic.tree_digest(store.path) == before
+    assert tree_digest(store.path) == before
     assert (store.path / key / "zarr.json").stat().st_ino == inode
 
 
@@ -84,7 +91,7 @@ def test_two_stores_of_the_same_trajectories_are_the_same_bytes(tmp_path: Path) 
         first.commit(trajectory(seed))
     for seed in (2, 0, 1):
         second.commit(trajectory(seed))
-    assert atomic.tree_digest(first.path) == atomic.tree_digest(second.path)
+    assert tree_digest(first.path) == tree_digest(second.path)
     assert first.keys() == second.keys() == sorted(first.keys())
 
 

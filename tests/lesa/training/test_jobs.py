@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lesa.errors import LesaError
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import BudgetParams, Workload
 from lesa.params_file import load_params
@@ -161,7 +162,10 @@ def test_a_missing_torn_or_altered_result_is_refused(trained: Trained, tmp_path:
             "is not what predictor.json describes",
         ),
         ("predictor.json", record[:100].encode(), "predictor.json is torn"),
-        ("predictor.json", b"[]", "must have spec, sha256 and figures"),
+        ("predictor.json", b"[]", "must be an object, got list"),
+        ("predictor.json", b"{}", "must have spec, sha256 and figures"),
+        ("predictor.json", record.encode() + b"\xff", "not UTF-8"),
+        ("predictor.json", record.replace('"figures": {}', '"figures": NaN').encode(), "NaN is not a number"),
         ("predictor.json", strange.encode(), "history 'everything'"),
     ):
         jobs.save_predictor(folder, trained.first, {})
@@ -170,6 +174,8 @@ def test_a_missing_torn_or_altered_result_is_refused(trained: Trained, tmp_path:
             jobs.load_predictor(folder)
     jobs.save_predictor(folder, trained.second, {"a": 1.0})  # in the place of the old one
     assert jobs.load_figures(folder) == {"a": 1.0}
+    with pytest.raises(LesaError, match=r"predictor.json does not exist; run the training stages first"):
+        jobs.load_figures(tmp_path / "none")
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
