@@ -106,7 +106,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     log = logging.getLogger("benchmarks.true_size.flow")
     with contextlib.chdir(work):
         workload = phases.run("write_pipeline", lambda: prepare(work, preset, device, options))
-        recorded = phases.run("record", lambda: record.drive(workload, log))
+        recorded = phases.run("record", lambda: record.record_with_ray(workload, log))
         for stage, train in (("train_stage1", train_stage1.train), ("train_stage2", train_stage2.train)):
             with tracked_run(stage, experiment=NAME, params={}, tags={}, root=work) as tracker:
                 phases.run(stage, lambda train=train, tracker=tracker: train.fn(workload, tracker))  # type: ignore[misc]

@@ -23,11 +23,10 @@ from lesa.publishing.build import make_bundle
 from lesa.publishing.calibration import bounds_by_budget, bounds_of, calibrated_bounds, measure_bounds, meter_errors
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.sampling.binding import LazyPredictor
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import save_predictor
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 QUALITY = {"2x": {"psnr_mean": 31.5, "psnr_p5": 27.0}}
@@ -53,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
         )
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)
 
