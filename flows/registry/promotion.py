@@ -13,15 +13,15 @@ from flows.registry.registry import Version
 from flows.tracking.run import Reporter
 from lesa.bundle import Bundle, load_bundle
 from lesa.errors import LesaError
-from lesa.evaluation.compare import refuse_trained
+from lesa.evaluation.compare import TUNING_SAMPLES, refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.params import Workload
-from lesa.publishing.gate import Decision, GateJob, NamedBundle, decide, measure_budgets, shared_out
+from lesa.publishing.gate import Decision, decide
+from lesa.publishing.jobs import GateJob, NamedBundle, measure_budgets, shared_out
 from lesa.pull import pull
 from lesa.recording.prompts import read_splits
 
 CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
-TUNING_PROMPTS = 16  # training prompts that peers with a threshold are tuned on
 
 
 def measure_and_decide(
@@ -48,7 +48,7 @@ def measure_and_decide(
         refuse_trained(chosen, bundle.manifest.data["training"])
     offset = fresh_offset(workload, candidate, champion)
     prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
-    tuning = splits["train"][:TUNING_PROMPTS]
+    tuning = splits["train"][:TUNING_SAMPLES]
     full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
     jobs = {
         " ".join(part): GateJob(

@@ -17,7 +17,7 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.predictor.spec import MIXED_VARIANT
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import noise_levels, recorded_elsewhere, recorded_splits
 from lesa.recording.prompts import PromptError
 from lesa.training.experts import untrained_predictor

@@ -29,7 +29,8 @@ def published(name: str) -> Workload:
 def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_repository(tmp_path))
     workload = load_params()
-    facts, costs = model_facts(workload), estimate_costs(workload)
+    facts = model_facts(workload.name, workload.model, workload.call)
+    costs = estimate_costs(workload)
     pipe = load_pipeline(workload.model, workload.resources.device)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert facts.numbers[name] == sum(p.numel() for p in getattr(pipe, name).parameters())
@@ -42,7 +43,7 @@ def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_published_model_has_a_workload_of_its_size(name: str) -> None:
     workload, preset = published(name), PRESETS[name]
-    facts = model_facts(workload)
+    facts = model_facts(workload.name, workload.model, workload.call)
     assert facts.preset is preset
     assert (facts.grid, facts.text_tokens) == (preset.grid, preset.text_tokens)
     assert FAMILIES[workload.model.family].transformer_class == preset.transformer_class

@@ -20,7 +20,8 @@ from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget, bounds_of, calibrated_bounds, measure_bounds, meter_errors
+from lesa.publishing.calibration import bounds_of, calibrated_bounds, meter_errors
+from lesa.publishing.jobs import bounds_by_budget, measure_bounds
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.sampling.binding import LazyPredictor
@@ -155,11 +156,15 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     rule = LazyPredictor(predictor, schedule, train.sigmas)
 
     def bounds(samples: int) -> list[float | None]:
-        publish = dataclasses.replace(workload.publish, bound_samples=samples)
-        other = dataclasses.replace(workload, publish=publish)
-        return calibrated_bounds(pipe, other, schedule, rule, validation, train)
+        return calibrated_bounds(
+            pipe, workload.call, schedule, rule, validation, train, batch_size=batch_size, samples=samples
+        )
 
-    seen = [meter_errors(pipe, workload, schedule, rule, data, range(len(data))) for data in (validation, train)]
+    batch_size = workload.evaluate.batch_size
+    seen = [
+        meter_errors(pipe, workload.call, schedule, rule, data, range(len(data)), batch_size)
+        for data in (validation, train)
+    ]
     assert [len(errors[3]) for errors in seen] == [2, 4]
     _assert_rounded_up(bounds(0), bounds_of(seen[0], schedule))
     every = {step: seen[0][step] + seen[1][step] for step in (3, 6)}
