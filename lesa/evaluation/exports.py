@@ -1,4 +1,4 @@
-"""What an evaluation leaves for programs: metrics and curves for DVC, every sample for whoever checks."""
+"""What an evaluation leaves for programs: metrics and curves for DVC, every sample for a check by hand."""
 
 from __future__ import annotations
 

@@ -46,13 +46,13 @@ class Bench:
     call: CallParams
     batch_size: int
     sigmas: torch.Tensor  # [S + 1]
-    reference: torch.Tensor  # pictures of the plain run
+    reference: torch.Tensor  # images of the plain run
 
     @classmethod
     def of(
         cls, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: CallParams, batch_size: int
     ) -> Bench:
-        """With the plain run's pictures and noise levels."""
+        """With the plain run's images and noise levels."""
         reference = sample(pipe, prompts, seeds, call, batch_size=batch_size)
         return cls(
             pipe=pipe,
@@ -104,7 +104,7 @@ def tune_caches(
     Args:
         bench: training prompts; never those that are judged.
         ours: the predictor's method at each budget, whose time is the measure.
-        searches: what is tuned; of several with one name the best picture counts.
+        searches: what is tuned; of several with one name the best image counts.
         repeats: timed runs of each kind; their median counts.
         report: called after each search.
 
@@ -117,11 +117,11 @@ def tune_caches(
     chosen: list[Method] = []
     done = 0
     for cache in dict.fromkeys(each.name for each in searches):
-        found: dict[str, dict[str, _Found]] = {"": {}, "_equal_time": {}}
+        best_by_suffix: dict[str, dict[str, _Best]] = {"": {}, "_equal_time": {}}
         for index, each in enumerate(searches):
             if each.name != cache:
                 continue
-            for suffix, best in found.items():
+            for suffix, best in best_by_suffix.items():
                 targets = {}
                 for (budget, method), time in zip(ours.items(), of_ours, strict=True):
                     steps = _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0])
@@ -133,11 +133,11 @@ def tune_caches(
                 for budget, target in sorted(targets.items(), key=lambda item: item[1]):
                     trial = each.search(bench, target, trials[index])
                     if budget not in best or trial.psnr > best[budget].trial.psnr:
-                        best[budget] = _Found(trial=trial, target=target)
+                        best[budget] = _Best(trial=trial, target=target)
                     done += 1
                     if report is not None:
                         report(done, {f"{cache}_computed": trial.computed, f"{cache}_psnr": trial.psnr})
-        usual, equal_time = found.values()
+        usual, equal_time = best_by_suffix.values()
         chosen += [usual[budget].method(cache, "", budget) for budget in ours]
         if any(equal_time[budget].trial.method.settings != usual[budget].trial.method.settings for budget in ours):
             chosen += [
@@ -147,7 +147,7 @@ def tune_caches(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Best:
     trial: Trial
     target: float  # computed steps
 
@@ -197,7 +197,7 @@ def bisect_threshold(
 
 
 def best_trial(trials: Sequence[Trial], target: float) -> Trial:
-    """The best picture among all settings no slower than the first one that reaches the target.
+    """The best image among all settings no slower than the first one that reaches the target.
 
     Settings that are faster still are not shut out: a peer must not lose by being given more time.
     """
