@@ -73,17 +73,10 @@ def train_base(
         held_out = data_set.load("held_out")(unseen[: JUDGED_A_STEP * steps], generator)
         metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
         shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
-        metrics["flow_loss"] = fit_flow(
-            architecture,
-            pipeline,
-            data_set,
-            _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened),
-            num_steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed + 5,
-            **run,
-        )
+        data = _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened)
+        rates: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+        loss = fit_flow(architecture, pipeline, data_set, data, num_steps=steps, seed=seed + 5, **rates, **run)
+        metrics["flow_loss"] = loss
     if scorer is not None:
         metrics |= _judge(data_set, pipeline.to(device), scorer, unseen[: min(MAX_JUDGED, 4 * steps)])
     pipeline.to("cpu")

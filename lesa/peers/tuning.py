@@ -117,19 +117,22 @@ def tune_caches(
     chosen: list[Method] = []
     done = 0
     for cache in dict.fromkeys(each.name for each in searches):
-        best_by_suffix: dict[str, dict[str, _Best]] = {"": {}, "_equal_time": {}}
+        usual: dict[str, _Best] = {}
+        equal_time: dict[str, _Best] = {}
         for index, each in enumerate(searches):
             if each.name != cache:
                 continue
-            for suffix, best in best_by_suffix.items():
-                targets = {}
-                for (budget, method), time in zip(ours.items(), of_ours, strict=True):
-                    steps = _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0])
-                    # In a run of few steps the time saved may pay for all but a part of one: a cache that skips none
-                    # is the plain run.
-                    steps = min(steps, method.num_steps - 1.0)
-                    full = method.schedule.num_full if method.schedule else 0
-                    targets[budget] = max(steps, float(full)) if suffix == "" else steps
+            affordable = {
+                # In a run of few steps the time saved may pay for all but a part of one: a cache that skips none is
+                # the plain run.
+                budget: min(
+                    _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0]),
+                    method.num_steps - 1.0,
+                )
+                for (budget, method), time in zip(ours.items(), of_ours, strict=True)
+            }
+            as_many = {budget: max(steps, _num_full(ours[budget])) for budget, steps in affordable.items()}
+            for best, targets in ((usual, as_many), (equal_time, affordable)):
                 for budget, target in sorted(targets.items(), key=lambda item: item[1]):
                     trial = each.search(bench, target, trials[index])
                     if budget not in best or trial.psnr > best[budget].trial.psnr:
@@ -137,7 +140,6 @@ def tune_caches(
                     done += 1
                     if report is not None:
                         report(done, {f"{cache}_computed": trial.computed, f"{cache}_psnr": trial.psnr})
-        usual, equal_time = best_by_suffix.values()
         chosen += [usual[budget].method(cache, "", budget) for budget in ours]
         if any(equal_time[budget].trial.method.settings != usual[budget].trial.method.settings for budget in ours):
             chosen += [
@@ -204,6 +206,10 @@ def best_trial(trials: Sequence[Trial], target: float) -> Trial:
     slow_enough = [trial.computed for trial in trials if trial.computed >= target - 1e-9]
     limit = min(slow_enough) if slow_enough else max(trial.computed for trial in trials)
     return max((t for t in trials if t.computed <= limit + 1e-9), key=lambda trial: trial.psnr)
+
+
+def _num_full(method: Method) -> float:
+    return float(method.schedule.num_full if method.schedule else 0)
 
 
 def _affordable(ours: float, eager: float, plain: float, num_steps: int, eager_trial: Trial) -> float:

@@ -1,6 +1,6 @@
-"""The recording of a workload: what is missing is planned, recorded by somebody's pipelines, and the rest removed.
+"""The recording of a workload: plan it, record what the store lacks, remove what the plan does not name.
 
-`drive` is the one way; it is given the recorders: `LocalRecorder` in this process, Ray actors in the record stage.
+`drive` is given what records: a `LocalRecorder` in this process, Ray actors in the record stage.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LocalRecorder:
         return [item.key for item in batch]
 
     def close(self) -> None:
-        """The pipeline belongs to whoever loaded it."""
+        """The pipeline stays: its owner loaded it."""
 
     def _argument_lengths(self) -> list[dict[str, int]] | None:
         if self._lengths is None and self._params.batch_size > 1:
