@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuning_prompts=[] if options.no_tuning else tuning,
             further=_further(options, workload, pipe, ours, judged, tuning),
             settings=settings,
-            scorer=load_scorer(workload),
+            scorer=load_scorer(workload.scorer),
             report=_report,
         )
     except ValueError as error:

@@ -219,7 +219,7 @@ def measure(
         noise,
         call=workload.call,
         settings=dataclasses.replace(workload.evaluate, converged_fraction=fraction),
-        scorer=load_scorer(workload),
+        scorer=load_scorer(workload.scorer),
         timing=False,
         report=lambda step, values: print(step, "samples", file=sys.stderr, flush=True),
         about={"workload": workload.name, "seed_offset": seed_offset},

@@ -1,4 +1,4 @@
-"""What 10 and 8 of 50 full steps save at the published models' true size, predictor and ends paid for.
+"""What 10 and 8 of 50 full steps save at the published models' true size, predictor and output head paid for.
 
 python -m benchmarks.flops                 # all models; writes benchmarks/results/flops.json and flops.md
 python -m benchmarks.flops --family flux-dev --out /tmp/flops

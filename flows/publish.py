@@ -22,11 +22,11 @@ from flows.tracking.client import tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
 from lesa.atomic import write_json
+from lesa.bundle import Bundle
 from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import Workload
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import measure_bounds
-from lesa.publishing.gate import shared_out
+from lesa.publishing.jobs import measure_bounds, shared_out
 from lesa.pull import redacted
 from lesa.recording.dataset import recorded_elsewhere, recorded_splits
 from lesa.training.jobs import load_predictor
@@ -57,13 +57,24 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         ValueError: something to publish is missing.
         mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
     """
+    bundle = build_bundle(workload, log, root)
+    release_memory()  # gigabytes of a real model; the gate's jobs load what they need
+    outcome = register_and_judge(workload, bundle, log, root)
+    write_json(metrics_folder(workload) / "decision.json", outcome)
+    reasons = "; ".join(outcome["reasons"])
+    log.info("gate: version %s %s: %s", outcome["candidate"], registry_word(outcome), reasons)
+    return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
+
+
+def build_bundle(workload: Workload, log: Any, root: Path) -> Bundle:
+    """The bundle of the second training step's predictor, with its error bounds and what was measured of it."""
     predictor = load_predictor(workload.paths.closed_loop)
     quality = budget_quality(workload, read_metrics(workload))
     log.info("error bounds: accelerated runs of validation and training prompts")
     error_bounds = measured_bounds(workload)  # before a pipeline is loaded here: two at once may be too many
     pipe = load_pipeline(workload.model, workload.resources.device)
     train, validation = recorded_splits(workload)
-    bundle = make_bundle(
+    return make_bundle(
         workload.paths.bundle,
         workload,
         pipe,
@@ -76,8 +87,10 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         created_from=revisions(root, workload.name),
         others=recorded_elsewhere(workload),
     )
-    del pipe, train, validation  # gigabytes of a real model; the gate's jobs load what they need
-    release_memory()
+
+
+def register_and_judge(workload: Workload, bundle: Bundle, log: Any, root: Path) -> dict[str, Any]:
+    """Registers the bundle as candidate and promotes it if the gate says so; what was decided, as it is recorded."""
     log.info("registry: %s", redacted(tracking_uri(root)))
     registry = Registry(experiment_name(workload), root)
     candidate = registry.register(
@@ -90,30 +103,24 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     finally:
         registry.drop_alias(CANDIDATE, candidate)
     outcome = judgement.outcome(candidate, before, moved)
-    registry.tag(
-        candidate,
-        {"gate": "promoted" if moved else "kept out", "gate.reasons": "; ".join(outcome["reasons"])},
-    )
+    gate = "promoted" if moved else "kept out"
+    registry.tag(candidate, {"gate": gate, "gate.reasons": "; ".join(outcome["reasons"])})
     registry.attach(candidate, outcome)
-    write_json(metrics_folder(workload) / "decision.json", outcome)
-    log.info(
-        "gate: version %s %s: %s", candidate.number, registry_word(outcome), "; ".join(outcome["reasons"])
-    )
-    return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
+    return outcome
 
 
 def measured_bounds(workload: Workload) -> dict[str, list[float | None]]:
     """Error bounds of every budget, which are shared out to as many jobs as there are workers."""
     share = workload.resources.publish
     full_steps = {name: float(schedule.num_full) for name, schedule in workload.budgets().items()}
-    found = run_jobs(
+    parts = run_jobs(
         measure_bounds,
         workload,
         {" ".join(part): part for part in shared_out(full_steps, share.workers)},
         share=share,
         reporter=Reporter(path=Path(os.devnull), name=f"error bounds {workload.name}"),
     )
-    return {name: bounds for part in found.values() for name, bounds in part.items()}
+    return {name: bounds for part in parts.values() for name, bounds in part.items()}
 
 
 def registry_word(outcome: dict[str, Any]) -> str:

@@ -42,14 +42,14 @@ class Recorder:
         import transformers
 
         from lesa.models.pipelines import load_pipeline
+        from lesa.recording.drive import LocalRecorder
 
         for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
             library.utils.logging.set_verbosity_error()
         # Before the first operation: the number of threads decides how sums are split, and so the last bit.
         torch.set_num_threads(workload.resources.record.threads_per_actor)
-        self._workload = workload
-        self._store = TrajectoryStore.create(workload.paths.trajectories)
-        self._pipe = load_pipeline(workload.model, workload.resources.device)
+        store = TrajectoryStore.create(workload.paths.trajectories)
+        self._recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
 
     def pid(self) -> int:
         """This actor's process; answering means that the pipeline is loaded."""
@@ -57,19 +57,11 @@ class Recorder:
 
     def describe(self) -> tuple[dict[str, Any], RecordingSize]:
         """What of the pipeline determines a recording, and how large one trajectory is."""
-        from lesa.recording.plan import describe_source
-        from lesa.recording.record import measure_size
-
-        return describe_source(self._pipe), measure_size(self._pipe, self._workload)
+        return self._recorder.describe()
 
     def record(self, batch: Batch) -> list[str]:
         """Record and commit a batch; nothing to do for what is there. Returns its keys."""
-        from lesa.recording.record import record_batch
-
-        todo = [item for item in batch if item.key not in self._store]
-        for trajectory in record_batch(self._pipe, todo, self._workload) if todo else ():
-            self._store.commit(trajectory)
-        return [item.key for item in batch]
+        return self._recorder.record_batch(batch)
 
 
 class RecordingFailed(RuntimeError):

@@ -12,12 +12,16 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lesa.errors import LesaError
 
+if TYPE_CHECKING:
+    from lesa.bundle import Bundle
+
 DIGEST_TAG = "manifest_sha256"  # pins the bundle from outside the bundle
+REGISTRY_PREFIX = "models:/"
 _URI = re.compile(
     r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))"
 )
@@ -29,6 +33,24 @@ _QUERY = re.compile(r"(?<=://)([^\s?#\"<>]*)([?#])[^\s\"<>]+")
 
 class PullError(LesaError):
     """A bundle that could not be had from the registry, and what to do about it."""
+
+
+def bundle_from(source: str | Path, expected_digest: str | None = None) -> Bundle:
+    """A bundle out of a folder, or out of the registry where the source is an address `models:/...`.
+
+    Args:
+        expected_digest: SHA-256 that its manifest must have; of a registered bundle None takes the registry's.
+
+    Raises:
+        BundleError: it is not what its digests say.
+        PullError: as `pull`.
+    """
+    from lesa.bundle import load_bundle
+
+    if not str(source).startswith(REGISTRY_PREFIX):
+        return load_bundle(source, expected_digest=expected_digest)
+    folder = pull(str(source))
+    return load_bundle(folder, expected_digest=expected_digest or folder.name)
 
 
 def pull(uri: str, tracking_uri: str | None = None) -> Path:

@@ -98,7 +98,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     from flows.tracking.run import tracked_run
     from lesa.models.pipelines import load_pipeline, sample
     from lesa.publishing.build import make_bundle
-    from lesa.publishing.calibration import bounds_by_budget
+    from lesa.publishing.jobs import bounds_by_budget
     from lesa.recording.dataset import kept_splits
     from lesa.training.jobs import load_predictor
 
@@ -106,7 +106,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     log = logging.getLogger("benchmarks.true_size.flow")
     with contextlib.chdir(work):
         workload = phases.run("write_pipeline", lambda: prepare(work, preset, device, options))
-        recorded = phases.run("record", lambda: record.drive(workload, log))
+        recorded = phases.run("record", lambda: record.record_with_ray(workload, log))
         for stage, train in (("train_stage1", train_stage1.train), ("train_stage2", train_stage2.train)):
             with tracked_run(stage, experiment=NAME, params={}, tags={}, root=work) as tracker:
                 phases.run(stage, lambda train=train, tracker=tracker: train.fn(workload, tracker))  # type: ignore[misc]

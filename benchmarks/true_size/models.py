@@ -13,10 +13,9 @@ import diffusers
 import torch
 
 from lesa.models.families import FAMILIES
-from lesa.models.published import PIXELS_PER_TOKEN, PRESETS, Preset
+from lesa.models.published import FRAMES_PER_LATENT, PIXELS_PER_TOKEN, PRESETS, Preset
 
 FAMILY_NAMES = ("flux-dev", "qwen-image", "hunyuan-video")  # one of each architecture, 50 steps
-FRAMES_PER_LATENT = 4  # HunyuanVideo's autoencoder
 RESERVE = 8 << 30  # bytes beside the weights that a run of one sample may need
 _TEXT_WIDTH = 32
 _SMALL: dict[str, dict[str, Any]] = {
@@ -48,13 +47,14 @@ def preset_at(name: str, scale: str) -> Preset:
     preset = PRESETS[name]
     if scale == "true":
         return preset
-    frames = min(preset.grid[0], 2)
+    num_frames = None if preset.call.num_frames is None else FRAMES_PER_LATENT + 1  # two latent frames
+    side = 4 * PIXELS_PER_TOKEN
     return dataclasses.replace(
         preset,
         config=preset.config
         | _SMALL[preset.transformer_class]
         | {"attention_head_dim": 16, "num_attention_heads": 4},
-        grid=(frames, 4, 4),
+        call=dataclasses.replace(preset.call, height=side, width=side, num_frames=num_frames),
         text_tokens=8,
     )
 

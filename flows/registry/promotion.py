@@ -15,15 +15,8 @@ from lesa.evaluation.compare import refuse_trained
 from lesa.evaluation.measure import samples
 from lesa.params import Workload
 from lesa.peers.tuning import TUNING_SAMPLES
-from lesa.publishing.gate import (
-    Decision,
-    GateJob,
-    NamedBundle,
-    decide,
-    fresh_offset,
-    measure_budgets,
-    shared_out,
-)
+from lesa.publishing.gate import Decision, decide
+from lesa.publishing.jobs import GateJob, NamedBundle, fresh_offset, measure_budgets, shared_out
 from lesa.pull import pull
 from lesa.recording.prompts import read_splits
 

@@ -50,7 +50,7 @@ class Architecture(Protocol):
         ...
 
     def to_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] or [B, F, 3, H, W] as the autoencoder takes them."""
+        """Images [B, 3, H, W] or [B, F, 3, H, W] as the autoencoder takes them."""
         ...
 
     def from_autoencoder(self, decoded: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The data sets that a base model can be trained on, one entry of `DATA_SETS` each.
 
 All code that trains, saves and judges is the same for every entry. To add one, write its prompt language and
-its pictures (digits.py, photos.py, numbers.py and moving.py are the examples) and a row here; what differs between
+its images (digits.py, photos.py, numbers.py and moving.py are the examples) and a row here; what differs between
 model families is in architectures.py.
 """
 
@@ -17,9 +17,9 @@ import torch
 from lesa.base_models import digits, moving, numbers, photos
 from lesa.base_models.prompts import Language
 
-# What pictures are drawn for: the model's training, the scorer's training, or judging either.
+# What images are drawn for: the model's training, the scorer's training, or judging either.
 Part = Literal["model", "scorer", "held_out"]
-# One picture a prompt, [B, 3, H, W], or one video, [B, F, 3, H, W], in [-1, 1], jittered by the generator.
+# One image a prompt, [B, 3, H, W], or one video, [B, F, 3, H, W], in [-1, 1], jittered by the generator.
 Draw = Callable[[list[str], torch.Generator], torch.Tensor]
 
 TYPICAL = 0.15  # share of the real digits, the most typical ones, that the model learns to draw
@@ -30,7 +30,7 @@ _FURTHER_TOKENS = {"flux": 1, "qwen-image": 5, "hunyuan-video": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """What a scorer tells from a picture: one class, put together from some of the prompt's attributes."""
+    """What a scorer tells from an image: one class, put together from some of the prompt's attributes."""
 
     kind: str  # of the scorer's folder
     attributes: tuple[str, ...]
@@ -42,14 +42,14 @@ class Autoencoder:
     """Size and training of the autoencoder: what colour and fine detail need more of than strokes do."""
 
     latent_channels: int
-    norm_groups: int | None  # of its 16 channels; a group normalised on its own forgets the level of a flat picture
+    norm_groups: int | None  # of its 16 channels; a group normalised on its own forgets the level of a flat image
     num_steps: int
     batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSet:
-    """Prompts, the RGB pictures they ask for, and the sizes of a model that fits them."""
+    """Prompts, the RGB images they ask for, and the sizes of a model that fits them."""
 
     name: str
     family: str  # row of lesa.models.families, and of lesa.base_models.architectures

@@ -46,7 +46,7 @@ SHEAR = {"upright": 0.0, "slanted": 0.36, "backslanted": -0.36}  # horizontal sh
 STROKE_RADIUS = {"thin": -1, "plain": 0, "bold": 1}  # erosion or dilation, in 32 x 32 master pixels
 _MASTER = 32  # the digits are kept at this size while their strokes and outline change
 _SUPERSAMPLE = 2
-LIGHT_DRAWS = 8  # random numbers a picture that `light` takes
+LIGHT_DRAWS = 8  # random numbers an image that `light` takes
 HELD_OUT_EVERY = 5  # every fifth underlying digit is never seen by a model or a scorer in training
 
 
@@ -193,14 +193,14 @@ def _offset(position: str) -> tuple[float, float]:
 def strokes(
     masters: torch.Tensor,  # [B, 1, 32, 32]
     *,
-    size: tuple[int, int],  # H, W of the picture, in pixels
+    size: tuple[int, int],  # H, W of the image, in pixels
     glyph_size: float,  # pixels a side of a digit at scale 1
-    centre: torch.Tensor,  # [B, 2], x and y in pixels from the picture's middle
+    centre: torch.Tensor,  # [B, 2], x and y in pixels from the image's middle
     scale: torch.Tensor,  # [B]
     angle: torch.Tensor,  # [B], radians
     shear: torch.Tensor,  # [B], horizontal shift per unit of height
 ) -> torch.Tensor:
-    """How much of each pixel is ink, [B, 1, H, W] in [0, 1], for one digit a picture."""
+    """How much of each pixel is ink, [B, 1, H, W] in [0, 1], for one digit an image."""
     grid = _sampling_grid(size=size, glyph_size=glyph_size, centre=centre, scale=scale, angle=angle, shear=shear)
     drawn = F.grid_sample(masters, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return F.avg_pool2d(drawn, _SUPERSAMPLE)

@@ -28,7 +28,7 @@ from lesa.base_models.fit_flow import train_transformer
 from lesa.base_models.optim import Report, pick
 from lesa.base_models.sampling import full_call, sample_images
 from lesa.base_models.saving import save_folders
-from lesa.base_models.scorer import load_scorer
+from lesa.base_models.scorer import Scorer, load_scorer
 from lesa.base_models.students import Student
 from lesa.base_models.train import check_training
 from lesa.errors import LesaError
@@ -58,7 +58,7 @@ def distil(
 
     Returns chord_loss (the mean of the last tenth of the steps), agreement (the share of the student's samples of
     validation prompts that the scorer reads as prompted), teacher_agreement and teacher_psnr (dB, between the student's
-    pictures and the teacher's from the same noise).
+    images and the teacher's from the same noise).
     Raises ValueError naming every argument out of range, and FileNotFoundError or ValueError where there is no teacher
     or no scorer, before anything is written.
     """
@@ -92,14 +92,19 @@ def distil(
             generator=generator,
             report=report,
         )
-    splits = student.data_set.language.split_prompts()
-    judged = [*splits["train"], *splits["validation"]][: min(MAX_JUDGED, steps)]
-    ours = sample_images(pipeline, judged, _call(student))
-    theirs = sample_images(teacher, judged, full_call(student.data_set, len(judged)))
+    judgement = _judge(student, pipeline, teacher, scorer, num_prompts=min(MAX_JUDGED, steps))
     pipeline.to("cpu")
     save_folders({base_dir: pipeline.save_pretrained})
+    return {"chord_loss": loss, **judgement}
+
+
+def _judge(student: Student, pipeline: Any, teacher: Any, scorer: Scorer, num_prompts: int) -> dict[str, float]:
+    """Student and teacher on prompts that neither was shown, from the same noise."""
+    splits = student.data_set.language.split_prompts()
+    judged = [*splits["train"], *splits["validation"]][:num_prompts]
+    ours = sample_images(pipeline, judged, _call(student))
+    theirs = sample_images(teacher, judged, full_call(student.data_set, len(judged)))
     return {
-        "chord_loss": loss,
         "agreement": float(scorer.agreement(ours, judged).float().mean()),
         "teacher_agreement": float(scorer.agreement(theirs, judged).float().mean()),
         "teacher_psnr": float(metrics.psnr(ours, theirs).mean()),
@@ -108,12 +113,12 @@ def distil(
 
 def _check_teacher(student: Student, folder: Path) -> None:
     try:
-        found = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+        class_name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} is no pipeline folder: run the base stage of the teacher") from None
     known = FAMILIES[student.data_set.family].pipeline_classes
-    if found not in known:
-        raise LesaError(f"{folder} is a {found}, {student.name} learns from {' or '.join(known)}")
+    if class_name not in known:
+        raise LesaError(f"{folder} is a {class_name}, {student.name} learns from {' or '.join(known)}")
 
 
 def _call(student: Student) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _trajectories(
     device = sigmas.device
     shape = architecture.latent_shape(student.data_set)
     guided = partial(architecture.guided, teacher, student.data_set)
-    found = []
+    trajectories = []
     for start in range(0, len(chosen), SAMPLE_BATCH):
         rows = chosen[start : start + SAMPLE_BATCH]
         given = {name: value[rows] for name, value in conditioning.items()}
@@ -160,9 +165,9 @@ def _trajectories(
                 halfway = x + (middle - upper) * guided(x, upper.expand(len(x)), given, without)
                 x = x + (lower - upper) * guided(halfway, middle.expand(len(x)), given, without)
             states.append(x)
-        found.append(torch.stack(states, dim=1))
+        trajectories.append(torch.stack(states, dim=1))
         report(start, {"teacher_trajectories": float(start + len(rows))})
-    return torch.cat(found)
+    return torch.cat(trajectories)
 
 
 def _fit(

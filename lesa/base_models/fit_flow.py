@@ -73,9 +73,7 @@ def fit_flow(
     Returns the mean loss of the last tenth of the steps.
     """
     transformer = pipeline.transformer.to(device).train()
-    for linear in _modulations(transformer).values():
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
+    _zero_modulations(transformer)
     conditioning = {name: value.to(device) for name, value in data.conditioning.items()}
     empty = len(next(iter(conditioning.values()))) - 1
 
@@ -180,11 +178,15 @@ def _optimiser(transformer: nn.Module, *, learning_rate: float, num_steps: int) 
     )
 
 
-def _modulations(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """By name, what turns the timestep into scales, shifts and gates, and the output layer.
+def _zero_modulations(transformer: nn.Module) -> None:
+    """Make every block the identity and the output zero (adaLN-zero, as DiT is trained)."""
+    for linear in _modulations(transformer).values():
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
-    Zero at first, they make every block the identity and the output zero (adaLN-zero, as DiT is trained).
-    """
+
+def _modulations(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """By name, what turns the timestep into scales, shifts and gates, and the output layer."""
     return {
         name: module
         for name, module in transformer.named_modules()

@@ -61,13 +61,13 @@ def fit_text(
 def _summaries(read: Conditioning) -> list[torch.Tensor]:
     """One vector a text, [B, P], of each output: pooled vectors as they are, tokens in the mean."""
     masks = [value for name, value in read.items() if name.endswith("_mask")]
-    found = []
+    summaries = []
     for name, value in read.items():
         if value.ndim == 3 and masks:
             weights = masks[0].to(value.dtype)[..., None]
-            found.append((value * weights).sum(dim=1) / weights.sum(dim=1))
+            summaries.append((value * weights).sum(dim=1) / weights.sum(dim=1))
         elif value.ndim == 3:
-            found.append(value.mean(dim=1))
+            summaries.append(value.mean(dim=1))
         elif not name.endswith("_mask"):
-            found.append(value)
-    return found
+            summaries.append(value)
+    return summaries

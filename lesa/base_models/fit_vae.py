@@ -1,6 +1,6 @@
-"""Trains the autoencoder on drawn pictures and measures the scale of its latents.
+"""Trains the autoencoder on drawn images and measures the scale of its latents.
 
-Shape legend: B images or videos, F frames, H, W pixels, C latent channels; "pictures" are [B, 3, H, W] or, of a video,
+Shape legend: B samples, F frames, H, W pixels, C latent channels; `images` are [B, 3, H, W], or videos
 [B, F, 3, H, W].
 """
 
@@ -59,7 +59,7 @@ def encode(architecture: Architecture, vae: Any, images: torch.Tensor, batch_siz
 
 @torch.no_grad()
 def reconstruction_psnr(architecture: Architecture, vae: Any, images: torch.Tensor) -> float:
-    """Mean PSNR in dB, on pictures taken to [0, 1], of decoding the posterior mean."""
+    """Mean PSNR in dB, on images taken to [0, 1], of decoding the posterior mean."""
     decoded = vae.decode(encode(architecture, vae, images).to(vae.device)).sample.cpu()
     error = (architecture.from_autoencoder(decoded).clamp(-1, 1) - images) / 2
     mse = error.square().flatten(1).mean(dim=1).clamp_min(1e-8)

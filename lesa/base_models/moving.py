@@ -1,7 +1,7 @@
 """Real handwritten digits (scikit-learn's) that move as a prompt asks: videos of 9 frames, 16 x 16 RGB.
 
 A full prompt reads "a thin slanted seven, moving left, white on black"; "a seven" takes the defaults. A motion is
-even and passes the middle of the picture in the middle of the video.
+even and passes the middle of the image in the middle of the video.
 
 Shape legend: B videos, F = NUM_FRAMES, H = W = digits.IMAGE_SIZE pixels.
 """
@@ -41,7 +41,7 @@ LANGUAGE = Language(
 )
 
 NUM_FRAMES = 9
-GLYPH_SIZE = 9.5  # pixels a side of a digit: smaller than in a still picture, so that it has somewhere to go
+GLYPH_SIZE = 9.5  # pixels a side of a digit: smaller than in a still image, so that it has somewhere to go
 
 
 def draw_videos(

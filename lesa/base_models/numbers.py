@@ -1,6 +1,6 @@
 """Two-digit numbers from real handwritten digits (scikit-learn's) as a prompt asks: 16 x 24 RGB images.
 
-A full prompt reads "a thin slanted forty two, white on black"; "a forty two" takes the defaults. A picture is
+A full prompt reads "a thin slanted forty two, white on black"; "a forty two" takes the defaults. An image is
 right only where both digits are: a harder text to draw than one digit.
 
 Shape legend: B images, H = HEIGHT, W = WIDTH pixels.

@@ -145,8 +145,8 @@ def _sample(pixels: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> 
     """Crops [B, 3, H, W] of one photograph [3, P, P'] at places [B, 2 W] and [B, 2 H] in [-1, 1]."""
     num_images, count = columns.shape
     grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1)
-    # As one tall picture: the photograph is not copied for every crop.
+    # As one tall image: the photograph is not copied for every crop.
     tall = grid.reshape(1, num_images * count, count, 2)
-    found = F.grid_sample(pixels[None], tall, mode="bilinear", padding_mode="border", align_corners=False)
-    crops = found.reshape(3, num_images, count, count).transpose(0, 1)
+    sampled = F.grid_sample(pixels[None], tall, mode="bilinear", padding_mode="border", align_corners=False)
+    crops = sampled.reshape(3, num_images, count, count).transpose(0, 1)
     return F.avg_pool2d(crops, _SUPERSAMPLE)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 from lesa.errors import LesaError
@@ -71,8 +70,8 @@ class Language:
 
     def shorten(self, prompt: str) -> str:
         """The shortest prompt that means the same as `prompt`: attributes at their defaults are left out."""
-        said = self.parse(prompt)
-        kept = {name: "" if self.defaults.get(name) == value else value for name, value in said.items()}
+        attributes = self.parse(prompt)
+        kept = {name: "" if self.defaults.get(name) == value else value for name, value in attributes.items()}
         phrases = [" ".join(phrase.format(**kept).split()) for phrase in self.phrases]
         return ", ".join(phrase for phrase in phrases if phrase)
 
@@ -83,32 +82,32 @@ class Language:
         given twice, and one that is missing.
         """
         problems: list[str] = []
-        found: Attributes = {}
+        attributes: Attributes = {}
         fillers = set(re.sub(r"{\w+}", "", self.phrases[0]).split()) | {"an"}
         tail = tuple(name for name in self.values if name not in self.head)
         head, *phrases = [" ".join(part.split()) for part in prompt.lower().split(",")]
-        said = [(word, "word", self.head) for word in head.split() if word not in fillers]
-        said += [(phrase, "phrase", tail) for phrase in phrases]
-        for text, what, names in said:
+        parts = [(word, "word", self.head) for word in head.split() if word not in fillers]
+        parts += [(phrase, "phrase", tail) for phrase in phrases]
+        for text, what, names in parts:
             name = next((n for n in names if text in self.values[n]), None)
             if name is None:
                 known = ", ".join(value for n in names for value in self.values[n])
                 problems.append(f"unknown {what} {text!r} (known: {known})")
-            elif name in found:
-                problems.append(f"{name} given twice ({found[name]!r} and {text!r})")
+            elif name in attributes:
+                problems.append(f"{name} given twice ({attributes[name]!r} and {text!r})")
             else:
-                found[name] = text
+                attributes[name] = text
         for name, values in self.values.items():
-            if name not in found and name not in self.defaults:
+            if name not in attributes and name not in self.defaults:
                 problems.append(f"no {name} (say one of: {', '.join(values)})")
         if problems:
             raise LesaError(f"prompt {prompt!r}: " + "; ".join(problems))
-        return {name: found.get(name) or self.defaults[name] for name in self.values}
+        return {name: attributes.get(name) or self.defaults[name] for name in self.values}
 
     def indices(self, prompt: str, attributes: Sequence[str] | None = None) -> list[int]:
         """Positions in `values` of what the prompt says of `attributes`, by default all of them in order."""
-        said = self.parse(prompt)
-        return [self.values[name].index(said[name]) for name in attributes or self.values]
+        values = self.parse(prompt)
+        return [self.values[name].index(values[name]) for name in attributes or self.values]
 
     def all_prompts(self) -> list[str]:
         """All full prompts, in the order of `values`."""
@@ -135,9 +134,3 @@ class Language:
             splits[name] = ordered[start : start + size]
             start += size
         return splits
-
-    def write_splits(self, folder: Path) -> None:
-        """Write `<split>.txt`, one prompt a line, into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, prompts in self.split_prompts().items():
-            (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")

@@ -159,7 +159,7 @@ def _scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """A reader of text; its part that reads pictures is there, as small as can be, and never called."""
+    """A reader of text; its part that reads images is there, as small as can be, and never called."""
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),

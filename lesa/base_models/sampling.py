@@ -1,4 +1,4 @@
-"""Pictures of a model that was trained here, by its pipeline's own call."""
+"""Images of a model that was trained here, by its pipeline's own call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def full_call(data_set: DataSet, num_prompts: int) -> dict[str, Any]:
 
 
 def sample_images(pipeline: Any, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
-    """One picture or video a prompt, on the CPU, in [0, 1]; the noise of each depends on its place alone."""
+    """One image or video a prompt, on the CPU, in [0, 1]; the noise of each depends on its place alone."""
     pipeline.set_progress_bar_config(disable=True)
     images: torch.Tensor = pipeline(
         prompt=prompts,

@@ -1,6 +1,6 @@
-"""An independent judge of the pictures: a small classifier that reads part of the prompt from them.
+"""An independent judge of the images: a small classifier that reads part of the prompt from them.
 
-It is trained on real pictures only (renderings of digits, crops of photographs), never on generated ones. On
+It is trained on real images only (renderings of digits, crops of photographs), never on generated ones. On
 disk it is a folder of scorer.json (what it reads, how well) and weights.safetensors.
 """
 
@@ -21,11 +21,11 @@ from lesa.errors import LesaError
 
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 64
-JUDGED_A_STEP = 40  # held-out pictures a training step at most: a trial run needs no exact accuracy
+JUDGED_A_STEP = 40  # held-out images a training step at most: a trial run needs no exact accuracy
 
 
 class Scorer:
-    """Reads one class from a picture; `accuracy` is its share of right answers on held-out real pictures.
+    """Reads one class from an image; `accuracy` is its share of right answers on held-out real images.
 
     A class is what the prompt says of the reading's attributes: "seven", or "temple, second row, far left".
     """
@@ -98,7 +98,7 @@ def load_scorer(folder: Path) -> Scorer:
 
 
 def fit_scorer(data_set: DataSet, *, num_steps: int, num_images: int, seed: int, device: str, report: Report) -> Scorer:
-    """Train on `num_images` real pictures of the scorer's part; judge on the held-out part.
+    """Train on `num_images` real images of the scorer's part; judge on the held-out part.
 
     `data_set` must have a reading.
     """

@@ -16,7 +16,7 @@ from lesa.base_models.fit_vae import encode, fit_vae, reconstruction_psnr
 from lesa.base_models.optim import Report, pick
 from lesa.base_models.sampling import full_call, sample_images
 from lesa.base_models.saving import save_folders
-from lesa.base_models.scorer import JUDGED_A_STEP, fit_scorer
+from lesa.base_models.scorer import JUDGED_A_STEP, Scorer, fit_scorer
 from lesa.errors import LesaError
 
 # The smaller parts need a number of steps that does not depend on the transformer's, except in trial runs.
@@ -46,79 +46,65 @@ def train_base(
 
     The same seed and number of threads give the same weights.
 
-    Returns vae_psnr (dB, held-out pictures), flow_loss and, with a scorer, scorer_accuracy (held-out pictures)
+    Returns vae_psnr (dB, held-out images), flow_loss and, with a scorer, scorer_accuracy (held-out images)
     and agreement: the share of full samples of unseen prompts that the scorer reads as prompted.
     Raises ValueError naming every argument out of range, before anything is written.
     """
     check_training(data_set, prompts, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    base_dir, scorer_dir = Path(base_dir), Path(scorer_dir)
+    run: dict[str, Any] = {"device": device, "report": report}
+    architecture = architecture_of(data_set)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        architecture = architecture_of(data_set)
         most = MAX_IMAGES if data_set.num_frames is None else MAX_FRAMES // data_set.num_frames
         num_images = min(most, max(64, steps * batch_size))
         scorer = None
         if data_set.reading is not None:
-            scorer = fit_scorer(
-                data_set,
-                num_steps=min(MAX_SCORER_STEPS, steps),
-                num_images=num_images,
-                seed=seed + 1,
-                device=device,
-                report=report,
-            )
-        pipeline, autoencoder = architecture.build(data_set), data_set.autoencoder
-        fit_text(
-            architecture,
-            pipeline,
-            data_set,
-            prompts,
-            num_steps=min(MAX_TEXT_STEPS, steps),
-            seed=seed + 2,
-            device=device,
-            report=report,
-        )
+            few = min(MAX_SCORER_STEPS, steps)
+            scorer = fit_scorer(data_set, num_steps=few, num_images=num_images, seed=seed + 1, **run)
+        pipeline = architecture.build(data_set)
+        few = min(MAX_TEXT_STEPS, steps)
+        fit_text(architecture, pipeline, data_set, prompts, num_steps=few, seed=seed + 2, **run)
         generator = torch.Generator().manual_seed(seed + 3)
         chosen = pick(len(prompts), num_images, generator)
         images = data_set.load("model")([prompts[i] for i in chosen], generator)
-        fit_vae(
-            architecture,
-            pipeline.vae,
-            images,
-            num_steps=min(autoencoder.num_steps, steps * VAE_IMAGES // autoencoder.batch_size),
-            batch_size=autoencoder.batch_size,
-            seed=seed + 4,
-            device=device,
-            report=report,
-        )
+        _fit_vae(architecture, pipeline, data_set, images, steps, seed=seed + 4, **run)
         splits = data_set.language.split_prompts()
         unseen = [*splits["train"], *splits["validation"]]
         held_out = data_set.load("held_out")(unseen[: JUDGED_A_STEP * steps], generator)
         metrics = {"vae_psnr": reconstruction_psnr(architecture, pipeline.vae, held_out)}
         shortened = torch.rand(num_images, generator=generator) < SHORT_SHARE
-        metrics["flow_loss"] = fit_flow(
-            architecture,
-            pipeline,
-            data_set,
-            _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened),
-            num_steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed + 5,
-            device=device,
-            report=report,
-        )
+        data = _flow_data(architecture, pipeline, data_set, prompts, images, chosen, shortened)
+        rates: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate}
+        loss = fit_flow(architecture, pipeline, data_set, data, num_steps=steps, seed=seed + 5, **rates, **run)
+        metrics["flow_loss"] = loss
     if scorer is not None:
-        metrics["scorer_accuracy"] = scorer.accuracy
-        judged = unseen[: min(MAX_JUDGED, 4 * steps)]
-        images = sample_images(pipeline.to(device), judged, full_call(data_set, len(judged)))
-        metrics["agreement"] = float(scorer.agreement(images, judged).float().mean())
+        metrics |= _judge(data_set, pipeline.to(device), scorer, unseen[: min(MAX_JUDGED, 4 * steps)])
     pipeline.to("cpu")
-    folders: dict[Path, Callable[[Path], object]] = {base_dir: pipeline.save_pretrained}
+    folders: dict[Path, Callable[[Path], object]] = {Path(base_dir): pipeline.save_pretrained}
     if scorer is not None:
-        folders[scorer_dir] = scorer.save
+        folders[Path(scorer_dir)] = scorer.save
     save_folders(folders)
     return metrics
+
+
+def _fit_vae(
+    architecture: Architecture,
+    pipeline: Any,
+    data_set: DataSet,
+    images: torch.Tensor,
+    steps: int,  # of the transformer
+    **run: Any,
+) -> None:
+    """The autoencoder's own number of steps, or fewer in trial runs."""
+    settings = data_set.autoencoder
+    num_steps = min(settings.num_steps, steps * VAE_IMAGES // settings.batch_size)
+    fit_vae(architecture, pipeline.vae, images, num_steps=num_steps, batch_size=settings.batch_size, **run)
+
+
+def _judge(data_set: DataSet, pipeline: Any, scorer: Scorer, prompts: list[str]) -> dict[str, float]:
+    images = sample_images(pipeline, prompts, full_call(data_set, len(prompts)))
+    agreement = float(scorer.agreement(images, prompts).float().mean())
+    return {"scorer_accuracy": scorer.accuracy, "agreement": agreement}
 
 
 def check_training(data_set: DataSet, prompts: list[str], *, steps: int, batch_size: int, learning_rate: float) -> None:

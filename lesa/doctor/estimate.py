@@ -16,7 +16,7 @@ from lesa.doctor.model_size import ModelFacts, model_facts
 from lesa.models.families import blocks, family_of
 from lesa.models.flops import call_inputs, predictor_bytes
 from lesa.models.published import call_flops
-from lesa.params import ScheduleParams, Workload, searched_budgets
+from lesa.params import ClosedLoopParams, PredictorParams, ScheduleParams, Workload, searched_budgets
 from lesa.predictor.spec import PredictorSpec, Variant
 from lesa.recording.plan import RecordingSize
 from lesa.schedule import Schedule
@@ -30,7 +30,7 @@ BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the mo
 _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
 _FITTING_COPIES = 3  # of the features that sums are made of: as read, as rows, and with a constant beside them
-_DECODER_BYTES = 1024  # a pixel of a picture or a frame, while it is decoded
+_DECODER_BYTES = 1024  # a pixel of an image or a frame, while it is decoded
 _CHECKPOINT_COPIES = 20  # of a predictor's float32 weights: both results, optimiser, coordinates, best so far
 _ELEMENT = {"float32": 4, "bfloat16": 2}
 
@@ -95,20 +95,23 @@ def estimate_costs(workload: Workload) -> CostEstimate:
     Raises:
         ValueError: its model is neither a folder here nor a published one of `lesa.models.published`.
     """
-    facts = model_facts(workload)
+    facts = model_facts(
+        workload.name, workload.model, workload.call, is_trained_here=workload.base is not None
+    )
     transformer, family = facts.transformer, family_of(facts.transformer)
     element = _ELEMENT[workload.model.dtype]
     call, record = workload.call, workload.record
-    branches = 2 if (call.true_cfg_scale or 0.0) > 1.0 else 1
+    steps, branches = call.num_inference_steps, 2 if (call.true_cfg_scale or 0.0) > 1.0 else 1
+    searched = searched_budgets(workload.schedule)
     model = call_flops(transformer, facts.grid, facts.text_tokens)
-    run = branches * call.num_inference_steps * model.total
-    full = full_step_counts(workload.schedule, call.num_inference_steps)
+    run = branches * steps * model.total
+    full = full_step_counts(workload.schedule, steps)
     trajectories = {
         count: sum(workload.num_recorded(count).values()) * record.seeds_per_prompt
-        for count in (call.num_inference_steps, *record.step_counts)
+        for count in workload.step_counts
     }
-    every_token = _recording(facts, call.num_inference_steps, branches, model.channels, 1.0)
-    kept = _recording(facts, call.num_inference_steps, branches, model.channels, record.token_fraction)
+    every_token = _recording(facts, steps, branches, model.channels, 1.0)
+    kept = _recording(facts, steps, branches, model.channels, record.token_fraction)
     wide = (model.tokens + facts.text_tokens) * model.channels  # values of one block's streams
     feature = model.tokens * model.channels
     pixels = call.height * call.width * (call.num_frames or 1)
@@ -120,10 +123,12 @@ def estimate_costs(workload: Workload) -> CostEstimate:
         trajectories=sum(trajectories.values()),
         store=kept.bytes_of(trajectories),
         store_all_tokens=every_token.bytes_of(trajectories),
-        training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload, model.channels),
+        training=_CHECKPOINT_COPIES * len(full) * _predictor_bytes(workload.predictor, steps, model.channels),
         sampling=sampling * max(workload.evaluate.batch_size, record.batch_size),
-        fitting=_fitting(workload, kept.num_tokens * model.channels, model.channels),
-        closed_loop=_closed_loop(workload, full, branches, wide, feature, len(blocks(transformer, family))),
+        fitting=_fitting(steps, kept.num_tokens * model.channels, model.channels) if searched else 0,
+        closed_loop=_closed_loop(
+            workload.closed_loop, steps, full, branches, wide, feature, len(blocks(transformer, family)), element
+        ),
         run_flops=run,
         flops=_flops(workload, full, run),
     )
@@ -160,12 +165,11 @@ def _recording(facts: ModelFacts, steps: int, branches: int, channels: int, frac
     )
 
 
-def _predictor_bytes(workload: Workload, channels: int) -> int:
+def _predictor_bytes(params: PredictorParams, num_steps: int, channels: int) -> int:
     """Weights of one budget in float32."""
-    params = workload.predictor
     spec = PredictorSpec(
         channels=channels,
-        num_steps=workload.call.num_inference_steps,
+        num_steps=num_steps,
         boundaries=params.boundaries,
         history_sizes=params.history_sizes,
         variants=(Variant(name="counted", full_steps=(0,)),),
@@ -177,23 +181,25 @@ def _predictor_bytes(workload: Workload, channels: int) -> int:
     return predictor_bytes(spec, tokens=1, element_size=4)["weights"]
 
 
-def _fitting(workload: Workload, values: int, channels: int) -> int:
+def _fitting(steps: int, values: int, channels: int) -> int:
     """Sums of products that the search makes on the GPU, and the features that it makes them of, in float64."""
-    if not searched_budgets(workload.schedule):
-        return 0
-    steps = workload.call.num_inference_steps
     features = max(CHUNK, 8 * steps * values)
     return _FITTING_COPIES * features + 2 * 8 * (steps + 1) ** 2 * channels
 
 
 def _closed_loop(
-    workload: Workload, full: dict[str, int], branches: int, wide: int, feature: int, num_blocks: int
+    settings: ClosedLoopParams,
+    steps: int,
+    full: dict[str, int],  # full steps of every budget
+    branches: int,
+    wide: int,  # values of one block's streams
+    feature: int,  # values of a feature
+    num_blocks: int,
+    element: int,  # bytes a value
 ) -> int:
     """Activations that the gradient through the sampler needs, of the largest budget."""
-    settings, element = workload.closed_loop, _ELEMENT[workload.model.dtype]
     if settings.iterations == 0 or settings.gradient != "through_sampler":
         return 0
-    steps = workload.call.num_inference_steps
     a_block = wide * element * (1 if settings.gradient_checkpointing else _BLOCK_VALUES)
     recomputed = wide * element * _BLOCK_VALUES
     return settings.batch_size * max(

@@ -14,10 +14,9 @@ import torch
 from lesa.errors import LesaError
 from lesa.models.families import FAMILIES
 from lesa.models.flops import Grid
-from lesa.models.published import PIXELS_PER_TOKEN, PRESETS, Preset, meta_transformer
-from lesa.params import CallParams, Workload
+from lesa.models.published import FRAMES_PER_LATENT, PIXELS_PER_TOKEN, PRESETS, Preset, meta_transformer
+from lesa.params import CallParams, ModelParams
 
-_FRAMES_PER_LATENT = 4  # of HunyuanVideo's autoencoder
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format
 _QWEN_TEXT = 128  # tokens of a prompt of ordinary length; its pipeline pads to no fixed number
 
@@ -35,16 +34,20 @@ class ModelFacts:
     preset: Preset | None  # of a published model
 
 
-def model_facts(workload: Workload) -> ModelFacts:
+def model_facts(workload: str, model: ModelParams, call: CallParams, *, is_trained_here: bool = False) -> ModelFacts:
     """The facts of a workload's model.
+
+    Args:
+        workload: its name.
+        is_trained_here: whether the workload's first stage makes the model, for the message where it is absent.
 
     Raises:
         ValueError: neither a folder here nor a published model.
     """
-    folder = Path(workload.model.source)
-    preset = preset_of(workload)
+    folder = Path(model.source)
+    preset = preset_of(workload, model.source)
     if (folder / "model_index.json").is_file():
-        transformer = _from_folder(folder, FAMILIES[workload.model.family].transformer_class)
+        transformer = _from_folder(folder, FAMILIES[model.family].transformer_class)
         numbers = {part.name: _numbers(part) for part in sorted(folder.iterdir()) if part.is_dir()}
         numbers = {name: count for name, count in numbers.items() if count}
         if "transformer" not in numbers:
@@ -53,32 +56,32 @@ def model_facts(workload: Workload) -> ModelFacts:
     elif preset is not None:
         transformer = meta_transformer(preset.name)
         numbers = {"transformer": sum(p.numel() for p in transformer.parameters()), **preset.parts}
-        pixels, frames = PIXELS_PER_TOKEN, _FRAMES_PER_LATENT
-    elif workload.base is not None:
+        pixels, frames = PIXELS_PER_TOKEN, FRAMES_PER_LATENT
+    elif is_trained_here:
         raise LesaError(
-            f"model.source: {folder} is not here; make it first: python -m flows.base --workload {workload.name}"
+            f"model.source: {folder} is not here; make it first: python -m flows.base --workload {workload}"
         )
     else:
         known = ", ".join(p.source for p in PRESETS.values() if p.source)
         raise LesaError(
-            f"model.source: {workload.model.source} is no pipeline folder here and none of {known}: "
+            f"model.source: {model.source} is no pipeline folder here and none of {known}: "
             "its size is not known before it is there"
         )
     return ModelFacts(
-        name=preset.name if preset is not None else workload.model.source,
+        name=preset.name if preset is not None else model.source,
         transformer=transformer,
         numbers=numbers,
-        grid=_grid(workload.call, pixels, frames),
-        text_tokens=_text_tokens(workload),
-        is_local=workload.model.source.startswith(("data/", "/", "./", "../")) or folder.is_dir(),
+        grid=_grid(call, pixels, frames),
+        text_tokens=_text_tokens(model.family, call.max_sequence_length),
+        is_local=model.source.startswith(("data/", "/", "./", "../")) or folder.is_dir(),
         preset=preset,
     )
 
 
-def preset_of(workload: Workload) -> Preset | None:
+def preset_of(workload: str, source: str) -> Preset | None:
     """The published model of a workload: by its hub id, or by the workload's name where that has none."""
     for preset in PRESETS.values():
-        if preset.source == workload.model.source or (preset.source is None and preset.name == workload.name):
+        if preset.source == source or (preset.source is None and preset.name == workload):
             return preset
     return None
 
@@ -88,11 +91,10 @@ def _grid(call: CallParams, pixels_per_token: int, frames_per_latent: int) -> Gr
     return frames, call.height // pixels_per_token, call.width // pixels_per_token
 
 
-def _text_tokens(workload: Workload) -> int:
-    given = workload.call.max_sequence_length
-    if workload.model.family == "qwen-image":
-        return min(_QWEN_TEXT, given or _QWEN_TEXT)
-    return given or {"flux": 512, "hunyuan-video": 256}.get(workload.model.family, 512)
+def _text_tokens(family: str, max_sequence_length: int | None) -> int:
+    if family == "qwen-image":
+        return min(_QWEN_TEXT, max_sequence_length or _QWEN_TEXT)
+    return max_sequence_length or {"flux": 512, "hunyuan-video": 256}.get(family, 512)
 
 
 def _from_folder(folder: Path, class_name: str) -> torch.nn.Module:
@@ -116,10 +118,10 @@ def _autoencoder(folder: Path) -> tuple[int, int]:
     if "spatial_compression_ratio" in config:
         return 2 * config["spatial_compression_ratio"], config["temporal_compression_ratio"]
     if "temperal_downsample" in config:
-        return 2 * 2 ** len(config["temperal_downsample"]), _FRAMES_PER_LATENT
+        return 2 * 2 ** len(config["temperal_downsample"]), FRAMES_PER_LATENT
     if "block_out_channels" not in config:
-        raise LesaError(f"{path}: says nothing of how much smaller the latents are than the picture")
-    return 2 ** len(config["block_out_channels"]), _FRAMES_PER_LATENT
+        raise LesaError(f"{path}: says nothing of how much smaller the latents are than the image")
+    return 2 ** len(config["block_out_channels"]), FRAMES_PER_LATENT
 
 
 def _numbers(part: Path) -> int:

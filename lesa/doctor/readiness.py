@@ -13,7 +13,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
 from lesa.doctor.machine import answers, version
-from lesa.params import Workload
+from lesa.params import ModelParams, Workload
 from lesa.pull import redacted
 from lesa.recording.plan import recorded_prompts
 from lesa.recording.prompts import PromptError
@@ -46,9 +46,9 @@ def examine_workload(workload: Workload) -> dict[str, Any]:
     costs = estimate_costs(workload)
     checks = [
         _packages(),
-        _gpu(workload, costs),
-        *_model(workload, costs),
-        *_disk(workload, costs),
+        _gpu(workload.resources.device, workload.closed_loop.batch_size, costs),
+        *_model(workload.model, costs),
+        *_disk(workload.model, workload.paths.trajectories, costs),
         _prompts(workload),
     ]
     return {
@@ -90,7 +90,8 @@ def _packages() -> Check:
     return Check("packages", not absent, found, "make install, or pip install 'lesa[pipeline]'")
 
 
-def _gpu(workload: Workload, costs: CostEstimate) -> Check:
+def _gpu(device: str, batch_size: int, costs: CostEstimate) -> Check:
+    """`batch_size` is the closed loop's."""
     import torch
 
     parts = (
@@ -99,7 +100,7 @@ def _gpu(workload: Workload, costs: CostEstimate) -> Check:
         + (f", closed loop {_gb(costs.closed_loop)}" if costs.closed_loop else "")
         + ")"
     )
-    if workload.resources.device == "cpu" or (workload.resources.device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         hours = costs.run_flops / 1e11 / 3600  # a hundred GFLOP/s, what a few cores do
         small = hours < 0.01
         remedy = f"use a machine with a CUDA GPU: one unaccelerated run would take some {hours:.0f} hours on a CPU"
@@ -111,14 +112,14 @@ def _gpu(workload: Workload, costs: CostEstimate) -> Check:
     if costs.closed_loop > max(costs.sampling, costs.fitting):
         without = sum(costs.weights.values()) + max(costs.sampling, costs.fitting)
         remedy += (
-            f", lower closed_loop.batch_size ({workload.closed_loop.batch_size}), or set closed_loop.iterations to 0: "
+            f", lower closed_loop.batch_size ({batch_size}), or set closed_loop.iterations to 0: "
             f"the predictor of the first training step then needs {_gb(without)}"
         )
     return Check("GPU memory", costs.gpu <= total, f"{parts}, {_gb(total)} on {torch.cuda.get_device_name(0)}", remedy)
 
 
-def _model(workload: Workload, costs: CostEstimate) -> list[Check]:
-    source, revision = workload.model.source, workload.model.revision
+def _model(model: ModelParams, costs: CostEstimate) -> list[Check]:
+    source, revision = model.source, model.revision
     if costs.facts.is_local:
         here = (Path(source) / "model_index.json").is_file()
         remedy = f"put a saved diffusers pipeline into {source} (docs/runbook.md)"
@@ -141,7 +142,7 @@ def _model(workload: Workload, costs: CostEstimate) -> list[Check]:
     return checks
 
 
-def _disk(workload: Workload, costs: CostEstimate) -> list[Check]:
+def _disk(model: ModelParams, store: Path, costs: CostEstimate) -> list[Check]:
     """What each file system must take, and what it has."""
     wanted: dict[int, list[tuple[str, int, Path]]] = {}
     locked: dict[Path, None] = {}  # may not be written to, in the order of asking
@@ -153,10 +154,10 @@ def _disk(workload: Workload, costs: CostEstimate) -> list[Check]:
         if num_bytes > 0:
             wanted.setdefault(existing.stat().st_dev, []).append((what, num_bytes, existing))
 
-    if not costs.facts.is_local and not cached(workload.model.source, workload.model.revision):
+    if not costs.facts.is_local and not cached(model.source, model.revision):
         want("download", costs.download, hub_cache())
     data, cache = Path("data"), Path(".dvc/cache")
-    left = max(0, costs.store - _size(workload.paths.trajectories))
+    left = max(0, costs.store - _size(store))
     want("trajectory store", left, data)
     want("checkpoints and bundle", costs.training, data)
     if not _one_device(data, cache):

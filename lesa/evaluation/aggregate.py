@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lesa import metrics
-from lesa.evaluation.measure import _BY_BATCH, PLAIN, Measured, MeasuredPart, converged_indices
+from lesa.evaluation.measure import BY_BATCH, PLAIN, Measured, MeasuredPart, converged_indices
 from lesa.evaluation.results import Estimate, Results, Row, Samples, estimate
 from lesa.models.flops import ModelFlops
 from lesa.params import CallParams, EvaluateParams
@@ -24,14 +24,14 @@ from lesa.schedule import Schedule
 def join(parts: Sequence[MeasuredPart]) -> MeasuredPart:
     """All parts as one; they come in the order of their samples."""
     first, *later = parts
-    joined = {key: copy(found) for key, found in first.found.items()}
-    for found in joined.values():
-        for name in _BY_BATCH:
-            setattr(found, name, list(getattr(found, name)))
+    joined = {key: copy(measured) for key, measured in first.by_method.items()}
+    for measured in joined.values():
+        for name in BY_BATCH:
+            setattr(measured, name, list(getattr(measured, name)))
     for part in later:
-        for key, found in part.found.items():
-            joined[key].extend(found)
-    return replace(first, found=joined)
+        for key, measured in part.by_method.items():
+            joined[key].extend(measured)
+    return replace(first, by_method=joined)
 
 
 def gather(
@@ -47,26 +47,26 @@ def gather(
     """The results of a measurement.
 
     Args:
-        parts: what each process found, in the order of their samples.
+        parts: what each process measured, in the order of their samples.
         methods, prompts, seeds, call, settings, about: as `lesa.evaluation.compare.evaluate_methods` takes them.
     """
     joined = join(parts)
-    measured, sigmas, model = joined.found, joined.sigmas, joined.model
+    by_method, sigmas, model = joined.by_method, joined.sigmas, joined.model
     assert model is not None, "one part has the first batch"
     groups = _groups(prompts)
     converged_at = converged_indices(len(prompts), settings.converged_fraction)
-    gathered = {key: _samples(found) for key, found in measured.items()}
+    sampled = {key: _samples(measured) for key, measured in by_method.items()}
     rows = []
     for method in methods:
         key = (method.budget, method.name)
-        found, values = measured[key], gathered[key]
-        rows.append(_row(method, found, values, measured[PLAIN], groups, converged_at, model, sigmas, settings))
+        plain, measured, values = by_method[PLAIN], by_method[key], sampled[key]
+        rows.append(_row(method, measured, values, plain, groups, converged_at, model, sigmas, settings))
     return Results(
         rows=tuple(rows),
         groups=groups,
         prompts=tuple(prompts),
         seeds=tuple(seeds),
-        samples=gathered,
+        samples=sampled,
         converged_indices=tuple(converged_at),
         counts={
             "prompts": len(set(prompts)),
@@ -75,7 +75,7 @@ def gather(
             "converged_steps": settings.converged_steps,
             "feature_samples": min(settings.batch_size, len(prompts)),
             "batch_size": settings.batch_size,
-            "timed_calls": len(measured[PLAIN].seconds),
+            "timed_calls": len(by_method[PLAIN].seconds),
             "processes": len(parts),
             "threads": joined.threads,
             "resamples": settings.bootstrap,
@@ -84,25 +84,25 @@ def gather(
         sigmas=tuple(sigmas.tolist()),
         boundaries=next((m.predictor.spec.boundaries for m in methods if m.predictor), ()),
         alphas=_alphas(methods, sigmas),
-        images={key: found.images for key, found in measured.items() if found.images is not None},
+        images={key: measured.images for key, measured in by_method.items() if measured.images is not None},
         resamples=settings.bootstrap,
         about=dict(about or {}),
     )
 
 
-def _samples(found: Measured) -> Samples:
+def _samples(measured: Measured) -> Samples:
     named = {
-        "psnr": found.psnr,
-        "ssim": found.ssim,
-        "agreement": found.agreement,
-        "converged_psnr": found.converged,
+        "psnr": measured.psnr,
+        "ssim": measured.ssim,
+        "agreement": measured.agreement,
+        "converged_psnr": measured.converged,
     }
     return {name: torch.cat(values).numpy() for name, values in named.items() if values}
 
 
 def _row(
     method: Method,
-    found: Measured,
+    measured: Measured,
     values: Samples,
     plain: Measured,
     groups: np.ndarray,
@@ -118,12 +118,12 @@ def _row(
         return estimate(values[metric], members, settings.bootstrap)
 
     psnr, ssim = estimated("psnr"), estimated("ssim")
-    assert psnr is not None and ssim is not None and found.images is not None
+    assert psnr is not None and ssim is not None and measured.images is not None
     num_steps = len(sigmas) - 1
-    computed = found.computed / found.calls * method.num_steps
-    errors = found.feature_errors
+    computed = measured.computed / measured.calls * method.num_steps
+    errors = measured.feature_errors
     predicted = method.schedule.predicted_steps if method.schedule else range(num_steps)
-    ratios = [a / b for a, b in zip(plain.seconds, found.seconds, strict=True)]
+    ratios = [a / b for a, b in zip(plain.seconds, measured.seconds, strict=True)]
     return Row(
         budget=method.budget,
         method=method.name,
@@ -141,7 +141,7 @@ def _row(
         wall_clock_ratio=statistics.median(ratios) if ratios else None,
         wall_clock_range=(min(ratios), max(ratios)) if ratios else None,
         flops_ratio=num_steps * model.total / method.flops(model, computed, sigmas),
-        bytes_kept=None if method.kind == "solver" else found.peak_bytes // len(found.images),
+        bytes_kept=None if method.kind == "solver" else measured.peak_bytes // len(measured.images),
         weight_bytes=method.predictor.nbytes if method.predictor else 0,
         settings=method.settings,
         full_steps=method.schedule.full_steps if method.schedule else None,

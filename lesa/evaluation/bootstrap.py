@@ -1,6 +1,6 @@
 """95% intervals by the bootstrap over prompts, with the seeds of a prompt nested inside it.
 
-Pictures of one prompt resemble each other, so the prompts are what is resampled: intervals over single
+Images of one prompt resemble each other, so the prompts are what is resampled: intervals over single
 samples would be too narrow. Within a prompt that was drawn, its seeds are drawn again too.
 """
 

@@ -54,10 +54,10 @@ def evaluate_methods(
     """
     check(methods, prompts, seeds)
     (part,) = share_out(len(prompts), settings, timing=timing)
-    found = measure_part(
+    measured = measure_part(
         pipe, methods, prompts, seeds, part, call=call, settings=settings, scorer=scorer, report=report
     )
-    return gather([found], methods, prompts, seeds, call=call, settings=settings, about=about)
+    return gather([measured], methods, prompts, seeds, call=call, settings=settings, about=about)
 
 
 # (work, workload, jobs by name) -> what `work(workload, job, report)` returned for each
@@ -111,18 +111,18 @@ def measure_samples(workload: Workload, job: MeasureJob, report: Report) -> Meas
         job.part,
         call=workload.call,
         settings=workload.evaluate,
-        scorer=load_scorer(workload),
+        scorer=load_scorer(workload.scorer),
         report=report,
     )
 
 
-def load_scorer(workload: Workload) -> Scorer | None:
-    """The workload's scorer; None where it names none."""
-    if workload.scorer is None:
+def load_scorer(folder: str | None) -> Scorer | None:
+    """The scorer of a folder, as a workload names it; None where it names none."""
+    if folder is None:
         return None
     from lesa.base_models.scorer import load_scorer as load
 
-    return load(Path(workload.scorer))
+    return load(Path(folder))
 
 
 def one_by_one(
@@ -168,7 +168,7 @@ def evaluate_workload(
     together = [CACHES] if workers == 1 else [(cache,) for cache in CACHES]
     tunings = {" ".join(caches): TuneJob(caches=caches, predictor=predictors["lesa"]) for caches in together}
     caches = run(tune, workload, tunings)
-    peers = [*peer_methods(budgets), *(method for found in caches.values() for method in found)]
+    peers = [*peer_methods(budgets), *(method for tuned in caches.values() for method in tuned)]
     methods = by_budget([*ours, *peers], budgets)
     prompts, seeds = samples(
         splits["test"][: settings.prompts], settings.seeds_per_prompt, settings.seed_offset
@@ -231,7 +231,6 @@ def compare(
     enable(pipe, bundle)  # refuses a pipeline that does not fit, before anything is computed
     disable(pipe)
     settings = EvaluateParams() if settings is None else settings
-    tuning = list(tuning_prompts)
     texts, seeds = samples(prompts, seeds_per_prompt, seed_offset)
     methods = default_methods(
         pipe,
@@ -239,8 +238,8 @@ def compare(
         {name: budget.schedule for name, budget in manifest.budgets.items()},
         call=manifest.call,
         settings=settings,
-        tuning_prompts=tuning,
-        tuning_seeds=[seed_offset + len(texts) + i for i in range(len(tuning))],
+        tuning_prompts=list(tuning_prompts),
+        tuning_seeds=[seed_offset + len(texts) + i for i in range(len(tuning_prompts))],
         report=report,
     )
     return evaluate_methods(
@@ -252,11 +251,7 @@ def compare(
         settings=settings,
         scorer=scorer,
         report=report,
-        about={
-            "workload": manifest.workload,
-            "default_budget": manifest.default_budget,
-            "bundle": bundle.digest,
-        },
+        about={"workload": manifest.workload, "default_budget": manifest.default_budget, "bundle": bundle.digest},
     )
 
 

@@ -24,7 +24,7 @@ from lesa.peers.method import Method
 
 Key = tuple[str, str]  # budget and name of a method
 PLAIN: Key = ("", "plain")
-_BY_BATCH = ("psnr", "ssim", "agreement", "converged", "seconds")  # what a method has of each of its batches
+BY_BATCH = ("psnr", "ssim", "agreement", "converged", "seconds")  # what a method has of each of its batches
 
 
 @dataclass(slots=True)
@@ -43,8 +43,8 @@ class Measured:
     peak_bytes: int = 0
 
     def extend(self, later: Measured) -> None:
-        """Add what a later part found."""
-        for name in _BY_BATCH:
+        """Add the batches of a later part."""
+        for name in BY_BATCH:
             getattr(self, name).extend(getattr(later, name))
         self.calls += later.calls
         self.computed += later.computed
@@ -61,11 +61,11 @@ class Part:
 
 @dataclass(kw_only=True, slots=True)
 class MeasuredPart:
-    """What one process found, or several once joined."""
+    """What one process measured, or several once joined."""
 
-    found: dict[Key, Measured]
+    by_method: dict[Key, Measured]
     sigmas: torch.Tensor  # [S + 1] of the plain run
-    model: ModelFlops | None  # of whoever had the first batch
+    model: ModelFlops | None  # set only in the part that holds the first batch
     threads: int  # of torch
 
 
@@ -94,10 +94,10 @@ def share_out(num_samples: int, settings: EvaluateParams, processes: int = 1, ti
 
 
 class Scorer(Protocol):
-    """Reads whether pictures show what was asked for."""
+    """Reads whether images show what was asked for."""
 
     def agreement(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """[B] of each picture [B, 3, H, W] in [0, 1]."""
+        """[B] of each image [B, 3, H, W] in [0, 1]."""
         ...
 
 
@@ -130,35 +130,35 @@ def measure_part(
     """
     size, model = settings.batch_size, None
     keys: list[Key] = [(method.budget, method.name) for method in methods]
-    result = {key: Measured() for key in (PLAIN, *keys)}
+    by_method = {key: Measured() for key in (PLAIN, *keys)}
     converged = _converged(pipe, prompts, seeds, part, call, settings)
     first = slice(part.starts[0], part.starts[0] + size)
-    if part.starts[0] in part.timed:  # the process's first call of this size is nobody's time
+    if part.starts[0] in part.timed:  # the first call of a batch size is a warm-up and is not timed
         sample(pipe, prompts[first], seeds[first], call, batch_size=size)
     sigmas, done = torch.empty(0), 0
     for start in part.starts:
         chunk = slice(start, min(start + size, len(prompts)))
         is_first, is_timed = start == 0, start in part.timed
         texts, noise = list(prompts[chunk]), seeds[chunk]
-        slow = {index - start: picture for index, picture in converged.items() if start <= index < chunk.stop}
-        plain, plain_trace = _run(pipe, None, texts, noise, call, result[PLAIN], is_first, is_timed)
+        slow = {index - start: image for index, image in converged.items() if start <= index < chunk.stop}
+        plain, plain_trace = _run(pipe, None, texts, noise, call, by_method[PLAIN], is_first, is_timed)
         sigmas = pipe.scheduler.sigmas.detach().cpu()
-        _score(result[PLAIN], plain, None, texts, scorer, slow)
+        _score(by_method[PLAIN], plain, None, texts, scorer, slow)
         if is_first:
             assert plain_trace.shapes.call is not None, "the plain run calls the transformer"
             model = count_transformer(pipe.transformer, *plain_trace.shapes.call)
         for method, key in zip(methods, keys, strict=True):
             with method.using(pipe, sigmas):
-                images, trace = _run(pipe, method, texts, noise, call, result[key], is_first, is_timed)
-            _score(result[key], images, plain, texts, scorer, slow)
+                images, trace = _run(pipe, method, texts, noise, call, by_method[key], is_first, is_timed)
+            _score(by_method[key], images, plain, texts, scorer, slow)
             if is_first and method.same_steps:
-                result[key].feature_errors = _feature_errors(trace, plain_trace, len(sigmas) - 1)
+                by_method[key].feature_errors = _feature_errors(trace, plain_trace, len(sigmas) - 1)
         done += len(texts)
         if report is not None:
             report(done, {"evaluated_samples": float(done)})
     for _ in range(part.further):
-        _time_all(pipe, methods, keys, prompts[first], seeds[first], call, sigmas, result)
-    return MeasuredPart(found=result, sigmas=sigmas, model=model, threads=torch.get_num_threads())
+        _time_all(pipe, methods, keys, prompts[first], seeds[first], call, sigmas, by_method)
+    return MeasuredPart(by_method=by_method, sigmas=sigmas, model=model, threads=torch.get_num_threads())
 
 
 def _converged(
@@ -169,7 +169,7 @@ def _converged(
     call: CallParams,
     settings: EvaluateParams,
 ) -> dict[int, torch.Tensor]:
-    """Pictures of the converged run, by sample, of those samples of the part that have one."""
+    """Images of the converged run, by sample, of those samples of the part that have one."""
     size = settings.batch_size
     chosen = [
         index
@@ -189,38 +189,38 @@ def _run(
     prompts: Sequence[str],
     seeds: Sequence[int],
     call: CallParams,
-    found: Measured,
+    measured: Measured,
     is_first: bool,
     is_timed: bool,
 ) -> tuple[torch.Tensor, RunTrace]:
-    """Pictures of one batch, and what the run did; the method is on the pipeline already."""
+    """Images of one batch, and what the run did; the method is on the pipeline already."""
     own = call if method is None else method.call(call)
     with probe(pipe, deep=is_first, held=method.held if method else None) as trace:
         images, seconds = timed_sample(pipe, prompts, seeds, own, len(prompts))
-    found.calls += trace.calls
-    found.computed += trace.computed
+    measured.calls += trace.calls
+    measured.computed += trace.computed
     if is_first:
-        found.images, found.peak_bytes = images, trace.peak_bytes
+        measured.images, measured.peak_bytes = images, trace.peak_bytes
     if is_timed:
-        found.seconds.append(seconds)
+        measured.seconds.append(seconds)
     return images, trace
 
 
 def _score(
-    found: Measured,
+    measured: Measured,
     images: torch.Tensor,
     plain: torch.Tensor | None,
     prompts: list[str],
     scorer: Scorer | None,
-    converged: Mapping[int, torch.Tensor],  # place in the batch -> picture
+    converged: Mapping[int, torch.Tensor],  # place in the batch -> image
 ) -> None:
     if plain is not None:
-        found.psnr.append(metrics.psnr(images, plain))
-        found.ssim.append(metrics.ssim(images, plain))
+        measured.psnr.append(metrics.psnr(images, plain))
+        measured.ssim.append(metrics.ssim(images, plain))
     if scorer is not None:
-        found.agreement.append(scorer.agreement(images, prompts).double())
+        measured.agreement.append(scorer.agreement(images, prompts).double())
     if converged:
-        found.converged.append(metrics.psnr(images[list(converged)], torch.stack(list(converged.values()))))
+        measured.converged.append(metrics.psnr(images[list(converged)], torch.stack(list(converged.values()))))
 
 
 def _feature_errors(trace: RunTrace, plain: RunTrace, num_steps: int) -> tuple[float, ...]:
@@ -238,14 +238,14 @@ def _time_all(
     seeds: Sequence[int],
     call: CallParams,
     sigmas: torch.Tensor,
-    found: Mapping[Key, Measured],
+    by_method: Mapping[Key, Measured],
 ) -> None:
     """One more timed call of everything, where there were fewer batches than repeats."""
-    found[PLAIN].seconds.append(timed_sample(pipe, prompts, seeds, call, len(prompts))[1])
+    by_method[PLAIN].seconds.append(timed_sample(pipe, prompts, seeds, call, len(prompts))[1])
     for method, key in zip(methods, keys, strict=True):
         with method.using(pipe, sigmas):
             taken = timed_sample(pipe, prompts, seeds, method.call(call), len(prompts))[1]
-        found[key].seconds.append(taken)
+        by_method[key].seconds.append(taken)
 
 
 def check(methods: Sequence[Method], prompts: Sequence[str], seeds: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn with matplotlib without a display."""
+"""The report's figures, drawn with matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -135,15 +135,15 @@ def method_grid(
     *,
     gain: float = 0,
 ) -> None:
-    """Pictures of the same prompt and noise in a row, the plain run first.
+    """Images of the same prompt and noise in a row, the plain run first.
 
     Args:
-        results: with pictures.
+        results: with images.
         budget: whose methods.
         methods: columns after the plain run.
         indices: samples of the first batch, the rows.
         path: PNG.
-        gain: 0 for the pictures; otherwise what absolute differences from the plain run are multiplied by.
+        gain: 0 for the images; otherwise what absolute differences from the plain run are multiplied by.
     """
     plain = results.images["", "plain"]
     columns = [("plain run", plain)]
@@ -156,7 +156,7 @@ def method_grid(
     width = left + (across + gap) * len(columns) + 0.4
     height = above + (down + gap) * len(indices)
     figure = Figure(figsize=(width, height))
-    # One axis in inches for all: a picture is drawn in a tenth of the time that an axis of its own takes.
+    # One axis in inches for all: an image is drawn in a tenth of the time that an axis of its own takes.
     sheet = figure.add_axes((0, 0, 1, 1))
     sheet.set_axis_off()
     for column, (label, images) in enumerate(columns):
@@ -176,7 +176,7 @@ def method_grid(
 
 
 def prompt_grid(results: Results, indices: Sequence[int], path: Path) -> None:
-    """Plain-run pictures with their prompts; green where the scorer reads what was asked, red where not."""
+    """Plain-run images with their prompts; green where the scorer reads what was asked, red where not."""
     images = results.images["", "plain"]
     read = results.samples["", "plain"].get("agreement")
     across, down = _panel(images[0])
@@ -215,7 +215,7 @@ def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], path: Pat
 
 
 def _show(sheet: Any, image: torch.Tensor, place: tuple[float, float, float, float]) -> None:
-    """A picture with its pixels as they are, in a thin frame so that white on white has an edge.
+    """An image with its pixels as they are, in a thin frame so that white on white has an edge.
 
     Args:
         place: left, right, bottom and top on the sheet.
@@ -258,7 +258,7 @@ def _tick_full_steps(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
-    """[H, W, 3] of a picture [3, H, W]; of a video [F, 3, H, W] its first, middle and last frame, downwards."""
+    """[H, W, 3] of an image [3, H, W]; of a video [F, 3, H, W] its first, middle and last frame, downwards."""
     if image.ndim == 4:
         image = torch.cat([image[0], image[len(image) // 2], image[-1]], dim=1)
     return image.clamp(0, 1).permute(1, 2, 0).numpy()

@@ -48,7 +48,7 @@ class Row:
     step_ratio: float  # plain run's steps over computed steps
     psnr: Estimate  # to the plain run
     ssim: Estimate
-    agreement: Estimate | None  # share of pictures that the scorer reads as prompted
+    agreement: Estimate | None  # share of images that the scorer reads as prompted
     converged_psnr: Estimate | None  # to the converged run
     feature_error: float | None  # mean relative L1 of the feature at predicted steps
     feature_error_by_step: tuple[float, ...] | None
@@ -155,7 +155,7 @@ class Results:
         return {metric: found.to_dict() if found else None for metric, found in named.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but samples and pictures, as plain values without NaN."""
+        """Everything but samples and images, as plain values without NaN."""
         return _plain(
             {
                 "schema": SCHEMA,

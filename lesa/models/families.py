@@ -19,7 +19,7 @@ from lesa.errors import LesaError
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where the tokens of the picture being made lie."""
+    """Where the tokens of the image being made lie."""
 
     frames: int
     rows: int  # in tokens or, where the transformer makes the tokens itself, in latents
@@ -29,7 +29,7 @@ class Grid:
 
 
 def by_ids(given: Mapping[str, Any]) -> Grid | None:
-    """FLUX: `img_ids` [L, 3] of picture, row and column; the picture being made is number 0 and comes first."""
+    """FLUX: `img_ids` [L, 3] of image, row and column; the image being made is number 0 and comes first."""
     ids = given.get("img_ids")
     if not isinstance(ids, torch.Tensor):
         return None
@@ -40,7 +40,7 @@ def by_ids(given: Mapping[str, Any]) -> Grid | None:
 
 
 def by_shapes(given: Mapping[str, Any]) -> Grid | None:
-    """Qwen-Image: `img_shapes`, a list of (frames, rows, columns) a sample, the picture being made first."""
+    """Qwen-Image: `img_shapes`, a list of (frames, rows, columns) a sample, the image being made first."""
     shapes = given.get("img_shapes")
     if not shapes:
         return None
@@ -71,43 +71,23 @@ class BlockList:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedModel:
-    """A published model of a family, with the call that its makers recommend."""
-
-    name: str
-    num_inference_steps: int
-    height: int  # pixels
-    width: int  # pixels
-    num_frames: int | None = None  # video only
-    guidance_scale: float | None = None  # distilled guidance
-    true_cfg_scale: float | None = None  # classifier-free guidance, two branches above 1
-    max_sequence_length: int | None = None  # text tokens
-
-    @property
-    def branches(self) -> int:
-        """Transformer calls a step."""
-        return 2 if (self.true_cfg_scale or 0.0) > 1.0 else 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class Family:
     """How diffusers runs one kind of transformer."""
 
     name: str
     transformer_class: str
     pipeline_classes: tuple[str, ...]  # called with prompts alone: what a workload records, trains and judges
-    # The same weights on the same tokens, with pictures besides: these take a bundle of `pipeline_classes` when asked.
+    # The same weights on the same tokens, with input images too: these take a bundle of `pipeline_classes` when asked.
     related_pipelines: tuple[str, ...] = ()
     # Weights or tokens of their own: these take a bundle of their own class only.
     other_pipelines: tuple[str, ...] = ()
     block_lists: tuple[BlockList, ...]
-    embedders: tuple[str, ...] = ()  # modules whose output nothing but the blocks reads
+    embedders: tuple[str, ...] = ()  # modules whose output only the blocks read
     branches: tuple[str, ...] = ("denoise",)  # calls of the transformer per step, in the pipeline's order
     timestep_factor: float = 1.0  # what the transformer is given, over the scheduler's timestep
     guidance_factor: float = 1.0  # what the transformer is given as guidance, over the pipeline's argument
-    grid: Callable[[Mapping[str, Any]], Grid | None] | None = None  # where the picture's tokens lie, from the arguments
+    grid: Callable[[Mapping[str, Any]], Grid | None] | None = None  # where the image's tokens lie, from the arguments
     pads_to_longest: bool = False  # a call's prompts get as many text tokens as the longest of them
-    models: tuple[PublishedModel, ...] = ()
 
     def are_related(self, pipeline_class: str, other: str) -> bool:
         """Whether a predictor made with one of the two pipelines sees the same features in the other."""
@@ -137,19 +117,6 @@ FAMILIES: dict[str, Family] = {
             embedders=("x_embedder", "context_embedder"),
             timestep_factor=1e-3,
             grid=by_ids,
-            models=(
-                PublishedModel(
-                    name="flux-dev",
-                    num_inference_steps=50,
-                    height=1024,
-                    width=1024,
-                    guidance_scale=3.5,
-                    max_sequence_length=512,
-                ),
-                PublishedModel(
-                    name="flux-schnell", num_inference_steps=4, height=1024, width=1024, max_sequence_length=256
-                ),
-            ),
         ),
         Family(
             name="qwen-image",
@@ -167,24 +134,6 @@ FAMILIES: dict[str, Family] = {
             timestep_factor=1e-3,
             grid=by_shapes,
             pads_to_longest=True,
-            models=(
-                PublishedModel(
-                    name="qwen-image",
-                    num_inference_steps=50,
-                    height=1328,
-                    width=1328,
-                    true_cfg_scale=4.0,
-                    max_sequence_length=512,
-                ),
-                PublishedModel(
-                    name="qwen-image-lightning",
-                    num_inference_steps=8,
-                    height=1328,
-                    width=1328,
-                    true_cfg_scale=1.0,
-                    max_sequence_length=512,
-                ),
-            ),
         ),
         Family(
             name="hunyuan-video",
@@ -198,17 +147,6 @@ FAMILIES: dict[str, Family] = {
             embedders=("x_embedder", "context_embedder"),
             guidance_factor=1000.0,
             grid=by_latents,
-            models=(
-                PublishedModel(
-                    name="hunyuan-video",
-                    num_inference_steps=50,
-                    height=480,
-                    width=640,
-                    num_frames=65,
-                    guidance_scale=6.0,
-                    max_sequence_length=256,
-                ),
-            ),
         ),
     )
 }
@@ -231,14 +169,6 @@ def family_of(transformer: torch.nn.Module) -> Family:
     raise LesaError(
         f"{name} is not in the table of model families: {known}. Add a row with lesa.models.families.register_family"
     )
-
-
-def published_model(name: str) -> PublishedModel:
-    """A published model of any family by name; `ValueError` with the list when there is none."""
-    known = {model.name: model for row in FAMILIES.values() for model in row.models}
-    if name not in known:
-        raise LesaError(f"{name!r} is not one of {', '.join(known)}")
-    return known[name]
 
 
 def blocks(transformer: torch.nn.Module, family: Family) -> list[tuple[str, Any, BlockList]]:

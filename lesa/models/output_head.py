@@ -1,4 +1,4 @@
-"""The cheap ends of a transformer, `norm_out` and `proj_out`: what a predicted feature still goes through.
+"""The output head of a transformer, `norm_out` and `proj_out`: what a predicted feature still goes through.
 
 Every family of the table ends alike: `proj_out(norm_out(feature, temb))`.
 """
@@ -28,18 +28,18 @@ class OutputHead(nn.Module):
 
 
 def output_head_of(transformer: nn.Module) -> OutputHead:
-    """The ends of a loaded transformer; modules are shared, not copied."""
+    """The output head of a loaded transformer; modules are shared, not copied."""
     return OutputHead(transformer.norm_out, transformer.proj_out)
 
 
 def load_output_head(folder: Path, dtype: torch.dtype = torch.float32) -> OutputHead:
-    """Read the ends alone from a saved transformer: megabytes of a model of gigabytes.
+    """Read the output head alone from a saved transformer: megabytes of a model of gigabytes.
 
     Args:
         folder: a `transformer` folder of a diffusers pipeline (config.json and safetensors, sharded or not).
 
     Raises:
-        ValueError: a transformer outside the table of families, or a weight of the ends that is not in the files.
+        ValueError: a transformer outside the table of families, or a weight of the head that is not in the files.
     """
     import diffusers
     from accelerate import init_empty_weights
@@ -52,13 +52,13 @@ def load_output_head(folder: Path, dtype: torch.dtype = torch.float32) -> Output
         transformer = getattr(diffusers, config["_class_name"]).from_config(config)
     head = output_head_of(transformer)
     wanted = set(head.state_dict())
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in wanted}
-    if missing := wanted - set(found):
+            weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in wanted}
+    if missing := wanted - set(weights):
         raise LesaError(f"{folder}: weights {sorted(missing)} are missing; is it a saved transformer?")
-    head.load_state_dict(found, assign=True)
+    head.load_state_dict(weights, assign=True)
     return freeze(head)
 
 

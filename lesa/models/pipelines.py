@@ -67,9 +67,9 @@ def load_pipeline(model: ModelParams, device: str = "auto") -> Any:
 
 
 def release_memory() -> None:
-    """Give back what a pipeline held that nobody uses any more.
+    """Give back the memory of pipelines that are not referred to any more.
 
-    One that has sampled stands in reference cycles: without this the next one is loaded beside it.
+    A pipeline that has sampled stands in reference cycles: without this the next one is loaded beside it.
     """
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -110,7 +110,7 @@ def _check_index(folder: Path, family: Family) -> str:
     class_name = index.get("_class_name")
     if class_name not in family.pipeline_classes:
         known = class_name in family.related_pipelines + family.other_pipelines
-        why = "; it is called with pictures, a workload has prompts alone" if known else ""
+        why = "; it is called with images, a workload has prompts alone" if known else ""
         classes = ", ".join(family.pipeline_classes)
         problems.append(f"_class_name: got {class_name!r}, the family has {classes}{why}")
     for name, entry in index.items():
@@ -182,31 +182,6 @@ def sample(
     return torch.cat(results)
 
 
-def initial_latents(pipe: Any, call: CallParams, seed: int) -> torch.Tensor:
-    """The noise a run with this seed starts from, as the transformer first sees it, float32 on the CPU.
-
-    [1, L, C] where the pipeline packs latents into tokens, [1, C, F, H, W] for video.
-    """
-    accepted = inspect.signature(type(pipe).prepare_latents).parameters
-    vae = pipe.vae.config
-    is_video = "num_frames" in accepted
-    known: dict[str, Any] = {
-        "batch_size": 1,
-        # The autoencoders of the families name it differently.
-        "num_channels_latents": vae["latent_channels"] if "latent_channels" in vae else vae["z_dim"],
-        "height": call.height,
-        "width": call.width,
-        # Video pipelines count latent frames here in some versions and pixels in others: both from the call.
-        "num_frames": call.num_frames,
-        # Video pipelines keep their latents in fp32, image pipelines in the transformer's dtype.
-        "dtype": torch.float32 if is_video else pipe.transformer.dtype,
-        "device": torch.device("cpu"),
-        "generator": torch.Generator("cpu").manual_seed(seed),
-    }
-    made = pipe.prepare_latents(**{name: value for name, value in known.items() if name in accepted})
-    return (made[0] if isinstance(made, tuple) else made).float()
-
-
 def timed_sample(
     pipe: Any,
     prompts: Sequence[str],
@@ -214,7 +189,7 @@ def timed_sample(
     call: CallParams,
     batch_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """Pictures in [0, 1] and the seconds they took; the device is waited for on both sides."""
+    """Images in [0, 1] and the seconds they took; the device is waited for on both sides."""
     _wait()
     started = time.perf_counter()
     images = sample(pipe, prompts, seeds, call, batch_size=batch_size)

@@ -27,7 +27,7 @@ class RunTrace:
     calls: int = 0  # of the transformer
     computed: int = 0  # calls in which every block ran
     features: list[torch.Tensor] = field(default_factory=list)  # [B, L, C] of every call, on the CPU
-    peak_bytes: int = 0  # the most that caches held between blocks and ends, all samples of the batch
+    peak_bytes: int = 0  # the most that caches held between blocks and output head, all samples of the batch
     shapes: CallShapes = field(default_factory=CallShapes)
 
     @property
@@ -62,7 +62,7 @@ def probe(pipe: Any, *, deep: bool = False, held: Callable[[Any], Any] | None = 
     def count_block(index: int) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: ran.add(index)
 
-    # A block that is skipped never calls its first child; the ends always run.
+    # A block that is skipped never calls its first child; the output head always runs.
     handles = [transformer.norm_out.register_forward_pre_hook(count_call)]
     handles += [
         next(unwrap_module(block).children()).register_forward_pre_hook(count_block(index))

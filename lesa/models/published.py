@@ -11,27 +11,27 @@ import numpy as np
 import torch
 
 from lesa.errors import LesaError
-from lesa.models.families import published_model
 from lesa.models.flops import Grid, ModelFlops, call_inputs, count_transformer, predictor_bytes, predictor_flops
+from lesa.params import CallParams
 from lesa.predictor.spec import PredictorSpec, Variant
 from lesa.schedule import Schedule
 
 PIXELS_PER_TOKEN = 16  # autoencoder 8, patches of 2, in every family of the table
-_FRAMES_PER_LATENT = 4
+FRAMES_PER_LATENT = 4  # of HunyuanVideo's autoencoder
 _T5_XXL, _CLIP_L, _LLAMA_3_8B, _QWEN_VL_7B = 4_762_310_656, 123_060_480, 7_505_186_816, 8_292_166_656
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """One published model at the size of picture that its makers recommend."""
+    """One published model, with the call that its makers recommend."""
 
-    name: str  # of lesa.models.families.published_model, and of its workload
+    name: str  # of its workload too
     source: str | None  # hub id of its diffusers pipeline; None where there is none ready to load
     license: str  # in a word; what is binding is the model's own page
     transformer_class: str
     config: dict[str, Any]  # what differs from the class's defaults
-    grid: Grid  # image tokens: latent frames, rows, columns
-    text_tokens: int
+    call: CallParams
+    text_tokens: int  # that a call is counted with; fewer than its most where prompts are not padded to it
     parts: dict[str, int]  # parameters of what the pipeline loads beside the transformer
     scheduler: dict[str, Any] = field(default_factory=dict)  # configuration of the flow-matching scheduler
     mu: float | None = None  # the shift at this size, where it is dynamic
@@ -40,18 +40,23 @@ class Preset:
 
     @property
     def num_inference_steps(self) -> int:
-        return published_model(self.name).num_inference_steps
+        return self.call.num_inference_steps
 
     @property
     def branches(self) -> int:
-        """Transformer calls a step."""
-        return published_model(self.name).branches
+        """Transformer calls a step: two with classifier-free guidance."""
+        return 2 if (self.call.true_cfg_scale or 0.0) > 1.0 else 1
+
+    @property
+    def grid(self) -> Grid:
+        """Image tokens: latent frames, rows, columns."""
+        frames = 1 if self.call.num_frames is None else (self.call.num_frames - 1) // FRAMES_PER_LATENT + 1
+        return frames, self.call.height // PIXELS_PER_TOKEN, self.call.width // PIXELS_PER_TOKEN
 
     @property
     def size(self) -> str:
-        frames, rows, columns = self.grid
-        video = "" if frames == 1 else f", {(frames - 1) * _FRAMES_PER_LATENT + 1} frames"
-        return f"{rows * PIXELS_PER_TOKEN}x{columns * PIXELS_PER_TOKEN}{video}"
+        video = "" if self.call.num_frames is None else f", {self.call.num_frames} frames"
+        return f"{self.call.height}x{self.call.width}{video}"
 
 
 def _flux_config(guidance: bool) -> dict[str, Any]:
@@ -97,7 +102,9 @@ PRESETS: dict[str, Preset] = {
             license="FLUX.1 [dev] non-commercial",
             transformer_class="FluxTransformer2DModel",
             config=_flux_config(guidance=True),
-            grid=(1, 64, 64),
+            call=CallParams(
+                num_inference_steps=50, height=1024, width=1024, guidance_scale=3.5, max_sequence_length=512
+            ),
             text_tokens=512,
             parts=_FLUX_PARTS,
             scheduler={"use_dynamic_shifting": True, "shift": 3.0},
@@ -109,7 +116,7 @@ PRESETS: dict[str, Preset] = {
             license="Apache-2.0",
             transformer_class="FluxTransformer2DModel",
             config=_flux_config(guidance=False),
-            grid=(1, 64, 64),
+            call=CallParams(num_inference_steps=4, height=1024, width=1024, max_sequence_length=256),
             text_tokens=256,
             parts=_FLUX_PARTS,
             scheduler={"shift": 1.0},
@@ -122,7 +129,9 @@ PRESETS: dict[str, Preset] = {
             license="Apache-2.0",
             transformer_class="QwenImageTransformer2DModel",
             config=_QWEN_CONFIG,
-            grid=(1, 83, 83),
+            call=CallParams(
+                num_inference_steps=50, height=1328, width=1328, true_cfg_scale=4.0, max_sequence_length=512
+            ),
             text_tokens=128,
             parts=_QWEN_PARTS,
             scheduler={"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02},
@@ -134,7 +143,9 @@ PRESETS: dict[str, Preset] = {
             license="Apache-2.0",
             transformer_class="QwenImageTransformer2DModel",
             config=_QWEN_CONFIG,
-            grid=(1, 83, 83),
+            call=CallParams(
+                num_inference_steps=8, height=1328, width=1328, true_cfg_scale=1.0, max_sequence_length=512
+            ),
             text_tokens=128,
             parts=_QWEN_PARTS,
             scheduler={"use_dynamic_shifting": True},
@@ -148,7 +159,14 @@ PRESETS: dict[str, Preset] = {
             license="Tencent Hunyuan community licence",
             transformer_class="HunyuanVideoTransformer3DModel",
             config=_HUNYUAN_CONFIG,
-            grid=(17, 30, 40),  # 65 frames of 480 x 640 pixels
+            call=CallParams(
+                num_inference_steps=50,
+                height=480,
+                width=640,
+                num_frames=65,
+                guidance_scale=6.0,
+                max_sequence_length=256,
+            ),
             text_tokens=256,
             parts={"text_encoder": _LLAMA_3_8B, "text_encoder_2": _CLIP_L, "vae": 246_478_803},
             scheduler={"shift": 7.0},
@@ -169,7 +187,7 @@ class FamilyFlops:
     model: ModelFlops  # one transformer call
     predictor: float  # the predictor in the whole run
     plain: float  # every step full
-    accelerated: float  # full steps, ends of predicted steps, predictor
+    accelerated: float  # full steps, output head of predicted steps, predictor
     bytes_kept: dict[str, int]  # of the predictor in bfloat16, all branches: features, derived, weights
 
     @property
@@ -201,7 +219,7 @@ class FamilyFlops:
             (
                 f"{self.name}, {self.size}, {self.text_tokens} text tokens{calls}",
                 f"  full call        {self.model.total / 1e12:10.2f} TFLOPs",
-                f"  predicted call   {self.model.ends / 1e12:10.2f} TFLOPs",
+                f"  predicted call   {self.model.head / 1e12:10.2f} TFLOPs",
                 f"  predictor        {self.predictor / 1e12:10.2f} TFLOPs in the whole run, "
                 f"{self.predictor / (self.branches * self.model.total):.3f} full steps",
                 f"  bytes kept       {sum(self.bytes_kept.values()) / 1e9:10.3f} GB in bfloat16: "
@@ -297,7 +315,7 @@ def meta_transformer(name: str) -> torch.nn.Module:
 
 @functools.lru_cache(maxsize=32)
 def call_flops(transformer: torch.nn.Module, grid: Grid, text_tokens: int) -> ModelFlops:
-    """Operations of one call at a size of picture."""
+    """Operations of one call with so many image and text tokens."""
     return count_transformer(transformer, (), call_inputs(transformer, grid, text_tokens))
 
 

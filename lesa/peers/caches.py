@@ -168,7 +168,7 @@ def magnitude_ratios(
     call: CallParams,
     batch_size: int,
 ) -> tuple[list[float], torch.Tensor]:
-    """MagCache's calibration on several samples, with the pictures of the plain run that it is.
+    """MagCache's calibration on several samples, and the images of the plain run that it is measured on.
 
     The ratio of a step is the mean over samples, branches and tokens of the residual's norm (last block's
     image tokens minus the first block's input) over that of the step before; 1 at the first step.

@@ -68,12 +68,11 @@ def fixed_peers(
 
 def searched_peers(budget: str, schedule: Schedule, searched: Sequence[Searched]) -> list[Method]:
     """The searched peers that make as many evaluations of a run as long as the schedule's."""
-    fitting = [
-        found
-        for found in searched
-        if found.evaluations == schedule.num_full and found.num_steps == schedule.num_steps
+    return [
+        searched_method(budget, peer)
+        for peer in searched
+        if peer.evaluations == schedule.num_full and peer.num_steps == schedule.num_steps
     ]
-    return [searched_method(budget, found) for found in fitting]
 
 
 def peers_from_file(
@@ -84,33 +83,33 @@ def peers_from_file(
     Raises:
         ValueError: a file of another transformer, or of a search that saw a prompt of `judged`.
     """
-    found = load_searched(path)
-    found.refuse(judged, fingerprint)
-    return [method for name, schedule in budgets.items() for method in searched_peers(name, schedule, found.peers)]
+    searched = load_searched(path)
+    searched.refuse(judged, fingerprint)
+    return [method for name, schedule in budgets.items() for method in searched_peers(name, schedule, searched.peers)]
 
 
-def searched_method(budget: str, found: Searched) -> Method:
+def searched_method(budget: str, peer: Searched) -> Method:
     """A rule on its own searched full steps, or a solver on its own searched grid; named `..._searched`."""
-    name = f"{found.method}_searched"
-    notes = {"tuning_psnr": round(found.psnr, 3), "search_runs": found.runs}
-    if found.method in SOLVERS:
-        label = f"{SOLVERS[found.method].label}, its own searched grid"
+    name = f"{peer.method}_searched"
+    notes = {"tuning_psnr": round(peer.psnr, 3), "search_runs": peer.runs}
+    if peer.method in SOLVERS:
+        label = f"{SOLVERS[peer.method].label}, its own searched grid"
         return solver_method(
-            found.method,
+            peer.method,
             budget,
-            found.num_steps,
-            found.evaluations,
-            grid=found.steps,
+            peer.num_steps,
+            peer.evaluations,
+            grid=peer.steps,
             name=name,
             label=label,
             notes=notes,
         )
-    schedule = Schedule.explicit(found.num_steps, found.steps)
-    family = LABELS[found.method]
+    schedule = Schedule.explicit(peer.num_steps, peer.steps)
+    family = LABELS[peer.method]
     # The table's label names the table's settings; those that were found stand in the row's settings.
-    label = f"{family.split(',')[0] if found.options else family}, its own searched full steps"
+    label = f"{family.split(',')[0] if peer.options else family}, its own searched full steps"
     return rule_method(
-        found.method, budget, schedule, name=name, label=label, options=found.options, notes=notes
+        peer.method, budget, schedule, name=name, label=label, options=peer.options, notes=notes
     )
 
 
@@ -189,7 +188,7 @@ class Searched:
     num_steps: int  # of the plain run
     evaluations: int  # of the transformer in a run
     steps: tuple[int, ...]  # full steps of a rule, grid of a solver, in steps of the plain run
-    psnr: float  # dB to the plain run, mean over the tuning samples, of the pictures
+    psnr: float  # dB to the plain run, mean over the tuning samples, of the images
     runs: int  # of the pipeline that the search made
     options: Mapping[str, Any] = field(default_factory=dict)  # settings of the rule, where they were tuned too
 
@@ -218,9 +217,9 @@ class SearchedPeers:
             )
 
 
-def save_searched(path: Path, found: SearchedPeers) -> None:
+def save_searched(path: Path, searched: SearchedPeers) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(path, {"schema": SCHEMA, **asdict(found)})
+    atomic.write_json(path, {"schema": SCHEMA, **asdict(searched)})
 
 
 def load_searched(path: Path) -> SearchedPeers:

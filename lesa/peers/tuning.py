@@ -48,13 +48,13 @@ class Bench:
     call: CallParams
     batch_size: int
     sigmas: torch.Tensor  # [S + 1]
-    reference: torch.Tensor  # pictures of the plain run
+    reference: torch.Tensor  # images of the plain run
 
     @classmethod
     def of(
         cls, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], call: CallParams, batch_size: int
     ) -> Bench:
-        """With the plain run's pictures and noise levels."""
+        """With the plain run's images and noise levels."""
         reference = sample(pipe, prompts, seeds, call, batch_size=batch_size)
         return cls(
             pipe=pipe,
@@ -106,7 +106,7 @@ def tune_caches(
     Args:
         bench: training prompts; never those that are judged.
         ours: the predictor's method at each budget, whose time is the measure.
-        searches: what is tuned; of several with one name the best picture counts.
+        searches: what is tuned; of several with one name the best image counts.
         repeats: timed runs of each kind; their median counts.
         report: called after each search.
 
@@ -119,27 +119,29 @@ def tune_caches(
     chosen: list[Method] = []
     done = 0
     for cache in dict.fromkeys(each.name for each in searches):
-        found: dict[str, dict[str, _Found]] = {"": {}, "_equal_time": {}}
+        usual: dict[str, _Best] = {}
+        equal_time: dict[str, _Best] = {}
         for index, each in enumerate(searches):
             if each.name != cache:
                 continue
-            for suffix, best in found.items():
-                targets = {}
-                for (budget, method), time in zip(ours.items(), of_ours, strict=True):
-                    steps = _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0])
-                    # In a run of few steps the time saved may pay for all but a part of one: a cache that skips none
-                    # is the plain run.
-                    steps = min(steps, method.num_steps - 1.0)
-                    full = method.schedule.num_full if method.schedule else 0
-                    targets[budget] = max(steps, float(full)) if suffix == "" else steps
+            affordable = {
+                # In a run of few steps the time saved may pay for all but a part of one: a cache that skips none is
+                # the plain run.
+                budget: min(
+                    _affordable(time, of_eager[index], plain, method.num_steps, trials[index][0]),
+                    method.num_steps - 1.0,
+                )
+                for (budget, method), time in zip(ours.items(), of_ours, strict=True)
+            }
+            as_many = {budget: max(steps, _num_full(ours[budget])) for budget, steps in affordable.items()}
+            for best, targets in ((usual, as_many), (equal_time, affordable)):
                 for budget, target in sorted(targets.items(), key=lambda item: item[1]):
                     trial = each.search(bench, target, trials[index])
                     if budget not in best or trial.psnr > best[budget].trial.psnr:
-                        best[budget] = _Found(trial=trial, target=target)
+                        best[budget] = _Best(trial=trial, target=target)
                     done += 1
                     if report is not None:
                         report(done, {f"{cache}_computed": trial.computed, f"{cache}_psnr": trial.psnr})
-        usual, equal_time = found.values()
         chosen += [usual[budget].method(cache, "", budget) for budget in ours]
         if any(equal_time[budget].trial.method.settings != usual[budget].trial.method.settings for budget in ours):
             chosen += [
@@ -149,7 +151,7 @@ def tune_caches(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _Best:
     trial: Trial
     target: float  # computed steps
 
@@ -199,13 +201,17 @@ def bisect_threshold(
 
 
 def best_trial(trials: Sequence[Trial], target: float) -> Trial:
-    """The best picture among all settings no slower than the first one that reaches the target.
+    """The best image among all settings no slower than the first one that reaches the target.
 
     Settings that are faster still are not shut out: a peer must not lose by being given more time.
     """
     slow_enough = [trial.computed for trial in trials if trial.computed >= target - 1e-9]
     limit = min(slow_enough) if slow_enough else max(trial.computed for trial in trials)
     return max((t for t in trials if t.computed <= limit + 1e-9), key=lambda trial: trial.psnr)
+
+
+def _num_full(method: Method) -> float:
+    return float(method.schedule.num_full if method.schedule else 0)
 
 
 def _affordable(ours: float, eager: float, plain: float, num_steps: int, eager_trial: Trial) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from lesa.bundle import Bundle, write_bundle
 from lesa.models.families import FAMILIES, TAP
 from lesa.models.fingerprint import fingerprint
-from lesa.params import Workload
+from lesa.params import ModelParams, Workload
 from lesa.predictor.predictor import Predictor
 from lesa.recording.dataset import Splits, Trajectories, trajectories_digest
 from lesa.recording.prompts import prompt_digests, prompts_digest
@@ -45,23 +45,13 @@ def make_bundle(
     manifest = {
         "workload": workload.name,
         "created_from": dict(created_from),
-        "model": {
-            "family": workload.model.family,
-            "pipeline_class": type(pipe).__name__,
-            "transformer_class": type(pipe.transformer).__name__,
-            "fingerprint": fingerprint(pipe.transformer),
-            "source": _public(workload.model.source),
-            "revision": workload.model.revision,
-            "dtype": workload.model.dtype,
-        },
+        "model": _model(workload.model, pipe),
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
-            "config": {
-                name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")
-            },
+            "config": {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")},
         },
         "tap": TAP,
-        "branches": _branches(workload, num_branches=max(train.branch) + 1),
+        "branches": _branches(workload.model.family, num_branches=max(train.branch) + 1),
         "call": dataclasses.asdict(workload.call),
         "num_inference_steps": workload.call.num_inference_steps,
         "sigmas": [float(sigma) for sigma in train.sigmas],
@@ -75,15 +65,7 @@ def make_bundle(
             for name, schedule in workload.budgets().items()
         },
         "default_budget": workload.schedule.default_budget,
-        "training": {
-            "num_trajectories": sum(len(set(data.keys)) for data in (train, *further[::2])),
-            "num_validation_trajectories": sum(len(set(data.keys)) for data in (validation, *further[1::2])),
-            "trajectories_sha256": trajectories_digest(train, validation, *further),
-            "prompts_sha256": prompts_digest([*train.prompts, *validation.prompts]),
-            "prompt_digests": prompt_digests([*train.prompts, *validation.prompts]),
-            "noise_seeds": [min((*train.seeds, *validation.seeds)), max((*train.seeds, *validation.seeds))],
-            "seed": workload.seed,
-        },
+        "training": _training(train, validation, further) | {"seed": workload.seed},
         "evaluation": dict(evaluation),
         "license": "Apache-2.0",
         "base_license": None,
@@ -91,9 +73,34 @@ def make_bundle(
     return write_bundle(folder, manifest, predictor)
 
 
-def _branches(workload: Workload, num_branches: int) -> list[str]:
+def _model(model: ModelParams, pipe: Any) -> dict[str, Any]:
+    return {
+        "family": model.family,
+        "pipeline_class": type(pipe).__name__,
+        "transformer_class": type(pipe.transformer).__name__,
+        "fingerprint": fingerprint(pipe.transformer),
+        "source": _public(model.source),
+        "revision": model.revision,
+        "dtype": model.dtype,
+    }
+
+
+def _training(train: Trajectories, validation: Trajectories, further: Sequence[Trajectories]) -> dict[str, Any]:
+    """What the predictor was trained on; `further` is train and validation in turn, of other numbers of steps."""
+    prompts, seeds = [*train.prompts, *validation.prompts], (*train.seeds, *validation.seeds)
+    return {
+        "num_trajectories": sum(len(set(data.keys)) for data in (train, *further[::2])),
+        "num_validation_trajectories": sum(len(set(data.keys)) for data in (validation, *further[1::2])),
+        "trajectories_sha256": trajectories_digest(train, validation, *further),
+        "prompts_sha256": prompts_digest(prompts),
+        "prompt_digests": prompt_digests(prompts),
+        "noise_seeds": [min(seeds), max(seeds)],
+    }
+
+
+def _branches(family: str, num_branches: int) -> list[str]:
     """Names of the transformer's calls a step, as they were recorded: guidance decides how many there are."""
-    usual = FAMILIES[workload.model.family].branches
+    usual = FAMILIES[family].branches
     if num_branches == len(usual):
         return list(usual)
     return ["denoise"] if num_branches == 1 else ["cond", "uncond"]

@@ -12,35 +12,37 @@ accelerated run they are some percent larger, which is as much as samples differ
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import torch
 
-from lesa.models.pipelines import load_pipeline, sample
-from lesa.params import Report, Workload
-from lesa.predictor.predictor import Predictor
+from lesa.models.pipelines import sample
+from lesa.params import CallParams
 from lesa.predictor.rule import Rule
-from lesa.recording.dataset import Trajectories, recorded_splits
-from lesa.sampling.binding import LazyPredictor
+from lesa.recording.dataset import Trajectories
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, remove_lesa_cache
 from lesa.schedule import Schedule
-from lesa.training.jobs import load_predictor
 
 ALARMS = 0.02  # of runs of one sample: at 5x, and half a dozen further full steps each, 0.1 full steps in the mean
 _LEAST_DEVIATION = 0.02  # of the logarithm: a handful of samples that agree by chance must not make a tight bound
 
 
 def meter_errors(
-    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, data: Trajectories, rows: Sequence[int]
+    pipe: Any,
+    call: CallParams,
+    schedule: Schedule,
+    rule: Rule,
+    data: Trajectories,
+    rows: Sequence[int],
+    batch_size: int,
 ) -> dict[int, list[float]]:
     """Relative L1 error at each full step that has one, of the runs of these rows (the worst guidance branch)."""
-    found: dict[int, list[float]] = {}
-    size = workload.evaluate.batch_size
-    for first in range(0, len(rows), size):
-        chunk = rows[first : first + size]
+    errors: dict[int, list[float]] = {}
+    for first in range(0, len(rows), batch_size):
+        chunk = rows[first : first + batch_size]
         # The guard stays on: a run that it interferes with is as the user's would be.
         apply_lesa_cache(
             pipe.transformer,
@@ -48,14 +50,14 @@ def meter_errors(
         )
         try:
             prompts, seeds = [data.prompts[row] for row in chunk], [data.seeds[row] for row in chunk]
-            sample(pipe, prompts, seeds, workload.call, batch_size=size)
+            sample(pipe, prompts, seeds, call, batch_size=batch_size)
             records = cache_state(pipe.transformer).steps
         finally:
             remove_lesa_cache(pipe.transformer)
         for record in records:
             if record.sample_errors is not None and schedule.is_full(record.step):
-                found.setdefault(record.step, []).extend(record.sample_errors.tolist())
-    return found
+                errors.setdefault(record.step, []).extend(record.sample_errors.tolist())
+    return errors
 
 
 def bounds_of(errors: Mapping[int, Sequence[float]], schedule: Schedule) -> dict[int, float]:
@@ -78,42 +80,30 @@ def bounds_of(errors: Mapping[int, Sequence[float]], schedule: Schedule) -> dict
     return bounds
 
 
-def bounds_by_budget(
-    pipe: Any,
-    workload: Workload,
-    predictor: Predictor,
-    train: Trajectories,
-    validation: Trajectories,
-    budgets: Collection[str] | None = None,
-    report: Report = lambda step, values: None,
-) -> dict[str, list[float | None]]:
-    """`calibrated_bounds` of these budgets of the workload, of all where none are named.
-
-    Args:
-        report: told after each budget how many are done, and how many of its full steps have a bound.
-    """
-    schedules = workload.budgets()
-    found: dict[str, list[float | None]] = {}
-    for name in schedules if budgets is None else budgets:
-        rule = LazyPredictor(predictor, schedules[name], validation.sigmas)
-        found[name] = calibrated_bounds(pipe, workload, schedules[name], rule, validation, train)
-        report(len(found), {"bounds": sum(bound is not None for bound in found[name])})
-    return found
-
-
 def calibrated_bounds(
-    pipe: Any, workload: Workload, schedule: Schedule, rule: Rule, validation: Trajectories, train: Trajectories
+    pipe: Any,
+    call: CallParams,
+    schedule: Schedule,
+    rule: Rule,
+    validation: Trajectories,
+    train: Trajectories,
+    *,
+    batch_size: int,
+    samples: int,
 ) -> list[float | None]:
     """The bound of each full step as a manifest has it, in three digits; None where the step decides nothing.
 
-    They rest on all runs of `validation` and on `publish.bound_samples` runs spread evenly over those of `train`.
+    Args:
+        validation: all of its runs are made.
+        train: `samples` of its runs are made, spread evenly over them.
+        batch_size: samples a pipeline call.
     """
     trained = _runs(train)
-    count = min(workload.publish.bound_samples, len(trained))
-    places = torch.linspace(0, len(trained) - 1, count).round().long().tolist()
-    errors = meter_errors(pipe, workload, schedule, rule, validation, _runs(validation))
-    for step, found in meter_errors(pipe, workload, schedule, rule, train, [trained[i] for i in places]).items():
-        errors[step] += found
+    places = torch.linspace(0, len(trained) - 1, min(samples, len(trained))).round().long().tolist()
+    errors = meter_errors(pipe, call, schedule, rule, validation, _runs(validation), batch_size)
+    of_training = meter_errors(pipe, call, schedule, rule, train, [trained[i] for i in places], batch_size)
+    for step, training_errors in of_training.items():
+        errors[step] += training_errors
     bounds = bounds_of(errors, schedule)
     return [_rounded_up(bounds[step]) if step in bounds else None for step in schedule.full_steps]
 
@@ -130,15 +120,3 @@ def _rounded_up(bound: float) -> float:
 def _runs(data: Trajectories) -> list[int]:
     """One row of each recorded run."""
     return [row for row, branch in enumerate(data.branch) if branch == 0]
-
-
-def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -> dict[str, list[float | None]]:
-    """The bound of each full step of these budgets, with the predictor of the second training step.
-
-    Raises:
-        ValueError: predictor or trajectories are missing or not what was written.
-    """
-    train, validation = recorded_splits(workload)  # not kept: a process has one such job
-    predictor = load_predictor(workload.paths.closed_loop)
-    pipe = load_pipeline(workload.model, workload.resources.device)
-    return bounds_by_budget(pipe, workload, predictor, train, validation, budgets, report)

@@ -9,22 +9,13 @@ Whatever is missing, not finite or not comparable speaks against the candidate.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lesa.bundle import Bundle, load_bundle
-from lesa.errors import LesaError
 from lesa.evaluation.bootstrap import paired_interval
-from lesa.evaluation.compare import evaluate_methods
-from lesa.models.pipelines import load_pipeline
-from lesa.params import Report, Workload
-from lesa.peers.lineup import default_methods
 
 Psnr = Mapping[str, Sequence[float]]  # budget -> decibels, one a sample, in the order of the samples
 
@@ -133,77 +124,3 @@ def _losses(
             f"{numbers['opponent_p5']:.3f} dB, more than {tolerance:g} dB lower"
         )
     return losses
-
-
-@dataclass(frozen=True, kw_only=True)
-class NamedBundle:
-    """A bundle on disk under the name it has among the methods."""
-
-    name: str
-    folder: Path
-    digest: str  # SHA-256 of its manifest: what was judged is what is promoted
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateJob:
-    """Some budgets of a candidate, on given samples; they share the plain run and what tuning the caches tries."""
-
-    budgets: tuple[str, ...]
-    bundles: tuple[NamedBundle, ...]  # the candidate first: its schedule, its call
-    prompts: Sequence[str]  # one a sample
-    seeds: Sequence[int]
-    tuning_prompts: Sequence[str]  # training prompts that peers with a threshold are tuned on
-    tuning_seeds: Sequence[int]
-
-
-def shared_out(costs: Mapping[str, float], parts: int) -> list[tuple[str, ...]]:
-    """The names in at most so many parts of about the same cost: the dearest first, each to the cheapest part."""
-    shared: list[list[str]] = [[] for _ in range(min(parts, len(costs)))]
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        min(shared, key=lambda part: sum(costs[each] for each in part)).append(name)
-    return [tuple(part) for part in shared]
-
-
-def measure_budgets(workload: Workload, job: GateJob, report: Report) -> dict[str, dict[str, list[float]]]:
-    """PSNR in dB of every sample, by budget, for the bundles and every peer.
-
-    Raises:
-        BundleError: a bundle is not what it was when it was registered.
-        ValueError: a champion that cannot serve the candidate's schedule.
-    """
-    bundles = {each.name: load_bundle(each.folder, expected_digest=each.digest) for each in job.bundles}
-    manifest = next(iter(bundles.values())).manifest
-    settings = dataclasses.replace(workload.evaluate, converged_fraction=0.0)
-    pipe = load_pipeline(workload.model, workload.resources.device)
-    methods = default_methods(
-        pipe,
-        {name: bundle.predictor for name, bundle in bundles.items()},
-        {budget: manifest.budgets[budget].schedule for budget in job.budgets},
-        call=manifest.call,
-        settings=settings,
-        tuning_prompts=job.tuning_prompts,
-        tuning_seeds=job.tuning_seeds,
-        report=report,
-    )
-    results = evaluate_methods(
-        pipe, methods, job.prompts, job.seeds, call=manifest.call, settings=settings, report=report, timing=False
-    )
-    return {
-        budget: {row.method: results.values(budget, row.method, "psnr").tolist() for row in results.at(budget)}
-        for budget in job.budgets
-    }
-
-
-def fresh_offset(workload: Workload, candidate: Bundle, champion: Bundle | None) -> int:
-    """First noise seed of this judgement: new for every pair of bundles, and repeatable for one.
-
-    It lies far above the seeds of recording and evaluation; were it the same every time, a long line of
-    candidates would be chosen for the luck they have with it.
-    """
-    pair = f"{candidate.digest}/{champion.digest if champion else ''}"
-    block = int.from_bytes(hashlib.sha256(pair.encode()).digest()[:3], "big")
-    start = workload.publish.gate_seed_offset + (1 << 32) + block * (1 << 16)
-    used = max(workload.record.seed_offset, workload.evaluate.seed_offset) + (1 << 24)
-    if start < used:
-        raise LesaError("record.seed_offset and evaluate.seed_offset: must be below 4,000,000,000")
-    return start

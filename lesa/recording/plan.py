@@ -167,38 +167,6 @@ def _identity(
     }
 
 
-def recorded_keys(workload: Workload, store: TrajectoryStore) -> dict[str, list[str]]:
-    """The committed keys by split, in the plan's order, without loading the pipeline.
-
-    Raises:
-        PromptError: a trajectory whose prompt is in neither split, or not at its number of steps: the store
-            belongs to other prompts.
-    """
-    known = recorded_prompts(workload)
-    place = {
-        (num_steps, prompt): (split, at, index)
-        for at, num_steps in enumerate(workload.step_counts)
-        for split, count in workload.num_recorded(num_steps).items()
-        for index, prompt in enumerate(known[split][:count])
-    }
-    found: dict[str, list[tuple[int, int, int, str]]] = {split: [] for split in RECORDED_SPLITS}
-    strangers = []
-    for key in store.keys():
-        record = store.record(key)
-        which = len(record["timesteps"]), record["prompt"]
-        if which not in place:
-            strangers.append(key)
-            continue
-        split, at, index = place[which]
-        found[split].append((at, index, record["seed"], key))
-    if strangers:
-        raise PromptError(
-            f"{store.path} holds {len(strangers)} trajectories of prompts that are not recorded any more, "
-            f"e.g. {strangers[0]}; run the record stage, which removes them"
-        )
-    return {split: [entry[-1] for entry in sorted(entries)] for split, entries in found.items()}
-
-
 def fewest_steps(most: int) -> int:
     # Two, where there are two: a scheduler that stretches its noise levels (Qwen-Image's) divides by zero for one.
     return min(2, most)

@@ -1,7 +1,7 @@
 """Reads the feature this project predicts, and what else a run of the transformer leaves for training.
 
 The tap is the image-token output of the last block, before any ControlNet residual; of an editing model's tokens,
-those of the picture being made. Plain torch hooks, so it also reads what a cache hook puts in a block's place.
+those of the image being made. Plain torch hooks, so it also reads what a cache hook puts in a block's place.
 Shapes: B batch, L tokens, C channels, D width of temb.
 """
 
@@ -50,7 +50,7 @@ class FeatureTap:
         self._handles: list[RemovableHandle] = []
         self._row: BlockList | None = None
         self._family: Family = family_of(transformer)
-        self._num_tokens: int | None = None  # leading tokens of the picture being made; None: all
+        self._num_tokens: int | None = None  # leading tokens of the image being made; None: all
 
     def __enter__(self) -> FeatureTap:
         _, tail, self._row = blocks(self._transformer, self._family)[-1]

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 
-from lesa.bundle import Bundle, load_bundle
+from lesa.bundle import Bundle
 from lesa.bundle.budgets import choose_schedule
 from lesa.errors import LesaError
 from lesa.models.families import family_of
 from lesa.models.fingerprint import adapters, is_quantized
+from lesa.pull import bundle_from
 from lesa.sampling.adaptive import adaptive_problems, fallback_of
 from lesa.sampling.binding import LazyPredictor, StepCountBinding
 from lesa.sampling.checks import (
@@ -34,7 +35,6 @@ from lesa.sampling.statistics import RunStatistics
 from lesa.schedule import Schedule
 
 ALLOWANCES = ("lora", "quantized", "pipeline")
-REGISTRY_PREFIX = "models:/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def enable(
     if getattr(transformer, "is_cache_enabled", False):
         raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
     family = family_of(transformer)
-    loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else bundle_from(bundle)
     manifest = loaded.manifest
     problems = pipeline_problems(pipe, transformer, manifest, allow)
     if problems:
@@ -182,13 +182,6 @@ def call_kwargs(pipe: Any) -> dict[str, Any]:
     return given
 
 
-def _load(bundle: str | Path) -> Bundle:
-    if str(bundle).startswith(REGISTRY_PREFIX):
-        from lesa.pull import pull
-
-        folder = pull(str(bundle))
-        return load_bundle(folder, expected_digest=folder.name)
-    return load_bundle(bundle)
 
 
 def _transformer(pipe: Any) -> torch.nn.Module:

@@ -23,12 +23,11 @@ from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.peers.lineup import load_searched, save_searched
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import PromptError
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.training.experts import untrained_predictor
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 EVALUATE = {
@@ -65,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
         )
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)
         make_bundle(

@@ -20,8 +20,8 @@ import torch
 
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
-from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
+from tests.helpers.recording import record
 
 
 def die_at(pattern: str) -> None:
@@ -48,7 +48,7 @@ def main() -> None:
             try:
                 if pattern:
                     die_at(pattern)
-                record_all(workload, TrajectoryStore.create(Path(store)), pipe)
+                record(workload, pipe, TrajectoryStore.create(Path(store)))
                 code = 0
             finally:
                 os._exit(code)

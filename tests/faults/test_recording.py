@@ -24,9 +24,9 @@ from flows.ray_guard import MARK
 from lesa import locks
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
-from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 from tests.helpers.digests import tree_digest
+from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository
 from tests.lesa.recording.test_store import trajectory
 
@@ -65,7 +65,7 @@ def undisturbed(root: Path) -> str:
     try:
         workload = load_params()
         store = TrajectoryStore.create("undisturbed.zarr")
-        assert len(record_all(workload, store, load_pipeline(workload.model, workload.resources.device))) == 6
+        assert record(workload, load_pipeline(workload.model, workload.resources.device), store)["recorded"] == 6
     finally:
         os.chdir(here)
         torch.set_num_threads(threads)
@@ -348,9 +348,9 @@ DRIVER = """
 import logging, os, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 os.chdir(sys.argv[1])
-from flows.record import drive
+from flows.record import record_with_ray
 from lesa.params_file import load_params
-print(drive(load_params(), logging.getLogger("drive")))
+print(record_with_ray(load_params(), logging.getLogger("drive")))
 """
 
 

@@ -27,10 +27,10 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
-from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 from lesa.recording.store_format import StoreError
 from lesa.training import jobs
+from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for gate in ("table", "kan"):
             workload = settings(gate)
             pipe = load_pipeline(workload.model, workload.resources.device)
-            record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+            record(workload, pipe)
             experts, figures = {}, {}
             for job in jobs.list_ground_truth_jobs(workload):
                 experts[job], figures[str(job)] = jobs.run_ground_truth_job(workload, job, lambda *_: None)

@@ -26,11 +26,10 @@ from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
 from lesa.publishing.gate import Decision, fresh_offset
 from lesa.recording.dataset import recorded_splits
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import save_predictor
 from tests.helpers.clone import PROMPTS, SETTINGS
+from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_flux, tiny_repository
 
 LOG = logging.getLogger("tests")
@@ -49,7 +48,7 @@ def made(tmp_path_factory) -> Path:
         patch.chdir(root)
         workload = load_params()
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
     connect(root)
     return root
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flows.ray_jobs import ray_session
-from flows.record import drive
+from flows.record import record_with_ray
 from flows.recorders import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
 from lesa import locks
 from lesa.models.pipelines import load_pipeline
@@ -19,10 +19,10 @@ from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.recording.plan import plan_recording
 from lesa.recording.prompts import PromptError
-from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 from tests.helpers.clone import clone, run
 from tests.helpers.digests import tree_digest
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository, write_prompts
 
 
@@ -55,7 +55,7 @@ def test_a_second_driver_is_refused_before_ray_starts(workload: Workload) -> Non
 
     store = TrajectoryStore.create(workload.paths.trajectories)
     with store.writer_lock(), pytest.raises(locks.Locked, match=f"process {os.getpid()}"):
-        drive(workload, logging.getLogger("test"))
+        record_with_ray(workload, logging.getLogger("test"))
     assert not ray.is_initialized()
 
 
@@ -89,7 +89,7 @@ def test_the_stage_records_what_a_plain_process_records(tmp_path: Path) -> None:
     try:
         workload = load_params()
         plain = TrajectoryStore.create(tmp_path / "plain.zarr")
-        record_all(workload, plain, load_pipeline(workload.model, workload.resources.device))
+        record(workload, load_pipeline(workload.model, workload.resources.device), plain)
         recorded = TrajectoryStore.open(workload.paths.trajectories)
         assert recorded.verify() == []
         assert tree_digest(recorded.path.resolve()) == tree_digest(plain.path)

@@ -30,13 +30,15 @@ import logging
 from flows.publish import publish_bundle
 from flows.stage import read_workload, stage_run
 from flows import evaluate, search, train_stage1, train_stage2
+from contextlib import closing
 from lesa.models.pipelines import load_pipeline
-from lesa.recording.record import record_all
+from lesa.recording.drive import LocalRecorder, drive
 from lesa.recording.store import TrajectoryStore
 
 workload = read_workload(None)
-pipe = load_pipeline(workload.model, workload.resources.device)
-record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+store = TrajectoryStore.create(workload.paths.trajectories)
+recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
+drive(workload, store, closing(recorder), logging.getLogger("record"))
 with stage_run("search", workload, ("seed",)) as tracked:
     search.find.fn(workload, tracked)
 workload = read_workload(None, searched=True)

@@ -23,12 +23,11 @@ from lesa.params import (
     Workload,
 )
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import Trajectories, recorded_splits
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.training.jobs import finish, list_ground_truth_jobs, run_closed_loop_job, run_ground_truth_job
 from tests.helpers import tiny, tiny_hunyuan, tiny_qwen
+from tests.helpers.recording import record
 
 SPLITS = {"train": list(tiny.PROMPTS[:3]), "validation": ["a dog on the left"], "test": ["the white dog"]}
 FEW = PredictorParams(boundaries=(), history_sizes=(2,), gate="table", projection="per_channel")  # of few steps
@@ -127,7 +126,7 @@ def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories
     def report(step: int, values: dict[str, float]) -> None:
         pass
 
-    record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+    record(workload, pipe)
     done = {job: run_ground_truth_job(workload, job, report) for job in list_ground_truth_jobs(workload)}
     figures = {str(job): numbers for job, (_, numbers) in done.items()}
     finish(workload, "ground_truth", {job: tensors for job, (tensors, _) in done.items()}, figures)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from lesa.peers.lineup import Searched, SearchedPeers, save_searched
 from lesa.recording.prompts import prompt_digests
 from tests.helpers.bundles import make_bundle
 from tests.helpers.tiny import tiny_flux
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +74,28 @@ def test_arguments_that_cannot_be_parsed(capsys):
     assert "is not a list of steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["sample", "compare", "schedule", "flops", "doctor"])
+COMMANDS = ["sample", "compare", "schedule", "flops", "bundle", "bundle show", "bundle verify", "store"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "store verify", "doctor"])
 def test_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert f"lesa {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("lesa ")
+
+
+def test_the_whole_table_of_true_sizes_is_printed_for_people(capsys):
+    assert main(["flops", "flux-schnell"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("flux-schnell, 1024x1024, 256 text tokens") and "predicted call" in printed
 
 
 def test_sample_writes_pictures_and_shows_the_run(place, tmp_path, capsys):
@@ -131,6 +152,14 @@ def test_bundle_show_and_verify(place, tmp_path, capsys):
     assert "good" in capsys.readouterr().out
     assert main(["bundle", "verify", bundle, "--digest", "0" * 64]) == 1
     assert "SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["bundle", "verify"], ["bundle", "show"], ["schedule", "--bundle"]])
+def test_reading_a_bundle_imports_no_pipeline(place, command):
+    code = "import sys; from lesa.cli import main; main(sys.argv[1:]); print('diffusers' in sys.modules)"
+    arguments = [sys.executable, "-c", code, *command, str(place / "bundle")]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_schedule_of_a_bundle(place, capsys):

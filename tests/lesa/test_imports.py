@@ -114,7 +114,7 @@ print(sorted(loaded & set(sys.argv[3].split(","))))
 def test_import_brings_nothing_heavy():
     out = python("import sys, lesa\nprint(sorted({'torch', 'diffusers', 'yaml'} & set(sys.modules)))")
     assert out.strip() == "[]"
-    out = python("import sys, lesa.cli\nprint(sorted({'torch', 'diffusers'} & set(sys.modules)))")
+    out = python("import sys, lesa.cli, lesa.commands\nprint(sorted({'torch', 'diffusers'} & set(sys.modules)))")
     assert out.strip() == "[]"
 
 

@@ -18,13 +18,12 @@ from lesa.bundle import load_bundle
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.training.experts import untrained_predictor
 from tests.attacks.hostile import edit
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 BUNDLE = "data/bundles/tiny"
@@ -44,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("params.yaml").write_text(yaml.safe_dump(document))
         workload = load_params()
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)

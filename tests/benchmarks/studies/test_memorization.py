@@ -15,9 +15,8 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.peers.rules import rule_method
 from lesa.recording.dataset import recorded_splits
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.schedule import Schedule
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 
@@ -34,7 +33,7 @@ def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_training_images_stand_beside_held_out_ones_and_a_rule(workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
-    record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+    record(workload, pipe)
     train_set, _ = recorded_splits(workload)
     noises = first_noises(train_set)
     assert sorted(noises) == sorted(SPLITS["train"]) and len(train_set.prompts) == 2 * len(noises)

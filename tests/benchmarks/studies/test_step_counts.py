@@ -17,12 +17,11 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.predictor.spec import MIXED_VARIANT
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import noise_levels, recorded_elsewhere, recorded_splits
 from lesa.recording.prompts import PromptError
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.training.experts import untrained_predictor
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 BUNDLE = "data/bundles/tiny"
@@ -42,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         changed = dataclasses.replace(workload.predictor, hidden=3, grid=3, history_sizes=(2, 2, 2))
         workload = dataclasses.replace(workload, predictor=changed)
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         (train, validation), others = recorded_splits(workload), recorded_elsewhere(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels, noise_levels(others))
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)

@@ -16,7 +16,7 @@ from lesa.models.pipelines import load_pipeline
 from lesa.models.published import PRESETS
 from lesa.params import BudgetParams, ScheduleParams, Workload
 from lesa.params_file import load_params
-from lesa.recording.record import measure_size
+from tests.helpers.recording import measured_size
 from tests.helpers.tiny import tiny_repository
 
 ROOT = Path(__file__).parents[3]
@@ -29,11 +29,12 @@ def published(name: str) -> Workload:
 def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_repository(tmp_path))
     workload = load_params()
-    facts, costs = model_facts(workload), estimate_costs(workload)
+    facts = model_facts(workload.name, workload.model, workload.call)
+    costs = estimate_costs(workload)
     pipe = load_pipeline(workload.model, workload.resources.device)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert facts.numbers[name] == sum(p.numel() for p in getattr(pipe, name).parameters())
-    measured = measure_size(pipe, workload)
+    measured = measured_size(workload, pipe)
     assert (facts.grid, facts.is_local, costs.download) == ((1, 4, 4), True, 0)
     assert costs.store == pytest.approx(measured.bytes(costs.trajectories), rel=0.01)
     assert costs.closed_loop > 0 and costs.gpu > costs.closed_loop
@@ -42,7 +43,7 @@ def test_a_folder_is_measured_without_loading_it(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_published_model_has_a_workload_of_its_size(name: str) -> None:
     workload, preset = published(name), PRESETS[name]
-    facts = model_facts(workload)
+    facts = model_facts(workload.name, workload.model, workload.call)
     assert facts.preset is preset
     assert (facts.grid, facts.text_tokens) == (preset.grid, preset.text_tokens)
     assert FAMILIES[workload.model.family].transformer_class == preset.transformer_class

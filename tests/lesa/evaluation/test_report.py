@@ -49,6 +49,13 @@ def test_prompts_cannot_break_the_page(tmp_path: Path) -> None:
     assert "<script" not in page and "&lt;script&gt;" in page
 
 
+def test_names_and_settings_of_methods_cannot_break_the_page(tmp_path: Path) -> None:
+    row = dataclasses.replace(results().rows[0], label="a <b> & c", settings={"note": 'x" onload="y'})
+    page = write_report(dataclasses.replace(results(), rows=(row, *results().rows[1:])), tmp_path).read_text()
+    assert "a &lt;b&gt; &amp; c" in page and "a <b> & c" not in page
+    assert "onload=&#34;y" in page and 'onload="y' not in page
+
+
 def test_metrics_and_results_are_plain(folder: Path) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["budgets"]) == set(BUDGETS)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lesa.models.families import FAMILIES, BlockList, Family, blocks, family_of, published_model, register_family
+from lesa.models.families import FAMILIES, BlockList, Family, blocks, family_of, register_family
+from lesa.models.published import PRESETS, family_flops
 from tests.helpers.tiny import tiny_flux
 
 
@@ -46,17 +47,28 @@ def test_every_row_names_classes_diffusers_has() -> None:
 
 
 def test_published_models_have_the_steps_and_branches_of_the_paper() -> None:
-    models = [model for row in FAMILIES.values() for model in row.models]
-    assert {model.name: (model.num_inference_steps, model.branches) for model in models} == {
+    assert {name: (preset.num_inference_steps, preset.branches) for name, preset in PRESETS.items()} == {
         "flux-dev": (50, 1),
         "flux-schnell": (4, 1),
         "qwen-image": (50, 2),
         "qwen-image-lightning": (8, 1),
         "hunyuan-video": (50, 1),
     }
-    assert published_model("hunyuan-video").num_frames == 65
-    with pytest.raises(ValueError, match="'flux-pro' is not one of flux-dev, flux-schnell"):
-        published_model("flux-pro")
+    assert PRESETS["hunyuan-video"].call.num_frames == 65
+    with pytest.raises(ValueError, match="'flux-pro' is not one of .*: flux-dev, flux-schnell"):
+        family_flops("flux-pro")
+
+
+def test_published_models_have_their_grids_and_families() -> None:
+    assert {name: (preset.grid, preset.size) for name, preset in PRESETS.items()} == {
+        "flux-dev": ((1, 64, 64), "1024x1024"),
+        "flux-schnell": ((1, 64, 64), "1024x1024"),
+        "qwen-image": ((1, 83, 83), "1328x1328"),
+        "qwen-image-lightning": ((1, 83, 83), "1328x1328"),
+        "hunyuan-video": ((17, 30, 40), "480x640, 65 frames"),
+    }
+    classes = {row.transformer_class for row in FAMILIES.values()}
+    assert {preset.transformer_class for preset in PRESETS.values()} == classes
 
 
 def test_pipelines_are_related_by_the_weights_and_tokens_they_share() -> None:

@@ -13,7 +13,6 @@ from diffusers import FluxPipeline
 from lesa.models.pipelines import (
     PipelineError,
     call_arguments,
-    initial_latents,
     load_pipeline,
     pick_device,
     release_memory,
@@ -169,13 +168,3 @@ def test_arguments_a_pipeline_does_not_take_are_refused_and_none_is_left_out(pip
         call_arguments(pipe, video, 1)
     guided = CallParams(height=16, width=16, num_inference_steps=3, true_cfg_scale=4.0)
     assert len(call_arguments(pipe, guided, 3)["negative_prompt"]) == 3
-
-
-def test_initial_latents_are_what_the_transformer_first_sees(pipe: FluxPipeline) -> None:
-    seen: list[torch.Tensor] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-    )
-    sample(pipe, PROMPTS[:1], [7], PLAIN)
-    handle.remove()
-    assert torch.equal(initial_latents(pipe, PLAIN, 7), seen[0])

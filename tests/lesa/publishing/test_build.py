@@ -20,14 +20,14 @@ from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget, bounds_of, calibrated_bounds, measure_bounds, meter_errors
+from lesa.publishing.calibration import bounds_of, calibrated_bounds, meter_errors
+from lesa.publishing.jobs import bounds_by_budget, measure_bounds
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.sampling.binding import LazyPredictor
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import save_predictor
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 QUALITY = {"2x": {"psnr_mean": 31.5, "psnr_p5": 27.0}}
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
             workload, predictor=dataclasses.replace(workload.predictor, gate="table", history_sizes=(2, 2, 2))
         )
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         train, validation = recorded_splits(workload)
         predictor = untrained_predictor(workload, train.sigmas, train.channels)
 
@@ -156,11 +156,15 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     rule = LazyPredictor(predictor, schedule, train.sigmas)
 
     def bounds(samples: int) -> list[float | None]:
-        publish = dataclasses.replace(workload.publish, bound_samples=samples)
-        other = dataclasses.replace(workload, publish=publish)
-        return calibrated_bounds(pipe, other, schedule, rule, validation, train)
+        return calibrated_bounds(
+            pipe, workload.call, schedule, rule, validation, train, batch_size=batch_size, samples=samples
+        )
 
-    seen = [meter_errors(pipe, workload, schedule, rule, data, range(len(data))) for data in (validation, train)]
+    batch_size = workload.evaluate.batch_size
+    seen = [
+        meter_errors(pipe, workload.call, schedule, rule, data, range(len(data)), batch_size)
+        for data in (validation, train)
+    ]
     assert [len(errors[3]) for errors in seen] == [2, 4]
     _assert_rounded_up(bounds(0), bounds_of(seen[0], schedule))
     every = {step: seen[0][step] + seen[1][step] for step in (3, 6)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lesa.publishing.gate import shared_out
+from lesa.publishing.jobs import shared_out
 
 FULL_STEPS = {"8x": 6.0, "5x": 10.0, "3x": 16.0, "6.25x": 8.0}
 

@@ -14,7 +14,9 @@ from lesa import atomic
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
+from lesa.recording import record as recording
 from lesa.recording.dataset import load_trajectories, recorded_elsewhere, recorded_splits
+from lesa.recording.drive import LocalRecorder
 from lesa.recording.plan import (
     PlannedTrajectory,
     batches,
@@ -22,13 +24,13 @@ from lesa.recording.plan import (
     describe_source,
     missing,
     plan_recording,
-    recorded_keys,
 )
 from lesa.recording.prompts import PromptError
-from lesa.recording.record import kept_tokens, measure_size, record_all, record_batch, transformer_arguments
+from lesa.recording.record import kept_tokens, record_batch
 from lesa.recording.store import TrajectoryStore, trajectory_key
 from lesa.recording.store_format import StoreError
 from tests.helpers.digests import tree_digest
+from tests.helpers.recording import measured_size, record, transformer_arguments
 from tests.helpers.tiny import SPLITS, tiny_flux, tiny_repository, write_prompts
 
 STEPS = 8
@@ -101,18 +103,15 @@ def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> No
     pipe = load_pipeline(workload.model, workload.resources.device)
     more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
     store = TrajectoryStore.create(more.paths.trajectories)
-    size, plan = measure_size(pipe, more), plan_recording(more, describe_source(pipe))
-    keys = record_all(more, store, pipe)
-    assert store.verify() == [] and len(store.keys()) == len(keys) == 14
+    size, plan = measured_size(more, pipe), plan_recording(more, describe_source(pipe))
+    assert record(more, pipe, store)["recorded"] == 14
+    assert store.verify() == [] and store.keys() == sorted(item.key for item in plan) and len(plan) == 14
     for item in plan:
         assert store.features(item.key).shape == (item.num_steps, 1, 16, 32)
         assert len(store.record(item.key)["sigmas"]) == item.num_steps + 1
     taken = sum(file.stat().st_blocks * 512 for file in store.path.rglob("*") if file.is_file())
     assert taken <= size.bytes_of(count_by_steps(plan)) + 4096 and size.bytes_of(count_by_steps(plan)) <= 1.5 * taken
     assert size.bytes_of(count_by_steps(plan[:6])) == size.bytes(6)
-    assert recorded_keys(more, store) == {
-        split: [item.key for item in plan if item.split == split] for split in ("train", "validation")
-    }
     train, validation = recorded_splits(more)
     assert len(train.sigmas) == STEPS + 1 and (len(train), len(validation)) == (4, 2)
     elsewhere = recorded_elsewhere(more)
@@ -124,9 +123,8 @@ def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> No
         load_trajectories(store.path, ["a thin seven"], 6)
     with pytest.raises(ValueError, match="3 different lists of noise levels"):
         load_trajectories(store.path, ["a thin seven"])
-    with pytest.raises(PromptError, match="8 trajectories of prompts that are not recorded any more"):
-        recorded_keys(workload, store)
-    record_all(workload, store, pipe)  # the numbers of steps are taken out of the settings again
+    done = record(workload, pipe, store)  # the numbers of steps are taken out of the settings again
+    assert (done["recorded"], done["pruned"]) == (0, 8)
     assert store.keys() == sorted(item.key for item in plan[:6])
 
 
@@ -181,7 +179,7 @@ def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Worklo
 def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     planned = plan_recording(workload, describe_source(pipe))[0]
-    [trajectory] = record_batch(pipe, [planned], workload)
+    [trajectory] = record_batch(pipe, [planned], workload.record, workload.call)
     assert trajectory.features.shape == (STEPS, 1, 16, 32) and trajectory.features.dtype == torch.bfloat16
     assert trajectory.sigmas.shape == (STEPS + 1,) and trajectory.sigmas[-1] == 0
     assert torch.equal(trajectory.timesteps, pipe.scheduler.timesteps)
@@ -214,7 +212,7 @@ def test_both_branches_are_recorded(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     guided = changed(workload, "call", true_cfg_scale=2.0)
     planned = plan_recording(guided, describe_source(pipe))[0]
-    [trajectory] = record_batch(pipe, [planned], guided)
+    [trajectory] = record_batch(pipe, [planned], guided.record, guided.call)
     assert trajectory.features.shape == (STEPS, 2, 16, 32)
     assert not torch.equal(trajectory.features[0, 0], trajectory.features[0, 1])
     record = {"call_kwargs": trajectory.call_kwargs}
@@ -229,9 +227,9 @@ def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     source = describe_source(pipe)
     planned, whole = plan_recording(part, source)[0], plan_recording(workload, source)[0]
-    [trajectory] = record_batch(pipe, [planned], part)
+    [trajectory] = record_batch(pipe, [planned], part.record, part.call)
     assert trajectory.token_index is not None and trajectory.token_index.shape == (4,)
-    [full] = record_batch(pipe, [whole], workload)
+    [full] = record_batch(pipe, [whole], workload.record, workload.call)
     assert full.token_index is None
     assert torch.equal(trajectory.features, full.features[:, :, trajectory.token_index])
     first, again = kept_tokens("a" * 32, 4096, 0.1), kept_tokens("a" * 32, 4096, 0.1)
@@ -247,22 +245,22 @@ def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
 ) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    done: list[int] = []
-    keys = record_all(workload, store, pipe, lambda step, values: done.append(step))
-    assert done == [1, 2, 3, 4, 5, 6] and sorted(keys) == store.keys()
+    keys = [item.key for item in plan_recording(workload, describe_source(pipe))]
+    done = record(workload, pipe, store)
+    assert (done["planned"], done["recorded"], done["pruned"]) == (6, 6, 0) and sorted(keys) == store.keys()
     before = tree_digest(store.path)
-    assert record_all(workload, store, pipe, lambda step, values: done.append(step)) == keys
-    assert len(done) == 6 and tree_digest(store.path) == before
-    assert recorded_keys(workload, store) == {"train": keys[:4], "validation": keys[4:]}
+    again = record(workload, pipe, store)
+    assert (again["planned"], again["recorded"], again["pruned"]) == (6, 0, 0)
+    assert tree_digest(store.path) == before
+    train, validation = recorded_splits(workload)
+    assert (sorted(train.keys), sorted(validation.keys)) == (sorted(keys[:4]), sorted(keys[4:]))
 
-    fewer = changed(workload, "record", train_prompts=2)
-    with pytest.raises(PromptError, match="2 trajectories of prompts that are not recorded any more"):
-        recorded_keys(fewer, store)
-    record_all(fewer, store, pipe, lambda step, values: done.append(step))
-    assert len(done) == 6 and store.keys() == sorted([*keys[:2], *keys[4:]])
+    fewer = record(changed(workload, "record", train_prompts=2), pipe, store)
+    assert (fewer["recorded"], fewer["pruned"]) == (0, 2)
+    assert store.keys() == sorted([*keys[:2], *keys[4:]])
     write_prompts(tmp_path, {**SPLITS, "train": [*SPLITS["train"][:2], "a cat"]})
-    record_all(changed(workload, "record", train_prompts=3), store, pipe, lambda s, v: done.append(s))
-    assert done[6:] == [1] and len(store.keys()) == 5
+    other = record(changed(workload, "record", train_prompts=3), pipe, store)
+    assert (other["recorded"], other["pruned"]) == (1, 0) and len(store.keys()) == 5
 
 
 def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
@@ -270,10 +268,10 @@ def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
     plan = plan_recording(workload, describe_source(pipe))
     forwards, backwards = TrajectoryStore.create("a.zarr"), TrajectoryStore.create("b.zarr")
     for planned in plan:
-        forwards.commit(*record_batch(pipe, [planned], workload))
+        forwards.commit(*record_batch(pipe, [planned], workload.record, workload.call))
     fresh = load_pipeline(workload.model, workload.resources.device)
     for planned in plan[::-1]:
-        backwards.commit(*record_batch(fresh, [planned], workload))
+        backwards.commit(*record_batch(fresh, [planned], workload.record, workload.call))
     assert tree_digest(forwards.path) == tree_digest(backwards.path)
 
 
@@ -285,25 +283,47 @@ def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance
     pipe = load_pipeline(several.model, several.resources.device)
     plan = plan_recording(several, describe_source(pipe))
     whole, rest, backwards = (TrajectoryStore.create(f"{name}.zarr") for name in ("whole", "rest", "backwards"))
-    record_all(several, whole, pipe)
+    record(several, pipe, whole)
     for item in (plan[1], plan[4]):
-        rest.commit(*record_batch(pipe, [item], several))
-    record_all(several, rest, pipe)
+        rest.commit(*record_batch(pipe, [item], several.record, several.call))
+    record(several, pipe, rest)
     for batch in batches(plan[::-1], 4):
-        for trajectory in record_batch(pipe, batch, several):
+        for trajectory in record_batch(pipe, batch, several.record, several.call):
             backwards.commit(trajectory)
     assert tree_digest(whole.path) == tree_digest(rest.path) == tree_digest(backwards.path)
     # Alone in its call a sample is the same up to rounding, in every part of what is kept.
     alone = changed(workload, "record", token_fraction=0.5)
     for item, single in zip(plan, plan_recording(alone, describe_source(pipe)), strict=True):
-        kept = record_batch(pipe, [single], alone)[0].context
+        kept = record_batch(pipe, [single], alone.record, alone.call)[0].context
         shared = whole.context(item.key)
         assert kept.keys() == shared.keys() and item.key != single.key
         for name, value in kept.items():
             torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5, msg=name)
     index = kept_tokens(plan[0].key, 16, 0.5)
-    [full] = record_batch(pipe, plan[:1], changed(several, "record", token_fraction=1.0))
+    [full] = record_batch(pipe, plan[:1], dataclasses.replace(several.record, token_fraction=1.0), several.call)
     assert index is not None and torch.equal(whole.features(plan[0].key), full.features[:, :, index])
+
+
+def test_the_lengths_of_arguments_are_measured_once_a_recorder(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = changed(workload, "record", batch_size=2)
+    pipe = load_pipeline(several.model, several.resources.device)
+    batch_sizes: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        batch_sizes.append(options["batch_size"])
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(recording, "sample", counted)
+    store = TrajectoryStore.create(several.paths.trajectories)
+    recorder = LocalRecorder(pipe, several, store)
+    source, _ = recorder.describe()
+    done: list[str] = []
+    plan = plan_recording(several, source)
+    recorder.record(plan, done.append)
+    assert done == [item.key for item in plan] and sorted(done) == store.keys()
+    assert batch_sizes == [1, 2, 2, 2, 2]  # one sample for the lengths, the size, three batches
 
 
 def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: Workload) -> None:
@@ -313,15 +333,15 @@ def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: W
     pipe = load_pipeline(workload.model, workload.resources.device)
     for size, wrong in ((2, []), (1, plan[:2]), (2, plan[5:7])):
         with pytest.raises(ValueError, match=f"a batch is 1 to {size} trajectories of one number of steps"):
-            record_batch(pipe, wrong, changed(workload, "record", batch_size=size))
+            record_batch(pipe, wrong, dataclasses.replace(workload.record, batch_size=size), workload.call)
 
 
 def test_the_size_is_known_before_recording(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
-    size = measure_size(pipe, workload)
+    size = measured_size(workload, pipe)
     assert (size.num_steps, size.num_branches, size.num_tokens, size.channels) == (STEPS, 1, 16, 32)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    record_all(workload, store, pipe)
+    record(workload, pipe, store)
     taken = sum(file.stat().st_blocks * 512 for file in store.path.rglob("*") if file.is_file())
     assert taken <= size.bytes(6) + 4096 and size.bytes(6) <= 1.5 * taken
 
@@ -332,7 +352,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded(
     many = changed(workload, "record", seeds_per_prompt=2**33)
     pipe = load_pipeline(workload.model, workload.resources.device)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    size = measure_size(pipe, many)
+    size = measured_size(many, pipe)
     with pytest.raises(OSError, match=r"needs .* TiB and .* are free"):
         atomic.require_space(store.path, size.bytes(6 * 2**33))
     assert store.keys() == []
@@ -354,7 +374,7 @@ def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> No
     store = TrajectoryStore.create(workload.paths.trajectories)
     plan = plan_recording(workload, describe_source(pipe))
     with pytest.raises(StoreError, match=rf"{plan[0].key} is not recorded: NaN or infinity at step 5"):
-        record_all(workload, store, pipe)
+        record(workload, pipe, store)
     assert store.keys() == [] and missing(store, plan) == plan
 
 
@@ -365,14 +385,14 @@ def test_a_cache_on_the_transformer_is_refused(workload: Workload) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     planned = PlannedTrajectory(key="0" * 32, identity={}, prompt="a", seed=0, split="train", num_steps=STEPS)
     with pytest.raises(ValueError, match="only full steps are recorded"):
-        record_batch(pipe, [planned], workload)
+        record_batch(pipe, [planned], workload.record, workload.call)
 
 
 def test_bfloat16_pipelines_are_recorded_exactly(workload: Workload) -> None:
     half = changed(workload, "model", dtype="bfloat16")
     pipe = load_pipeline(half.model, half.resources.device)
     assert pipe.transformer.dtype == torch.bfloat16
-    [trajectory] = record_batch(pipe, plan_recording(half, describe_source(pipe))[:1], half)
+    [trajectory] = record_batch(pipe, plan_recording(half, describe_source(pipe))[:1], half.record, half.call)
     store = TrajectoryStore.create(half.paths.trajectories)
     key = store.commit(trajectory)
     assert torch.equal(store.features(key), trajectory.features)

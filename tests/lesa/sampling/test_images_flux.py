@@ -103,7 +103,7 @@ def test_a_workload_is_called_with_prompts_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     workload = tiny_workload("flux-dev")
     image_to_image().pipe.save_pretrained(workload.model.source)
-    with pytest.raises(PipelineError, match=r"got 'FluxImg2ImgPipeline'.*has FluxPipeline; it is called with pictures"):
+    with pytest.raises(PipelineError, match=r"got 'FluxImg2ImgPipeline'.*has FluxPipeline; it is called with images"):
         load_pipeline(workload.model, workload.resources.device)
 
 

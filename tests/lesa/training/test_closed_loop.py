@@ -20,8 +20,6 @@ from lesa.peers.rules import RULES
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import History
 from lesa.recording.dataset import Trajectories, recorded_splits
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.training import losses
 from lesa.training.closed_loop import drifted_loss, predictor_digest, restore
@@ -30,6 +28,7 @@ from lesa.training.expert import Expert
 from lesa.training.experts import Job, assemble, new_expert, untrained_predictor
 from lesa.training.ground_truth import train_expert
 from lesa.training.rollout import ExpertRule, accelerated_latents, in_loop
+from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 
@@ -51,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     try:
         workload = small(load_params())
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         train_set, validation = recorded_splits(workload)
         start = untrained_predictor(workload, train_set.sigmas, train_set.channels)
         yield Place(workload, pipe, train_set, validation, start)

@@ -17,11 +17,10 @@ from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
 from lesa.recording import dataset
 from lesa.recording.prompts import PromptError
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.recording.store_format import StoreError
 from lesa.training import jobs
 from lesa.training.experts import Job
+from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository, write_prompts
 
 
@@ -68,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     try:
         workload = tiny_workload()
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         reports: dict[str, list[int]] = {}
 
         def report_to(name: str) -> jobs.Report:

@@ -24,11 +24,9 @@ from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import History
 from lesa.predictor.spec import MIXED, MIXED_VARIANT, PredictorSpec
 from lesa.publishing.build import make_bundle
-from lesa.publishing.calibration import bounds_by_budget
+from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording import dataset
 from lesa.recording.dataset import Splits, noise_levels
-from lesa.recording.record import record_all
-from lesa.recording.store import TrajectoryStore
 from lesa.sampling.checks import MismatchError
 from lesa.sampling.hook import LesaCacheConfig
 from lesa.schedule import Schedule, stage_of_steps
@@ -97,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     try:
         workload = settings()
         pipe = load_pipeline(workload.model, workload.resources.device)
-        record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
+        record(workload, pipe)
         experts, figures = {}, {}
         for job in jobs.list_ground_truth_jobs(workload):
             experts[job], figures[str(job)] = jobs.run_ground_truth_job(workload, job, lambda *_: None)

@@ -1,0 +1,155 @@
+"""The recording of a workload: plan it, record what the store lacks, remove what the plan does not name.
+
+`drive` is given what records: a `LocalRecorder` in this process, Ray actors in the record stage.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from logging import Logger, LoggerAdapter
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from lesa.atomic import format_bytes, require_space
+from lesa.params import Workload
+from lesa.recording.catalogue import write_catalogue
+from lesa.recording.plan import (
+    PlannedTrajectory,
+    RecordingSize,
+    batches,
+    count_by_steps,
+    describe_source,
+    missing,
+    plan_recording,
+    recorded_prompts,
+)
+from lesa.recording.record import argument_lengths, measure_size, record_batch
+from lesa.recording.store import TrajectoryStore
+
+Log = Logger | LoggerAdapter[Any]
+
+
+class Recorders(Protocol):
+    """Loaded pipelines that commit trajectories to a workload's store."""
+
+    def describe(self) -> tuple[dict[str, Any], RecordingSize]:
+        """What of the pipeline determines a recording, and how large one trajectory is."""
+        ...
+
+    def record(self, todo: Sequence[PlannedTrajectory], on_done: Callable[[str], object]) -> None:
+        """Record and commit all of `todo`; `on_done` gets every key once its batch is committed."""
+        ...
+
+    def close(self) -> None:
+        """End what was started for recording."""
+        ...
+
+
+class LocalRecorder:
+    """Recorders that are one pipeline in this process; every Ray actor holds one too."""
+
+    def __init__(self, pipe: Any, workload: Workload, store: TrajectoryStore) -> None:
+        self._pipe, self._store = pipe, store
+        self._params, self._call = workload.record, workload.call
+        prompts = [prompt for split in recorded_prompts(workload).values() for prompt in split]
+        self._longest_prompt = max(prompts, key=len)
+        self._lengths: list[dict[str, int]] | None = None  # of the transformer's arguments; measured at first use
+
+    def describe(self) -> tuple[dict[str, Any], RecordingSize]:
+        source = describe_source(self._pipe)
+        return source, measure_size(
+            self._pipe, self._longest_prompt, self._params, self._call, self._argument_lengths()
+        )
+
+    def record(self, todo: Sequence[PlannedTrajectory], on_done: Callable[[str], object]) -> None:
+        for batch in batches(todo, self._params.batch_size):
+            for key in self.record_batch(batch):
+                on_done(key)
+
+    def record_batch(self, batch: Sequence[PlannedTrajectory]) -> list[str]:
+        """Record and commit one run of the pipeline; nothing to do for what is committed. Returns the batch's keys."""
+        todo = [item for item in batch if item.key not in self._store]
+        if todo:
+            recorded = record_batch(self._pipe, todo, self._params, self._call, self._argument_lengths())
+            for trajectory in recorded:
+                self._store.commit(trajectory)
+        return [item.key for item in batch]
+
+    def close(self) -> None:
+        """The pipeline stays: its owner loaded it."""
+
+    def _argument_lengths(self) -> list[dict[str, int]] | None:
+        if self._lengths is None and self._params.batch_size > 1:
+            self._lengths = argument_lengths(self._pipe, self._longest_prompt, self._call)
+        return self._lengths
+
+
+def drive(
+    workload: Workload, store: TrajectoryStore, recorders: AbstractContextManager[Recorders], log: Log
+) -> dict[str, Any]:
+    """Record what the workload's plan names and the store does not hold, remove what it does not name, write the catalogue.
+
+    A run that was killed goes on where it was.
+
+    Args:
+        recorders: entered once the store is locked, so that a second driver starts nothing.
+        log: gets the plan, its bytes and the progress.
+
+    Returns:
+        How many trajectories were planned, recorded and removed, and the seconds.
+
+    Raises:
+        lesa.locks.Locked: another recorder is at work on this store.
+        OSError: the disk cannot hold what is missing; nothing was recorded then.
+        Exception: what recording a trajectory raised; what is committed stays.
+    """
+    started = time.monotonic()
+    with store.writer_lock():
+        swept = store.sweep()
+        if swept:
+            log.info("removed %d unfinished trajectories of a recorder that was killed", len(swept))
+        with recorders as pool:
+            source, size = pool.describe()
+            plan = plan_recording(workload, source)
+            todo = missing(store, plan)
+            every = {item.key: item for item in plan}
+            num_bytes = size.bytes_of(count_by_steps(todo))
+            log.info(
+                "%d trajectories planned, %d to record: about %s of %s in all",
+                len(every),
+                len(todo),
+                format_bytes(num_bytes),
+                format_bytes(size.bytes_of(count_by_steps(every.values()))),
+            )
+            require_space(store.path, num_bytes)
+            _record(pool, todo, log)
+        pruned = store.prune(set(every))
+        write_catalogue(store)
+    if pruned:
+        log.info("removed %d trajectories that the plan does not name any more", len(pruned))
+    return {
+        "planned": len(every),
+        "pruned": len(pruned),
+        "recorded": len(todo),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _record(pool: Recorders, todo: list[PlannedTrajectory], log: Log) -> None:
+    """A progress bar for people, a log line every tenth for files."""
+    started, every = time.monotonic(), max(1, len(todo) // 10)
+    done = 0
+    with tqdm(total=len(todo), unit="trajectory", disable=not sys.stderr.isatty() or not todo) as bar:
+
+        def on_done(key: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update()
+            if done % every == 0 or done == len(todo):
+                log.info("%d of %d recorded, %.1f s", done, len(todo), time.monotonic() - started)
+
+        pool.record(todo, on_done)
