@@ -66,6 +66,12 @@ def test_the_new_names_of_modules_are_there() -> None:
             assert is_module(dotted), (cell, dotted)
 
 
+def test_make_help_names_every_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert sorted(re.findall(r"^([a-z-]+):.*##", text, re.MULTILINE)) == sorted(phony.split())
+
+
 def test_schemas_that_are_read_are_stated() -> None:
     text = (ROOT / "docs/upgrading.md").read_text(encoding="utf-8")
     assert f"schemas {' and '.join(map(str, READ))} are read" in text
