@@ -24,6 +24,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "benchmarks/studies").glob("*.md")),
 ]
+SOURCES = [path for folder in ("lesa", "flows", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
 FILE = re.compile(r"(?<![\w./])((?:lesa|flows|benchmarks|tests|examples)/[\w/.-]*[\w/])")
 MODULE = re.compile(r"python -m ((?:lesa|flows|benchmarks|tests)(?:\.\w+)*)")
 DOTTED = re.compile(r"`((?:lesa|flows|benchmarks)(?:\.[a-z_]\w*)+)")
@@ -90,6 +91,14 @@ def test_the_distribution_is_named_alike_everywhere() -> None:
     name = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     assert name != "lesa"
     assert f"`{name}`" in (ROOT / "docs/upgrading.md").read_text(encoding="utf-8")
-    sources = [path for folder in ("lesa", "flows", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
-    for path in [*PAGES, *sources]:
-        assert not re.search(r"(?<!un)install '?lesa\b(?!-)", path.read_text(encoding="utf-8")), path
+    for path in [*PAGES, *SOURCES]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?<!un)install '?lesa\b(?!-)", text), path
+        assert 'version("lesa")' not in text, f"{path}: the distribution is {name}"
+
+
+def test_pages_that_code_names_are_there() -> None:
+    pages = re.compile(r"\b((?:docs|benchmarks|infra|data)/[\w/-]+\.md)\b")
+    named = {(path, name) for path in SOURCES for name in pages.findall(path.read_text(encoding="utf-8"))}
+    assert len(named) > 2
+    assert not [(path, name) for path, name in named if not (ROOT / name).exists()]
