@@ -2,8 +2,6 @@
 
 python -m benchmarks.reference qwen-digits hunyuan-moving-digits schnell-digits lightning-digits
 
-`--summary` prints one line a budget from the kept files instead.
-
 Reads data/reports/<workload>/results.json, data/metrics/<workload>/base.json and decision.json, and writes
 benchmarks/results/reference-<workload>.{json,md}. Nothing is measured here.
 """
@@ -78,51 +76,6 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a budget, LESA beside the best of TaylorSeer, reuse and the best of all peers."""
-    headings = (
-        "workload",
-        "full steps",
-        "LESA, dB",
-        "5th pct.",
-        "minus TaylorSeer, the best of its rows",
-        "minus reuse",
-        "minus the best of all peers",
-        "as prompted: plain, LESA, TaylorSeer",
-    )
-    lines = ["| " + " | ".join(headings) + " |", "| " + " | ".join("---" for _ in headings) + " |"]
-    for document in documents:
-        plain = document["plain"].get("agreement")
-        for budget, rows in document["budgets"].items():
-            ours = rows["lesa"]
-            peers = {name: row for name, row in rows.items() if not name.startswith("lesa")}
-            taylor = _best([row for name, row in peers.items() if name.startswith("taylor")])
-            best = _best(list(peers.values()))
-            asked = [f"{row['agreement']['mean']:.3f}" for row in (ours, taylor) if row["agreement"]]
-            steps = f"{len(ours['full_steps'])} of {ours['num_steps']}"
-            cells = [
-                document["workload"],
-                f"{steps}, even" if budget.endswith("even") else f"{steps}, searched",
-                f"{ours['psnr']['mean']:.2f} [{ours['psnr']['low']:.2f}, {ours['psnr']['high']:.2f}]",
-                f"{ours['psnr']['p5']:.2f}",
-                _gain(taylor),
-                _gain(rows["reuse"]),
-                f"{_gain(best)} ({best['label']})",
-                ", ".join([f"{plain['mean']:.3f}", *asked]) if plain else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    return max(rows, key=lambda row: row["psnr"]["mean"])
-
-
-def _gain(row: Mapping[str, Any]) -> str:
-    gain = row["lesa_minus_this"]
-    return f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
-
-
 def _line(row: Mapping[str, Any]) -> str:
     psnr, gain = row["psnr"], row["lesa_minus_this"]
     cells = [
@@ -143,14 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Keeps the tables of workloads that make repro has run.",
     )
     parser.add_argument("workloads", nargs="+", help="sections of params.yaml, run before")
-    parser.add_argument("--summary", action="store_true", help="a line a budget, from the files kept before")
     parser.add_argument("--suffix", default="", help="kept as reference-<workload><suffix>: another setting's run")
     given = parser.parse_args(arguments)
     try:
-        if given.summary:
-            kept = [RESULTS / f"reference-{workload}.json" for workload in given.workloads]
-            print(summary([json.loads(path.read_text()) for path in kept]))
-            return 0
         documents = [collect(workload) for workload in given.workloads]
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 from lesa.pull import redacted
 
+DISTRIBUTION = "lesa-diffusion"  # pyproject.toml's name; "lesa" on the public index is another project
+INSTALL = "pip install . in the repository"
+INSTALL_PIPELINE = "pip install '.[pipeline]' in the repository"
 _CORE = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
 _PIPELINE = ("prefect", "ray", "dvc", "zarr", "mlflow", "pykan", "scikit-learn", "matplotlib")
 _PREFECT_DEFAULT = "http://127.0.0.1:4200/api"
@@ -22,7 +25,7 @@ _TIMEOUT = 2.0  # seconds a service has to answer
 def examine() -> dict[str, Any]:
     """Facts as plain values: versions (None where absent), devices, services."""
     return {
-        "lesa": version("lesa"),
+        "lesa": version(DISTRIBUTION),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "core": {name: version(name) for name in _CORE},
@@ -36,7 +39,7 @@ def format_facts(facts: Mapping[str, Any]) -> str:
     """`examine()` for people, and what to do about what is missing."""
     lines = [f"lesa      {facts['lesa'] or 'not installed (running from a folder)'}"]
     lines.append(f"python    {facts['python']} on {facts['platform']}")
-    for group, remedy in (("core", "pip install lesa"), ("pipeline", "pip install 'lesa[pipeline]'")):
+    for group, remedy in (("core", INSTALL), ("pipeline", INSTALL_PIPELINE)):
         present = [f"{name} {version}" for name, version in facts[group].items() if version]
         absent = [name for name, version in facts[group].items() if not version]
         lines.append(f"{group:<9} {', '.join(present) or 'nothing'}")

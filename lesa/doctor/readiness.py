@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
-from lesa.doctor.machine import answers, version
+from lesa.doctor.machine import INSTALL_PIPELINE, answers, version
 from lesa.params import ModelParams, Workload
 from lesa.pull import redacted
 from lesa.recording.plan import recorded_prompts
@@ -87,7 +87,7 @@ def format_readiness(facts: Mapping[str, Any]) -> str:
 def _packages() -> Check:
     absent = [name for name in _PACKAGES if version(name) is None]
     found = "all installed" if not absent else f"missing: {', '.join(absent)}"
-    return Check("packages", not absent, found, "make install, or pip install 'lesa[pipeline]'")
+    return Check("packages", not absent, found, f"make install, or {INSTALL_PIPELINE}")
 
 
 def _gpu(device: str, batch_size: int, costs: CostEstimate) -> Check:

@@ -91,7 +91,7 @@ class LocalRecorder:
 def drive(
     workload: Workload, store: TrajectoryStore, recorders: AbstractContextManager[Recorders], log: Log
 ) -> dict[str, Any]:
-    """Record what the workload's plan names and the store does not hold, remove what it does not name, write the catalogue.
+    """Record what the plan names and the store lacks, remove what the plan does not name, write the catalogue.
 
     A run that was killed goes on where it was.
 

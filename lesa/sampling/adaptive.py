@@ -5,7 +5,7 @@ beyond the bound its step was calibrated to (`publishing.calibration`) raises th
 full step on, the run keeps to that schedule and to the predictor trained on it. What that predictor looks back on and
 this run has only predicted stands in its history as predicted. Single full steps put between the scheduled ones would
 do harm: weights trained through the whole sampler let the errors of different steps cancel, and a step that is suddenly
-exact leaves the others' uncancelled (`benchmarks/README.md`).
+exact leaves the others' uncancelled (`benchmarks/studies/adaptive.md`).
 """
 
 from __future__ import annotations

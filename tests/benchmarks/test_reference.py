@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reference import collect, summary, table
+from benchmarks.reference import collect, table
 from lesa.atomic import write_json
-from tests.helpers.bundles import NUM_STEPS
 from tests.helpers.evaluation import results
 
 
@@ -35,20 +34,6 @@ def test_every_row_is_there_with_what_lesa_has_over_it(root: Path) -> None:
     for row in measured.rows:
         assert f"| {row.label} | {row.psnr.mean:.2f} [{row.psnr.low:.2f}, {row.psnr.high:.2f}] |" in text
     assert "agreement 0.9666, vae_psnr 30.1. Promoted." in text
-
-
-def test_the_summary_names_the_best_peer_of_each_budget(root: Path) -> None:
-    measured = results()
-    lines = summary([collect("tiny", root)]).splitlines()[2:]
-    assert len(lines) == len(measured.budgets)
-    for budget, line in zip(measured.budgets, lines, strict=True):
-        peers = [row for row in measured.at(budget) if row.kind != "lesa"]
-        best = max(peers, key=lambda row: row.psnr.mean)
-        gain = measured.differences(budget)[best.method]
-        assert f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] ({best.label})" in line
-        assert line.startswith(
-            f"| tiny | {len(measured.row(budget, 'lesa').full_steps or ())} of {NUM_STEPS}, searched |"
-        )
 
 
 def test_a_stage_that_has_not_run_is_named(root: Path) -> None:

@@ -87,7 +87,7 @@ def test_nothing_on_a_read_path_runs_code():
 
 
 def test_enabling_and_sampling_need_torch_and_diffusers_alone(tmp_path):
-    """The core as `pip install lesa` gives it: make the bundle here, use it in a bare process."""
+    """The core as an installation without extras gives it: make the bundle here, use it in a bare process."""
     from tests.helpers.bundles import make_bundle
     from tests.helpers.tiny import tiny_flux
 

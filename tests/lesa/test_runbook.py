@@ -46,5 +46,15 @@ def test_the_rate_is_stated() -> None:
 
 
 def test_files_named_exist() -> None:
-    for name in ("data/workloads/README.md", "lesa/doctor/estimate.py", "benchmarks/results/flops.md"):
-        assert name in TEXT and (ROOT / name).exists()
+    for name in ("docs/workloads.md", "lesa/doctor/estimate.py", "benchmarks/results/flops.md"):
+        assert name.removeprefix("docs/") in TEXT and (ROOT / name).exists()
+
+
+def test_the_readme_states_what_the_runbook_does() -> None:
+    costs = estimate_costs(load_params(ROOT / "params.yaml", "flux-dev"))
+    weights = sum(costs.weights.values())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sampling = gb(weights + max(costs.sampling, costs.fitting))
+    assert f"{costs.hours():.1f} GPU hours" in readme
+    assert f"{gb(weights + costs.closed_loop)} of GPU memory ({sampling} without" in readme
+    assert f"{gb(costs.store)} of recorded features beside the model's {gb(weights)}" in readme

@@ -1,0 +1,106 @@
+"""The examples run, on pipelines small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lesa.params_file import load_params
+from lesa.recording.prompts import read_splits
+from tests.helpers.bundles import make_bundle
+from tests.helpers.clone import clone, commit, environment
+from tests.helpers.tiny import CALL, tiny_flux, tiny_repository
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PROMPTS = [f"a {weight} {digit}" for weight in ("thin", "bold") for digit in ("one", "two", "three", "four", "five")]
+
+
+def run(script: str, *arguments: object, root: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """An example with the code of `root`, in that folder."""
+    return subprocess.run(
+        [sys.executable, root / "examples" / script, *map(str, arguments)],
+        cwd=root,
+        env=environment(PYTHONPATH=str(root)),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_says_what_it_does(script: Path) -> None:
+    done = run(script.name, "--help")
+    first = script.read_text(encoding="utf-8").split("\n")[0].removeprefix('"""')
+    assert done.returncode == 0, done.stderr
+    assert first in " ".join(done.stdout.split())
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_sample_draws_with_and_without_a_bundle(tmp_path: Path) -> None:
+    make_bundle(tiny_flux(tmp_path / "pipeline"), tmp_path / "bundle")
+    arguments = [tmp_path / "pipeline", tmp_path / "bundle", "--prompt", "a thin seven", "--budget", "1.67x"]
+    done = run("sample.py", *arguments, "--out", tmp_path / "images")
+    assert done.returncode == 0, done.stderr
+    images = [(tmp_path / "images" / f"{name}.png").read_bytes() for name in ("lesa", "plain")]
+    assert images[0] != images[1]
+    assert "predicted" in done.stdout and "lesa: " in done.stdout and "plain: " in done.stdout
+
+
+def own_model(root: Path, name: str, prompts: list[str]) -> subprocess.CompletedProcess[str]:
+    (root / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    call = [f"--{key.replace('_', '-')}={value}" for key, value in CALL.items()]
+    return run(
+        "own_model.py",
+        name,
+        root / "data/base/tiny",
+        root / "prompts.txt",
+        *call,
+        "--num-inference-steps=8",
+        "--root",
+        root,
+    )
+
+
+def test_own_model_writes_a_section_that_is_accepted_and_prompts_that_are_disjoint(tmp_path: Path) -> None:
+    tiny_repository(tmp_path)
+    before = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    done = own_model(tmp_path, "mine", [*PROMPTS, PROMPTS[0]])
+    assert done.returncode == 0, done.stderr
+    assert "make repro WORKLOAD=mine" in done.stdout
+    workload = load_params(tmp_path / "params.yaml", "mine")
+    assert workload.model.family == "flux" and workload.model.source == str(tmp_path / "data/base/tiny")
+    assert workload.call.num_inference_steps == 8 and workload.schedule.budgets["2x"].num_full == 4
+    splits = read_splits(tmp_path / "data/prompts/mine")
+    assert {name: len(lines) for name, lines in splits.items()} == {"train": 7, "validation": 1, "test": 2}
+    after = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    assert after["workloads"].pop("mine") and after == before
+
+
+def test_own_model_leaves_params_as_they_were_where_the_section_is_refused(tmp_path: Path) -> None:
+    tiny_repository(tmp_path)
+    before = (tmp_path / "params.yaml").read_bytes()
+    done = own_model(tmp_path, "Not A Name", PROMPTS)
+    assert done.returncode != 0 and "Not A Name" in done.stderr
+    assert (tmp_path / "params.yaml").read_bytes() == before and not (tmp_path / "data/prompts/Not A Name").exists()
+    few = own_model(tmp_path, "few", PROMPTS[:2])
+    assert few.returncode != 0 and "2 prompts: at least 4 are needed" in few.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_retrain_brings_a_workload_up_to_date_and_shows_the_decision(tmp_path: Path) -> None:
+    root = clone(tmp_path)
+    done = run("retrain.py", "--workload", "tiny", root=root, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    decision = json.loads((root / "data/metrics/tiny/decision.json").read_text())
+    assert f"candidate: version {decision['candidate']}, " in done.stdout
+    assert all(reason in done.stdout for reason in decision["reasons"])
+    commit(root, "After the first run")
+    again = run("retrain.py", "--workload", "tiny", root=root, timeout=300)
+    assert again.returncode == 0 and f"candidate: version {decision['candidate']}, " in again.stdout, again.stderr
