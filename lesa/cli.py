@@ -19,6 +19,7 @@ _EXAMPLES = """\
   lesa store verify data/trajectories/flux-digits.zarr
   lesa doctor
   lesa doctor flux-dev
+  lesa migrate params.yaml
 """
 
 
@@ -44,14 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lesa {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sample, _add_compare, _add_schedule, _add_flops, _add_bundle, _add_store, _add_doctor):
+    for add in (_add_sample, _add_compare, _add_schedule, _add_flops, _add_bundle, _add_store, _add_doctor, _add_migrate):
         add(commands)
     return parser
 
 
 def _version() -> str:
+    from lesa.doctor.machine import DISTRIBUTION
+
     try:
-        return importlib.metadata.version("lesa")
+        return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
 
@@ -183,6 +186,19 @@ def _add_doctor(commands: Any) -> None:
     parser.add_argument("name", nargs="?", metavar="WORKLOAD", help="section of params.yaml; without one: facts alone")
     parser.add_argument("--workload", help="the same")
     parser.add_argument("--json", action="store_true", help="print every fact as JSON")
+
+
+def _add_migrate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "migrate",
+        "rewrite a settings file of an older version; comments and order stay",
+        "  lesa migrate params.yaml --check    (what would move; exit code 1 where something would)\n"
+        "  lesa migrate params.yaml\n",
+        run="migrate",
+    )
+    parser.add_argument("file", type=Path, help="the params.yaml of a repository")
+    parser.add_argument("--check", action="store_true", help="change nothing")
 
 
 def _command(

@@ -257,6 +257,15 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if readiness["ready"] else 1
 
 
+def migrate(arguments: argparse.Namespace) -> int:
+    """Move the keys of an older settings file to where they stand now; 1 where `--check` finds some."""
+    from lesa.doctor.migration import migrate_params
+
+    moves = migrate_params(arguments.file, write=not arguments.check)
+    print("\n".join(moves) or f"{arguments.file}: nothing to move")
+    return 1 if moves and arguments.check else 0
+
+
 def _load_bundle(source: str, digest: str | None = None) -> Bundle:
     from lesa.pull import bundle_from
 
