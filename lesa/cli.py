@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lesa {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sample, _add_compare, _add_schedule, _add_flops, _add_bundle, _add_store, _add_doctor, _add_migrate):
+    looking = (_add_schedule, _add_flops, _add_bundle, _add_store, _add_doctor)
+    for add in (_add_sample, _add_compare, *looking, _add_migrate):
         add(commands)
     return parser
 
