@@ -108,10 +108,10 @@ def calibrated_bounds(
 
     They rest on all runs of `validation` and on `publish.bound_samples` runs spread evenly over those of `train`.
     """
-    trained = _runs(train)
+    trained = train.first_branch_rows()
     count = min(workload.publish.bound_samples, len(trained))
     places = torch.linspace(0, len(trained) - 1, count).round().long().tolist()
-    errors = meter_errors(pipe, workload, schedule, rule, validation, _runs(validation))
+    errors = meter_errors(pipe, workload, schedule, rule, validation, validation.first_branch_rows())
     for step, found in meter_errors(pipe, workload, schedule, rule, train, [trained[i] for i in places]).items():
         errors[step] += found
     bounds = bounds_of(errors, schedule)
@@ -125,11 +125,6 @@ def _rounded_up(bound: float) -> float:
     since a bound may be the very error that a run had.
     """
     return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(bound))
-
-
-def _runs(data: Trajectories) -> list[int]:
-    """One row of each recorded run."""
-    return [row for row, branch in enumerate(data.branch) if branch == 0]
 
 
 def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -> dict[str, list[float | None]]:
