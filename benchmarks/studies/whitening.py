@@ -88,17 +88,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fits = StepFits(train, fitted, workload.predictor.step_history, workload.predictor.ridge, pipe.device)
 
     def error_db(coordinates: str, iterations: int, rate: float) -> float:
-        setting = dataclasses.replace(
-            workload,
-            closed_loop=dataclasses.replace(workload.closed_loop, step_learning_rate=rate),
-        )
         start = fits.weights(schedule)
         start = scaled(start) if coordinates == "scaled" else start
-        found = DECIBELS * error_after_training(
-            pipe, setting, train, schedule, start, fitted=fitted, judged=judged, iterations=iterations
+        error = DECIBELS * error_after_training(
+            pipe,
+            workload.call,
+            train,
+            schedule,
+            start,
+            settings=dataclasses.replace(workload.closed_loop, step_learning_rate=rate),
+            history_size=workload.predictor.step_history,
+            seed=workload.seed,
+            fitted=fitted,
+            judged=judged,
+            iterations=iterations,
         )
-        print(f"{coordinates}, {iterations} at {rate:g}: {found:.2f} dB", file=sys.stderr, flush=True)
-        return found
+        print(f"{coordinates}, {iterations} at {rate:g}: {error:.2f} dB", file=sys.stderr, flush=True)
+        return error
 
     rows = [
         {

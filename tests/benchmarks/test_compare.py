@@ -29,6 +29,7 @@ from lesa.recording.prompts import PromptError
 from lesa.recording.record import record_all
 from lesa.recording.store import TrajectoryStore
 from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import expert_design
 from tests.helpers.tiny import SPLITS, tiny_repository
 
 EVALUATE = {
@@ -67,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record_all(workload, TrajectoryStore.create(workload.paths.trajectories), pipe)
         train, validation = recorded_splits(workload)
-        predictor = untrained_predictor(workload, train.sigmas, train.channels)
+        predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
         make_bundle(
             workload.paths.bundle,
             workload,
