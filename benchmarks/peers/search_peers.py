@@ -338,7 +338,7 @@ def _search_all(options: argparse.Namespace) -> None:
 
 
 def worse_with_more(known: Mapping[tuple[str, int], Searched]) -> list[tuple[str, int]]:
-    """Method and evaluations of every search that failed: its pictures are worse than with fewer evaluations."""
+    """Method and evaluations of every search that failed: its images are worse than with fewer evaluations."""
     return [
         (method, count)
         for (method, count), peer in sorted(known.items(), key=lambda item: (item[0][1], item[0][0]))

@@ -80,23 +80,20 @@ def train_budget(
     known = [case for case in known if case.schedule.predicted_steps]
     if not known:
         return Trained(budget=budget, experts=_exported(experts), step_weights=start.step_tensors(variant))
-    for expert in experts.values():
-        expert.to(pipe.device)
+    modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()}).to(pipe.device)
     step_weights = start_step_weights(design, budget, start, experts, train)
     cases = _rollout_cases(design, known, experts, start.spec.sizes_of(variant), step_weights)
     for stage, expert in experts.items():
         predicted = [(case.train, case.rule.targets(stage)) for case in cases]
         whiten(expert, predicted, ridge=design.predictor.ridge, batch_size=settings.batch_size)
-    modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()})
     if step_weights is not None:
         modules[STEPS] = step_weights
     judge = _through_sampler(pipe, design.call, settings)
-    drifting = settings.gradient == "drifted_states"
     data = data_digest(budget, train, validation, others) + predictor_digest(start)
     figures = fit(
         modules,
         cases,
-        _drifted_states(pipe, design.call, feature_loss) if drifting else judge,
+        judge if settings.gradient == "through_sampler" else _drifted_states(pipe, design.call, feature_loss),
         LoopSettings.of(settings, expert_seed(design.seed, Job(budget, 0))),
         training_key(design, "closed_loop", settings, budget, data),
         judge=judge,
@@ -104,8 +101,8 @@ def train_budget(
         folder=work_dir / budget,
         report=report,
     )
-    own = {} if step_weights is None else step_weights.export()
-    return Trained(budget=budget, experts=_exported(experts), step_weights=own, figures=figures)
+    shared = step_weights.export() if step_weights is not None else {}
+    return Trained(budget=budget, experts=_exported(experts), step_weights=shared, figures=figures)
 
 
 def _exported(experts: Mapping[int, Expert]) -> dict[int, Tensors]:

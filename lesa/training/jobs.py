@@ -47,7 +47,7 @@ def closed_loop_budgets(workload: Workload) -> list[str]:
 
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:
-    """The jobs of the first training step; impossible windows are refused here, before anything is trained."""
+    """The jobs of the first training step; impossible histories are refused here, before anything is trained."""
     return ground_truth_jobs(expert_design(workload), recorded_splits(workload)[1].sigmas)
 
 

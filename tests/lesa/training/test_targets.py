@@ -1,4 +1,4 @@
-"""Coordinates of an expert's projection, from recorded trajectories."""
+"""Targets of an expert and the whitening of its inputs, from recorded trajectories."""
 
 from __future__ import annotations
 
