@@ -16,7 +16,7 @@ from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.models.output_head import freeze
 from lesa.models.pipelines import call_arguments
-from lesa.params import Workload
+from lesa.params import CallParams
 from lesa.predictor.alpha import time_offsets
 from lesa.predictor.rule import History, Rule
 from lesa.predictor.step_weights import differences
@@ -88,7 +88,7 @@ def freeze_pipeline(pipe: Any) -> None:
 
 def accelerated_latents(
     pipe: Any,
-    workload: Workload,
+    call: CallParams,
     schedule: Schedule,
     rule: Rule,
     data: Trajectories,
@@ -97,23 +97,27 @@ def accelerated_latents(
 ) -> torch.Tensor:
     """Final latents of the accelerated pipeline for the same prompts and noise as the recorded runs.
 
-    The pipeline's own call does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+    The pipeline's own `__call__` does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+
+    Args:
+        call: how the pipeline is called; the number of steps is the schedule's.
+        data: recorded runs, of which `indices` are made again.
     """
     decorated: Any = type(pipe).__call__
-    call = decorated.__wrapped__
-    asked = dataclasses.replace(workload.call, num_inference_steps=schedule.num_steps)
+    run_pipeline = decorated.__wrapped__
+    call = dataclasses.replace(call, num_inference_steps=schedule.num_steps)
     prompts = [data.prompts[i] for i in indices]
     with ExitStack() as stack:
         for expert in rule.experts.values() if isinstance(rule, ExpertRule) else ():
             stack.enter_context(expert.projection.held())
         stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing))
-        return call(
+        return run_pipeline(
             pipe,
             prompt=prompts,
             generator=[torch.Generator("cpu").manual_seed(data.seeds[i]) for i in indices],
             output_type="latent",
             return_dict=False,
-            **call_arguments(pipe, asked, len(prompts)),
+            **call_arguments(pipe, call, len(prompts)),
         )[0]
 
 

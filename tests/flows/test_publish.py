@@ -27,7 +27,7 @@ from lesa.predictor.predictor import Predictor
 from lesa.publishing.gate import Decision, fresh_offset
 from lesa.recording.dataset import recorded_splits
 from lesa.training.experts import untrained_predictor
-from lesa.training.jobs import save_predictor
+from lesa.training.jobs import expert_design, save_predictor
 from tests.helpers.clone import PROMPTS, SETTINGS
 from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_flux, tiny_repository
@@ -69,7 +69,7 @@ def workload(made, tmp_path, monkeypatch) -> Workload:
 
 def write_predictor(workload: Workload, change: float) -> None:
     train, _ = recorded_splits(workload)
-    start = untrained_predictor(workload, train.sigmas, train.channels)
+    start = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     tensors = {
         name: value + change * torch.ones_like(value) if "projection" in name else value
         for name, value in start.tensors.items()
