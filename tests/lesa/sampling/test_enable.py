@@ -120,7 +120,7 @@ def test_schedules_are_chosen_by_budget_interval_or_list(pipe, bundle):
 
 
 @pytest.mark.parametrize(
-    ("choice", "words"),
+    ("choice", "description"),
     [
         ({"budget": "9x"}, "'9x' is not one of 1.43x, 1.67x"),
         ({"budget": "1.67x", "interval": 3}, "give one of"),
