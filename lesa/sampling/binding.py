@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from lesa.errors import LesaError
 from lesa.predictor.predictor import BoundPredictor, Predictor
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, Rule
 from lesa.schedule import Schedule
 
 
@@ -38,11 +37,11 @@ class LazyPredictor:
 
 _SIGMA_TOLERANCE = 1e-5  # as for the bundle's own noise levels
 ScheduleOf = Callable[[int], Schedule]  # number of steps -> the schedule that was asked for; ValueError where none is
-Bind = Callable[[Predictor, Schedule, torch.Tensor], Any]  # -> a lesa.predictor.rule.Rule
+Bind = Callable[[Predictor, Schedule, torch.Tensor], Rule]
 
 
 class StepCountBinding:
-    """Schedule and rule for a run's noise levels; remembers the newest, since runs of one length follow each other.
+    """Schedule and rule for a run's noise levels; remembers the newest: runs of one length follow each other.
 
     Args:
         predictor: the bundle's.
@@ -54,9 +53,9 @@ class StepCountBinding:
     def __init__(self, predictor: Predictor, sigmas: Sequence[float], schedule_of: ScheduleOf, bind: Bind) -> None:
         self._predictor, self._ends = predictor, (sigmas[0], sigmas[-1])
         self._schedule_of, self._bind = schedule_of, bind
-        self._newest: tuple[torch.Tensor, tuple[Schedule, Any]] | None = None
+        self._newest: tuple[torch.Tensor, tuple[Schedule, Rule]] | None = None
 
-    def __call__(self, sigmas: torch.Tensor) -> tuple[Schedule, Any]:
+    def __call__(self, sigmas: torch.Tensor) -> tuple[Schedule, Rule]:
         """For noise levels [S + 1] of a run.
 
         Raises:
@@ -79,6 +78,6 @@ class StepCountBinding:
         if problems:
             raise LesaError("; ".join(problems))
         schedule = self._schedule_of(num_steps)
-        found = schedule, self._bind(self._predictor, schedule, sigmas)
-        self._newest = sigmas, found
-        return found
+        bound = schedule, self._bind(self._predictor, schedule, sigmas)
+        self._newest = sigmas, bound
+        return bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from lesa.bundle.budgets import choose_schedule
 from lesa.errors import LesaError
 from lesa.models.families import family_of
 from lesa.models.fingerprint import adapters, is_quantized
-from lesa.sampling.adaptive import adaptive_problems, fallback_of
+from lesa.sampling.adaptive import Fallback, adaptive_problems, fallback_of
 from lesa.sampling.binding import LazyPredictor, StepCountBinding
 from lesa.sampling.checks import (
+    CheckResult,
     FirstCall,
     MismatchError,
     call_problems,
@@ -62,11 +63,11 @@ def enable(
     """Accelerate a diffusers pipeline with a bundle made for its model.
 
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
-    pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
+    images (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
     With `adaptive`, a run whose errors stay within their bounds is the same as without. One that leaves them, as with
     an adapter that changes much, goes on with the bundle's next slower budget. The worst sample of a batch decides for
-    all. Features of that budget's history are kept beside the own ones: up to twice the memory.
+    all. Features of that budget's history are kept beside those of the budget in use: up to twice the memory.
     It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
     calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
@@ -81,16 +82,7 @@ def enable(
         ValueError: a schedule that the predictor cannot serve, an argument out of range, or `adaptive` with what has
             no bounds (a schedule that is no budget, an older bundle) or no slower budget.
     """
-    unknown = sorted(set(allow) - set(ALLOWANCES))
-    if unknown or isinstance(allow, str):
-        got = allow if isinstance(allow, str) else ", ".join(unknown)
-        raise LesaError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
-    transformer = _transformer(pipe)
-    if is_lesa_cache_enabled(transformer):
-        raise LesaError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
-    if getattr(transformer, "is_cache_enabled", False):
-        raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
-    family = family_of(transformer)
+    transformer = _free_transformer(pipe, allow)
     loaded = bundle if isinstance(bundle, Bundle) else _load(bundle)
     manifest = loaded.manifest
     problems = pipeline_problems(pipe, transformer, manifest, allow)
@@ -106,47 +98,28 @@ def enable(
         max_loss_db=max_loss_db,
     )
     schedule, chosen = choose()
-    fallback = None
-    if adaptive:
-        if not measure:
-            raise LesaError("adaptive: needs measure=True, since the measured errors decide")
-        fallback = fallback_of(loaded, chosen)
-    rule = LazyPredictor(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
+    if adaptive and not measure:
+        raise LesaError("adaptive: needs measure=True, since the measured errors decide")
+    fallback = fallback_of(loaded, chosen) if adaptive else None
+    family, predictor = family_of(transformer), loaded.predictor
     owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
-    adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
-    notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
-
-    def check(call: FirstCall) -> list[str]:
-        notes.clear()  # adapters come and go between the runs
-        notes.update(_notes(loaded, chosen, owner(), call.transformer) | adaptive_note)
-        return [
-            *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
-            *scheduler_problems(call.scheduler, manifest),
-            *weights_problems(call.transformer, allow),
-            *call_problems(owner(), manifest.call, call),
-        ]
-
-    apply_lesa_cache(
-        transformer,
-        LesaCacheConfig(
-            schedule=schedule,
-            rule=rule,
-            scheduler=lambda: getattr(owner(), "scheduler", None),
-            sigmas=manifest.sigmas,
-            other_steps=StepCountBinding(
-                loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], LazyPredictor
-            )
-            if loaded.predictor.spec.step_counts and not adaptive
-            else None,
-            fallback=fallback,
-            check=check,
-            num_branches=len(manifest.branches),
-            late_start=type(pipe).__name__ not in family.pipeline_classes,
-            measure=measure,
-            notes=notes,
-            bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
-        ),
+    carries = bool(predictor.spec.step_counts) and not adaptive
+    schedule_of = partial(_schedule_of, choose)
+    config = LesaCacheConfig(
+        schedule=schedule,
+        rule=LazyPredictor(predictor, schedule, torch.tensor(manifest.sigmas)),
+        scheduler=lambda: getattr(owner(), "scheduler", None),
+        sigmas=manifest.sigmas,
+        other_steps=StepCountBinding(predictor, manifest.sigmas, schedule_of, LazyPredictor) if carries else None,
+        fallback=fallback,
+        check=partial(_check, owner, loaded, schedule, chosen, fallback, allow),
+        num_branches=len(manifest.branches),
+        late_start=type(pipe).__name__ not in family.pipeline_classes,
+        measure=measure,
+        notes=_notes(loaded, chosen, fallback, pipe, transformer),
+        bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
     )
+    apply_lesa_cache(transformer, config)
     _ENABLED[transformer] = _Enabled(loaded, schedule)
 
 
@@ -182,6 +155,45 @@ def call_kwargs(pipe: Any) -> dict[str, Any]:
     return given
 
 
+def _free_transformer(pipe: Any, allow: Collection[str]) -> torch.nn.Module:
+    """The pipeline's transformer, with no cache enabled on it; `LesaError` also for what cannot be allowed."""
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown or isinstance(allow, str):
+        got = allow if isinstance(allow, str) else ", ".join(unknown)
+        raise LesaError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
+    transformer = _transformer(pipe)
+    if is_lesa_cache_enabled(transformer):
+        raise LesaError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
+    family_of(transformer)
+    return transformer
+
+
+def _schedule_of(choose: Callable[..., tuple[Schedule, str]], num_steps: int) -> Schedule:
+    return choose(num_steps=num_steps)[0]
+
+
+def _check(
+    owner: weakref.ref[Any],
+    bundle: Bundle,
+    schedule: Schedule,
+    chosen: str,
+    fallback: Fallback | None,
+    allow: Collection[str],
+    call: FirstCall,
+) -> CheckResult:
+    """What does not fit in the first call of a run, and its facts: adapters come and go between the runs."""
+    pipe, manifest = owner(), bundle.manifest
+    problems = [
+        *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
+        *scheduler_problems(call.scheduler, manifest),
+        *weights_problems(call.transformer, allow),
+        *call_problems(pipe, manifest.call, call),
+    ]
+    return CheckResult(problems=problems, notes=_notes(bundle, chosen, fallback, pipe, call.transformer))
+
+
 def _load(bundle: str | Path) -> Bundle:
     if str(bundle).startswith(REGISTRY_PREFIX):
         from lesa.pull import pull
@@ -198,7 +210,9 @@ def _transformer(pipe: Any) -> torch.nn.Module:
     return unwrap_module(transformer)
 
 
-def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module) -> dict[str, str]:
+def _notes(
+    bundle: Bundle, chosen: str, fallback: Fallback | None, pipe: Any, transformer: torch.nn.Module
+) -> dict[str, str]:
     notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
     mismatches = []
     if type(pipe).__name__ != bundle.manifest.pipeline_class:
@@ -209,4 +223,6 @@ def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module)
         notes["not measured with"] = ", ".join(mismatches)
     if is_quantized(transformer):
         notes["weights"] = "quantised; the fingerprint was not compared"
+    if fallback is not None:
+        notes["adaptive"] = fallback.promise
     return notes

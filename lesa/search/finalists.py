@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lesa.params import Workload
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, WithoutStages
 from lesa.predictor.spec import STEPS
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories, draw
@@ -34,7 +34,7 @@ Steps = tuple[int, ...]
 
 
 @dataclass
-class StepRule:
+class StepRule(WithoutStages):
     """Step weights alone as a `lesa.predictor.rule.Rule`: predictions carry their gradients."""
 
     weights: StepWeights

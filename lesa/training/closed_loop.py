@@ -179,7 +179,7 @@ def drifted_loss(
     head: OutputHead,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
-    rule.captured, rule.place = {}, (-1, 0)
+    rule.captured = {}
     try:
         with torch.no_grad():
             accelerated_latents(pipe, workload, rule.schedule, rule, data, indices)
