@@ -139,7 +139,7 @@ def test_a_planted_import_is_noticed(tmp_path: Path, file: str, planted: str, pr
     sound = {
         "lesa/__init__.py": "from lesa.sampling import b",
         "lesa/models/a.py": "",
-        "lesa/sampling/b.py": "from lesa.models.a import x",
+        "lesa/sampling/b.py": "from lesa import models",
         "lesa/training/c.py": "from lesa.sampling import b\nfrom lesa import sampling",
         "lesa/training/g.py": "from lesa.training.c import x",
         "lesa/peers/a.py": "",
