@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,6 +11,14 @@ from lesa.errors import LesaError
 from lesa.predictor.predictor import BoundPredictor, Predictor
 from lesa.predictor.rule import History, Rule
 from lesa.schedule import Schedule
+
+
+def noise_levels(scheduler: Any) -> torch.Tensor:
+    """[S + 1] of the run that begins, float32 on the CPU; `LesaError` where the scheduler has none."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, torch.Tensor):
+        raise LesaError("sigmas: the scheduler has none")
+    return sigmas.detach().to("cpu", torch.float32, copy=True)
 
 
 class LazyPredictor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,10 +38,42 @@ ALLOWANCES = ("lora", "quantized", "pipeline")
 REGISTRY_PREFIX = "models:/"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Enabled:
+    """A bundle on a pipeline, with one of its schedules."""
+
+    owner: weakref.ref[Any]  # the pipeline: hooks must not keep it alive
     bundle: Bundle
     schedule: Schedule
+    chosen: str  # name of the schedule: a budget's, or for people
+    fallback: Fallback | None
+    allow: Collection[str]
+
+    def check(self, call: FirstCall) -> CheckResult:
+        """What does not fit in the first call of a run, and the run's facts."""
+        manifest = self.bundle.manifest
+        problems = [
+            *(adaptive_problems(call.scheduler, self.schedule) if self.fallback is not None else ()),
+            *scheduler_problems(call.scheduler, manifest),
+            *weights_problems(call.transformer, self.allow),
+            *call_problems(self.owner(), manifest.call, call),
+        ]
+        return CheckResult(problems=problems, notes=self.notes(call.transformer))
+
+    def notes(self, transformer: torch.nn.Module) -> dict[str, str]:
+        """Facts for the summary as they are now: adapters come and go between the runs."""
+        name, manifest = type(self.owner()).__name__, self.bundle.manifest
+        notes = {"bundle": f"{manifest.workload} ({self.bundle.digest[:12]})", "budget": self.chosen}
+        mismatches = [] if name == manifest.pipeline_class else [name]
+        if names := adapters(transformer):
+            mismatches.append(f"adapters {', '.join(names)}")
+        if mismatches:
+            notes["not measured with"] = ", ".join(mismatches)
+        if is_quantized(transformer):
+            notes["weights"] = "quantised; the fingerprint was not compared"
+        if self.fallback is not None:
+            notes["adaptive"] = self.fallback.promise
+        return notes
 
 
 _ENABLED: weakref.WeakKeyDictionary[torch.nn.Module, _Enabled] = weakref.WeakKeyDictionary()
@@ -100,27 +132,32 @@ def enable(
     schedule, chosen = choose()
     if adaptive and not measure:
         raise LesaError("adaptive: needs measure=True, since the measured errors decide")
-    fallback = fallback_of(loaded, chosen) if adaptive else None
-    family, predictor = family_of(transformer), loaded.predictor
-    owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
-    carries = bool(predictor.spec.step_counts) and not adaptive
-    schedule_of = partial(_schedule_of, choose)
+    enabled = _Enabled(
+        owner=weakref.ref(pipe),
+        bundle=loaded,
+        schedule=schedule,
+        chosen=chosen,
+        fallback=fallback_of(loaded, chosen) if adaptive else None,
+        allow=allow,
+    )
+    sigmas, predictor = torch.tensor(manifest.sigmas), loaded.predictor
+    others = StepCountBinding(predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], LazyPredictor)
     config = LesaCacheConfig(
         schedule=schedule,
-        rule=LazyPredictor(predictor, schedule, torch.tensor(manifest.sigmas)),
-        scheduler=lambda: getattr(owner(), "scheduler", None),
+        rule=LazyPredictor(predictor, schedule, sigmas),
+        scheduler=lambda: getattr(enabled.owner(), "scheduler", None),
         sigmas=manifest.sigmas,
-        other_steps=StepCountBinding(predictor, manifest.sigmas, schedule_of, LazyPredictor) if carries else None,
-        fallback=fallback,
-        check=partial(_check, owner, loaded, schedule, chosen, fallback, allow),
+        other_steps=others if predictor.spec.step_counts and not adaptive else None,
+        fallback=enabled.fallback,
+        check=enabled.check,
         num_branches=len(manifest.branches),
-        late_start=type(pipe).__name__ not in family.pipeline_classes,
+        late_start=type(pipe).__name__ not in family_of(transformer).pipeline_classes,
         measure=measure,
-        notes=_notes(loaded, chosen, fallback, pipe, transformer),
+        notes=enabled.notes(transformer),
         bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
     )
     apply_lesa_cache(transformer, config)
-    _ENABLED[transformer] = _Enabled(loaded, schedule)
+    _ENABLED[transformer] = enabled
 
 
 def disable(pipe: Any) -> None:
@@ -170,30 +207,6 @@ def _free_transformer(pipe: Any, allow: Collection[str]) -> torch.nn.Module:
     return transformer
 
 
-def _schedule_of(choose: Callable[..., tuple[Schedule, str]], num_steps: int) -> Schedule:
-    return choose(num_steps=num_steps)[0]
-
-
-def _check(
-    owner: weakref.ref[Any],
-    bundle: Bundle,
-    schedule: Schedule,
-    chosen: str,
-    fallback: Fallback | None,
-    allow: Collection[str],
-    call: FirstCall,
-) -> CheckResult:
-    """What does not fit in the first call of a run, and its facts: adapters come and go between the runs."""
-    pipe, manifest = owner(), bundle.manifest
-    problems = [
-        *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
-        *scheduler_problems(call.scheduler, manifest),
-        *weights_problems(call.transformer, allow),
-        *call_problems(pipe, manifest.call, call),
-    ]
-    return CheckResult(problems=problems, notes=_notes(bundle, chosen, fallback, pipe, call.transformer))
-
-
 def _load(bundle: str | Path) -> Bundle:
     if str(bundle).startswith(REGISTRY_PREFIX):
         from lesa.pull import pull
@@ -208,21 +221,3 @@ def _transformer(pipe: Any) -> torch.nn.Module:
     if not isinstance(transformer, torch.nn.Module):
         raise LesaError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
     return unwrap_module(transformer)
-
-
-def _notes(
-    bundle: Bundle, chosen: str, fallback: Fallback | None, pipe: Any, transformer: torch.nn.Module
-) -> dict[str, str]:
-    notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
-    mismatches = []
-    if type(pipe).__name__ != bundle.manifest.pipeline_class:
-        mismatches.append(type(pipe).__name__)
-    if names := adapters(transformer):
-        mismatches.append(f"adapters {', '.join(names)}")
-    if mismatches:
-        notes["not measured with"] = ", ".join(mismatches)
-    if is_quantized(transformer):
-        notes["weights"] = "quantised; the fingerprint was not compared"
-    if fallback is not None:
-        notes["adaptive"] = fallback.promise
-    return notes

@@ -21,6 +21,7 @@ from lesa.errors import LesaError
 from lesa.models.families import family_of
 from lesa.predictor.rule import Rule
 from lesa.sampling.adaptive import Fallback, fallback_problems
+from lesa.sampling.binding import noise_levels
 from lesa.sampling.block_hooks import (
     AGAIN,
     BLOCK_HOOK,
@@ -173,7 +174,7 @@ class LesaRootHook(PlacedHook):
         is_own = config.other_steps is None or num_steps == schedule.num_steps
         if config.other_steps is not None and not is_own:
             try:
-                schedule, rule = config.other_steps(_noise_levels(scheduler))
+                schedule, rule = config.other_steps(noise_levels(scheduler))
             except ValueError as error:
                 problems.append(str(error))
         call = FirstCall(transformer=module, scheduler=scheduler, args=args, kwargs=kwargs)
@@ -264,11 +265,3 @@ def _arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _argument(module: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs[name] if name in kwargs else _arguments(module, args, kwargs).get(name)
-
-
-def _noise_levels(scheduler: Any) -> torch.Tensor:
-    """[S + 1] of the run that begins, float32 on the CPU."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if not isinstance(sigmas, torch.Tensor):
-        raise LesaError("sigmas: the scheduler has none")
-    return sigmas.detach().to("cpu", torch.float32, copy=True)

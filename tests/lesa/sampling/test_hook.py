@@ -416,6 +416,16 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_computed(pipe):
     assert torch.equal(run(pipe), plain)
 
 
+def test_a_check_gives_the_facts_of_its_run_in_place_of_the_configuration_s(pipe):
+    facts = iter([{"run": "first"}, None])
+    enable(pipe, notes={"run": "none yet"}, check=lambda call: CheckResult(notes=next(facts)))
+    assert cache_state(pipe.transformer).notes == {"run": "none yet"}
+    run(pipe)
+    assert cache_state(pipe.transformer).notes == {"run": "first"}
+    run(pipe)
+    assert cache_state(pipe.transformer).notes == {"run": "none yet"}
+
+
 def test_a_run_that_starts_late_is_refused(pipe):
     enable(pipe)
     pipe.scheduler.set_timesteps(STEPS, mu=0.5)
