@@ -10,7 +10,7 @@ import torch
 from lesa.errors import LesaError
 from lesa.schedule import Schedule
 
-MemoKey = tuple[str, *tuple[int, ...]]  # what the tensor is, in its rule's own words, and which of its kind
+MemoKey = tuple[str, *tuple[int, ...]]  # a name that one rule alone uses, and which of its tensors of that name
 
 
 class History:

@@ -1,6 +1,6 @@
 """The bounded fallback: a run whose own errors are too large goes on with a slower schedule.
 
-At each full step the feature is compared with what the predictor would have said (the error meter). The first error
+At each full step the feature is compared with its prediction (the error meter). The first error
 beyond the bound its step was calibrated to (`publishing.calibration`) raises the alarm: from the slower schedule's next
 full step on, the run keeps to that schedule and to the predictor trained on it. What that predictor looks back on and
 this run has only predicted stands in its history as predicted. Single full steps put between the scheduled ones would

@@ -148,7 +148,7 @@ def add_block_hooks(transformer: torch.nn.Module, call: LesaCallState) -> None:
 
 
 def hook_problems(transformer: torch.nn.Module) -> list[str]:
-    """Modules whose hook was silenced by somebody's removal of an inner one, or offloaded above it."""
+    """Modules whose hook was silenced when another tool removed an inner one, or that were offloaded above it."""
     silenced, late = [], []
     for name, module, hook_name in _hooked_modules(transformer):
         if not is_alive(find_hook(module, hook_name)):

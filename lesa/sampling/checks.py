@@ -86,7 +86,7 @@ _TOLERANCE = 2.0**-7  # relative: guidance and timesteps may come in bfloat16
 
 
 def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]:
-    """Every difference between the call under way and `expected`, in the pipeline's words.
+    """Every difference between the call under way and `expected`, by the names of the pipeline's arguments.
 
     The strength of classifier-free guidance does not reach the transformer and is not seen here; whether
     there is an unconditional branch is.

@@ -1,4 +1,4 @@
-"""enable, disable, summary: a bundle on somebody's pipeline, and off again without a trace."""
+"""enable, disable, summary: a bundle on a pipeline, and off again without a trace."""
 
 from __future__ import annotations
 
