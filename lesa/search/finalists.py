@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lesa.params import CallParams, ClosedLoopParams
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, WithoutStages
 from lesa.predictor.spec import STEPS
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories, draw
@@ -34,7 +34,7 @@ APART = 4  # steps by which the full steps of two finalists differ at least, tak
 
 
 @dataclass
-class StepRule:
+class StepRule(WithoutStages):
     """Step weights alone as a `lesa.predictor.rule.Rule`: predictions carry their gradients."""
 
     weights: StepWeights

@@ -195,7 +195,7 @@ def drifted_loss(
     feature_loss: str,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
-    rule.captured, rule.place = {}, (-1, 0)
+    rule.captured = {}
     try:
         with torch.no_grad():
             accelerated_latents(pipe, call, rule.schedule, rule, data, indices)

@@ -78,7 +78,8 @@ def test_the_mixed_experts_alone_serve_the_own_schedules_too(place: Path) -> Non
     bundle = load_bundle(BUNDLE)
     schedule = bundle.manifest.budgets["2x"].schedule
     mixed = step_counts.mixed_only(bundle.predictor)
-    assert bundle.predictor.variant_for(schedule).name == "2x" and mixed.variant_for(schedule) == MIXED_VARIANT
+    assert bundle.predictor.spec.variant_for(schedule).name == "2x"
+    assert mixed.spec.variant_for(schedule) == MIXED_VARIANT
     alphas = mixed.alphas(schedule, torch.tensor(bundle.manifest.sigmas))
     assert not alphas[list(schedule.predicted_steps)].isnan().any()
 

@@ -283,7 +283,7 @@ def test_drifted_states_lower_their_own_loss(place: Place) -> None:
 def test_drifted_histories_are_the_accelerated_runs_own(place: Place) -> None:
     """Before the first prediction nothing has drifted; after it, the full step differs from the recorded one."""
     rule = rule_of(place)
-    rule.captured, rule.place = {}, (-1, 0)
+    rule.captured = {}
     with torch.no_grad():
         accelerated_latents(place.pipe, place.workload.call, rule.schedule, rule, place.train, [0, 1])
     captured = rule.captured
@@ -298,7 +298,7 @@ def test_drifted_histories_are_the_accelerated_runs_own(place: Place) -> None:
 def test_branches_of_a_step_are_kept_apart(place: Place) -> None:
     rule = rule_of(place)
     rule.captured = {}
-    rings = [History(3), History(3)]
+    rings = [History(3, branch=0), History(3, branch=1)]
     for branch, ring in enumerate(rings):
         for step in (0, 1, 2, 3):
             ring.push(step, torch.full((1, 2, place.train.channels), float(10 * branch + step)))
