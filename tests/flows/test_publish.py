@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from flows import publish
 from flows.publish import publish_bundle
+from flows.registry import promotion
 from flows.registry.promotion import fresh_offset, measure_and_decide
 from flows.registry.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
 from flows.registry.tags import budget_quality, registry_tags
@@ -89,7 +89,7 @@ def decisions(monkeypatch, *answers: bool) -> list[str | None]:
             "samples": 4
         }
 
-    monkeypatch.setattr(publish, "measure_and_decide", decide)
+    monkeypatch.setattr(promotion, "measure_and_decide", decide)
     return asked
 
 
