@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -100,6 +101,28 @@ def test_own_model_leaves_params_as_they_were_where_the_section_is_refused(tmp_p
     assert (tmp_path / "params.yaml").read_bytes() == before and not (tmp_path / "data/prompts/Not A Name").exists()
     few = own_model(tmp_path, "few", PROMPTS[:2])
     assert few.returncode != 0 and "2 prompts: at least 4 are needed" in few.stderr
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "shown"),
+    [
+        ({"status": "skipped", "reason": "process 7 is at work"}, 1, ["process 7 is at work"]),
+        ({"status": "done", "champion": "2"}, 0, ["candidate: version 3, kept out", "  worse", "champion:  version 2"]),
+        ({"status": "done", "champion": None}, 0, ["candidate: version 3, kept out", "  worse", "champion:  none"]),
+    ],
+)
+def test_retrain_shows_what_the_gate_decided(tmp_path: Path, monkeypatch, capsys, result, code, shown) -> None:
+    specification = importlib.util.spec_from_file_location("retrain_example", ROOT / "examples/retrain.py")
+    assert specification is not None and specification.loader is not None
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    (tmp_path / "decision.json").write_text(json.dumps({"candidate": "3", "promote": False, "reasons": ["worse"]}))
+    monkeypatch.setattr(example, "run_flow", lambda flow, workload: result)
+    monkeypatch.setattr(example, "read_workload", lambda name: name)
+    monkeypatch.setattr(example, "metrics_folder", lambda workload: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["retrain.py", "--workload", "tiny"])
+    assert example.main() == code
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 @pytest.mark.slow
