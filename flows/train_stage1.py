@@ -39,8 +39,8 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
         share=workload.resources.ground_truth,
         reporter=run.reporter,
     )
-    figures = {name: values for name, (_, values) in done.items()}
-    finish(workload, "ground_truth", {jobs[name]: tensors for name, (tensors, _) in done.items()}, figures)
+    figures = {name: trained.figures for name, trained in done.items()}
+    finish(workload, "ground_truth", done)
     write_curves(metrics_folder(workload) / "train_stage1.csv", run.curves())
     run.note(workload.ground_truth.iterations, final_values(figures))
     return figures

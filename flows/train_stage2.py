@@ -35,9 +35,8 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
         share=workload.resources.closed_loop,
         reporter=run.reporter,
     )
-    experts = {job: tensors for part, _ in done.values() for job, tensors in part.items()}
-    figures = {budget: values for budget, (_, values) in done.items()}
-    finish(workload, "closed_loop", experts, figures)
+    figures = {budget: trained.figures for budget, trained in done.items()}
+    finish(workload, "closed_loop", done)
     write_curves(metrics_folder(workload) / "train_stage2.csv", run.curves())
     run.note(workload.closed_loop.iterations, final_values(figures))
     return figures

@@ -77,6 +77,9 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def relative_l1(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Relative L1 error of features: `mean |h - h_ref| / mean |h_ref|` over tokens and channels.
 
+    In float64, for figures that are kept. The sampler has a measure of its own, in float32 and without copies
+    (`lesa.sampling.run`), for which a mean of zero counts as the smallest float32; here it divides as it is.
+
     Args:
         features: [..., L, D].
         reference: of the same shape.

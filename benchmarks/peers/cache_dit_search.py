@@ -98,10 +98,10 @@ class _Search:
         def method(threshold: float) -> Method:
             return cache_dit_method("", len(bench.sigmas) - 1, dataclasses.replace(setting, threshold=threshold))
 
-        found = bisect_threshold(bench, method, target, family, between=THRESHOLDS, tries=THRESHOLD_TRIALS)
-        for trial in found:
+        made = bisect_threshold(bench, method, target, family, between=THRESHOLDS, tries=THRESHOLD_TRIALS)
+        for trial in made:
             self.known[dataclasses.replace(setting, threshold=trial.method.settings["threshold"])] = trial
-        trials += found
+        trials += made
 
 
 def even_skips(num_steps: int, warmup: int, target: float) -> int | None:

@@ -58,12 +58,12 @@ def trained_weights(gram: torch.Tensor) -> torch.Tensor:
 def least_squares_weights(gram: torch.Tensor, schedule: Schedule, history_size: int) -> dict[int, list[float]]:
     """Predicted step -> weights of its newest full steps, newest first."""
     ridge = RIDGE * gram.diagonal().mean()
-    found = {}
+    weights = {}
     for step in schedule.predicted_steps:
         past = list(schedule.anchors(step, history_size))
         system = gram[past][:, past] + ridge * torch.eye(len(past), dtype=torch.float64)
-        found[step] = torch.linalg.solve(system, gram[past, step]).tolist()
-    return found
+        weights[step] = torch.linalg.solve(system, gram[past, step]).tolist()
+    return weights
 
 
 def published_factory(weights: torch.Tensor) -> RuleFactory:

@@ -27,7 +27,7 @@ from torch import nn
 from lesa.models.flops import ModelFlops
 from lesa.peers.method import Method
 from lesa.peers.rules import Taylor, hooked_method, taylor_difference
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, WithoutStages
 from lesa.recording.dataset import Trajectories, draw
 from lesa.schedule import Schedule
 
@@ -84,18 +84,18 @@ class Decomposition(nn.Module):
 
 def forecast(parts: Sequence[tuple[torch.Tensor, ...]], places: tuple[int, ...], step: int) -> list[torch.Tensor]:
     """Each part at `step`, from those of the newest full steps `places` (newest first), at its own order."""
-    said = []
+    predicted = []
     for order in range(3):
         past = tuple(each[order] for each in parts)
         value = past[0]
         for k in range(1, min(order, len(past) - 1) + 1):
             value = value + BASIS(k, step - places[0]) * taylor_difference(past, places, k)
-        said.append(value)
-    return said
+        predicted.append(value)
+    return predicted
 
 
 @dataclass(frozen=True)
-class LinCa:
+class LinCa(WithoutStages):
     """The trained maps as a `lesa.predictor.rule.Rule`."""
 
     maps: Sequence[Decomposition] = field(repr=False)
@@ -110,10 +110,10 @@ class LinCa:
         newest = history.features[0]
         parts = []
         for age, feature in enumerate(history.features):
-            if (stage, age, 0) not in history.memo:
+            if ("linca part", stage, age, 0) not in history.memo:
                 for order, part in enumerate(self.maps[stage](feature.float())):
-                    history.memo[stage, age, order] = part
-            parts.append(tuple(history.memo[stage, age, order] for order in range(3)))
+                    history.memo["linca part", stage, age, order] = part
+            parts.append(tuple(history.memo["linca part", stage, age, order] for order in range(3)))
         return self.maps[stage].inverse(forecast(parts, history.steps, step)).to(newest.dtype)
 
 
@@ -169,10 +169,10 @@ def _fit(
         for step in steps:
             history = [tuple(part[:, row[full]] for part in parts) for full in past[step]]
             each.append(forecast(history, past[step], step))
-        said = [torch.stack(order, dim=1) for order in zip(*each, strict=True)]
-        errors = (net.inverse(said) - true[:, targets]).square().mean(dim=(0, 2, 3))
+        predicted = [torch.stack(order, dim=1) for order in zip(*each, strict=True)]
+        errors = (net.inverse(predicted) - true[:, targets]).square().mean(dim=(0, 2, 3))
         for order, part in enumerate(parts):
-            errors = errors + PART_WEIGHT * (said[order] - part[:, targets]).square().mean(dim=(0, 2, 3))
+            errors = errors + PART_WEIGHT * (predicted[order] - part[:, targets]).square().mean(dim=(0, 2, 3))
         loss = (errors / distances).mean()
         optimiser.zero_grad()
         loss.backward()

@@ -1,6 +1,6 @@
 """Guesses at a peer's error from recorded trajectories alone: milliseconds, where a run of the model takes seconds.
 
-The velocities along the recorded path are known at every step, `v_s = ends(feature_s, temb_s)`. What a solver makes of
+The velocities along the recorded path are known at every step, `v_s = head(feature_s, temb_s)`. What a solver makes of
 those at its grid, or a rule of the features at its full steps, is compared with the recorded path. What is left out is
 that a run that has drifted sees other velocities; the order of candidates survives that well enough to say which ones
 to run.
@@ -9,7 +9,6 @@ Shapes: B trajectories, S steps, L tokens, C channels, O output channels; drifts
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,10 +19,7 @@ from lesa.peers.solvers import SOLVERS, Integration
 from lesa.predictor.rule import History, RuleFactory
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule
-
-MAX_GAP = 16  # steps between neighbouring full steps that the dynamic programme considers
-
-Costs = dict[tuple[int, int], list[float]]
+from lesa.search.path import MAX_GAP, Costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +95,8 @@ class RecordedPath:
     def segment_costs(self, factory: RuleFactory, max_gap: int = MAX_GAP) -> Costs:
         """`costs[b, c][k]`: mean squared drift after predicting steps c+1 .. c+k from full steps b and c.
 
-        The form of the cost is DPCache's (CVPR 2026), here after the transformer's ends. Rules that look back further
-        than two full steps are given two.
+        The form of the cost is DPCache's (CVPR 2026), here after the transformer's output head. Rules that look back
+        further than two full steps are given two.
         """
         costs: Costs = {}
         for c in range(1, self.num_steps):
@@ -113,35 +109,14 @@ class RecordedPath:
                 history = History(2)
                 history.push(b, self.features[:, b])
                 history.push(c, self.features[:, c])
-                said = self.head(
+                predicted = self.head(
                     torch.cat([rule(history, s) for s in ahead]), torch.cat([self.temb[:, s] for s in ahead])
                 ).unflatten(0, (len(ahead), -1))
-                errors = said - self.velocities[ahead.start : ahead.stop]
+                errors = predicted - self.velocities[ahead.start : ahead.stop]
                 widths = self.sigmas.diff()[ahead.start : ahead.stop].view(-1, 1, 1, 1)
                 drifts = torch.cumsum(widths * errors, dim=0)
                 costs[b, c] += drifts.square().mean(dim=(1, 2, 3)).tolist()
         return costs
-
-
-def cheapest_path(costs: Costs, num_steps: int, num_full: int) -> tuple[int, ...] | None:
-    """The full steps, 0 and 1 among them, with the lowest sum of costs; None where no path is that long or short."""
-    paths: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0, 1))}
-    for _ in range(num_full - 2):
-        longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
-        for (b, c), (cost, path) in paths.items():
-            for skipped, added in enumerate(costs[b, c]):
-                d = c + skipped + 1
-                if (c, d) not in costs:
-                    break
-                if cost + added < longer.get((c, d), (math.inf, ()))[0]:
-                    longer[c, d] = (cost + added, (*path, d))
-        paths = longer
-    complete = [
-        (cost + costs[b, c][num_steps - 1 - c], path)
-        for (b, c), (cost, path) in paths.items()
-        if num_steps - 1 - c < len(costs[b, c])
-    ]
-    return min(complete)[1] if complete else None
 
 
 def decibels(drift: torch.Tensor) -> float:

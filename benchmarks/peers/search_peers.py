@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.grid_search import Steps, guessed_optimum, insertions, search_steps, spread_starts
-from benchmarks.peers.recorded_path import RecordedPath, cheapest_path, decibels
+from benchmarks.peers.grid_search import guessed_optimum, insertions, kicked, moves, spread_starts
+from benchmarks.peers.recorded_path import RecordedPath, decibels
 from benchmarks.peers.rule_tuning import RULE_OPTIONS
 from lesa import metrics
 from lesa.models.fingerprint import fingerprint
@@ -42,6 +42,9 @@ from lesa.peers.solvers import SOLVERS
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests, read_splits
 from lesa.schedule import Schedule
+from lesa.search.local_search import kicks, local_search
+from lesa.search.path import cheapest_path
+from lesa.search.trials import Steps, Trial
 
 METHODS = (
     "adams_bashforth2",
@@ -103,18 +106,18 @@ class Tuner:
         with torch.no_grad(), method.using(self.pipe, self.sigmas):
             return sample(self.pipe, self.prompts[:count], self.seeds[:count], call, output_type, batch_size=size)
 
-    def error(self, found: Searched, count: int) -> float:
+    def error(self, peer: Searched, count: int) -> float:
         """Mean over the first `count` samples of the final latents' squared error, in dB."""
-        return decibels(self._run(searched_method("", found), count, "latent") - self.latents[:count])
+        return decibels(self._run(searched_method("", peer), count, "latent") - self.latents[:count])
 
-    def psnr(self, found: Searched) -> float:
-        """Mean over all samples, of the pictures."""
-        return float(metrics.psnr(self._run(searched_method("", found), len(self.prompts), "pt"), self.images).mean())
+    def psnr(self, peer: Searched) -> float:
+        """Mean over all samples, of the images."""
+        return float(metrics.psnr(self._run(searched_method("", peer), len(self.prompts), "pt"), self.images).mean())
 
-    def guess(self, found: Searched) -> Callable[[Steps], float]:
-        if found.method in SOLVERS:
-            return lambda steps: self.path.solver_drift(found.method, steps, found.evaluations)
-        return lambda steps: self.path.rule_drift(partial(RULES[found.method], **found.options), steps)
+    def guess(self, peer: Searched) -> Callable[[Steps], float]:
+        if peer.method in SOLVERS:
+            return lambda steps: self.path.solver_drift(peer.method, steps, peer.evaluations)
+        return lambda steps: self.path.rule_drift(partial(RULES[peer.method], **peer.options), steps)
 
 
 def search_peer(
@@ -139,23 +142,59 @@ def search_peer(
         method=method, num_steps=tuner.num_steps, evaluations=evaluations, steps=(), psnr=0.0, runs=0
     )
     fewer = [known[m, n] for m, n in known if m == method and n < evaluations]
-    below = max(fewer, key=lambda found: found.evaluations, default=None)
+    below = max(fewer, key=lambda peer: peer.evaluations, default=None)
     before = known.get((method, evaluations))
     if (nearest := before or below) is not None:
         blank = replace(blank, options=nearest.options)
-    starts = _starts(tuner, blank, [found for (_, n), found in known.items() if n == evaluations])
+    starts = _starts(tuner, blank, [peer for (_, n), peer in known.items() if n == evaluations])
     grown = _grown(tuner, blank, below) if below is not None else []
     search = partial(_searched, tuner, quick_samples=quick_samples, runs=runs, seed=seed, say=say)
-    found, best = search(blank, [*starts, *grown[:_NEIGHBOURS]], quick_runs=quick_runs)
+    peer, best = search(blank, [*starts, *grown[:_NEIGHBOURS]], quick_runs=quick_runs)
     if before is not None:
-        found = replace(found, runs=found.runs + before.runs)
+        peer = replace(peer, runs=peer.runs + before.runs)
         if tuner.error(before, len(tuner.prompts)) <= best:
-            found, best = replace(before, runs=found.runs), tuner.error(before, len(tuner.prompts))
+            peer, best = replace(before, runs=peer.runs), tuner.error(before, len(tuner.prompts))
     if below is not None and best > tuner.error(below, len(tuner.prompts)):
         say(f"worse than with {below.evaluations}: again from those steps")
-        again, better = search(found, grown, quick_runs=max(quick_runs, 2 * len(grown)))
-        found = replace(again if better < best else found, runs=again.runs)
-    return replace(found, psnr=tuner.psnr(found))
+        again, better = search(peer, grown, quick_runs=max(quick_runs, 2 * len(grown)))
+        peer = replace(again if better < best else peer, runs=again.runs)
+    return replace(peer, psnr=tuner.psnr(peer))
+
+
+@dataclass
+class _PeerSearch:
+    """The search of one peer's steps, and how many runs of the pipeline it has taken."""
+
+    tuner: Tuner
+    seed: int
+    say: Say
+    runs: int
+
+    def best_steps(self, peer: Searched, starts: Sequence[Steps], count: int, budget: int) -> Searched:
+        """The peer on the best steps found with so many runs on the first `count` samples, all of them each time."""
+        errors: list[float] = []
+
+        def evaluate(steps: Steps, incumbent: Trial | None) -> Trial:
+            errors.append(self.error(replace(peer, steps=steps), count))
+            self.say(f"{count} samples, run {len(errors)} of at most {budget}, best {-min(errors):.2f} dB")
+            return Trial.of(errors[-1:])
+
+        num_steps = self.tuner.num_steps
+        _, done = local_search(
+            evaluate,
+            starts,
+            moves,
+            num_steps=num_steps,
+            budget=budget,
+            seed=self.seed,
+            origins=kicks(partial(kicked, num_steps=num_steps)),
+        )
+        return replace(peer, steps=done.best)
+
+    def error(self, peer: Searched, count: int) -> float:
+        """`Tuner.error`, counted as a run."""
+        self.runs += 1
+        return self.tuner.error(peer, count)
 
 
 def _searched(
@@ -170,39 +209,21 @@ def _searched(
     say: Say,
 ) -> tuple[Searched, float]:
     """With the error on all samples in dB; `runs` of the result adds up."""
-    spent = blank.runs
-
-    def search(found: Searched, starts: Sequence[Steps], count: int, budget: int) -> Searched:
-        nonlocal spent
-
-        def report(done: int, values: dict[str, float]) -> None:
-            say(f"{count} samples, run {done} of at most {budget}, best {-values['best']:.2f} dB")
-
-        def evaluate(steps: Steps) -> float:
-            nonlocal spent
-            spent += 1
-            return tuner.error(replace(found, steps=steps), count)
-
-        steps = search_steps(
-            evaluate, starts, tuner.num_steps, budget_of_evaluations=budget, report=report, seed=seed
-        )
-        return replace(found, steps=steps)
-
-    found = search(blank, starts, quick_samples, quick_runs)
-    if options := RULE_OPTIONS.get(found.method):
-        errors = [tuner.error(replace(found, options=each), quick_samples) for each in options]
-        spent += len(options)
-        found = replace(found, options=options[errors.index(min(errors))])
-        found = search(found, [found.steps], quick_samples, quick_runs // 2)
-    found = search(found, [found.steps], len(tuner.prompts), runs)
-    return replace(found, runs=spent), tuner.error(found, len(tuner.prompts))
+    search = _PeerSearch(tuner, seed, say, runs=blank.runs)
+    peer = search.best_steps(blank, starts, quick_samples, quick_runs)
+    if options := RULE_OPTIONS.get(peer.method):
+        errors = [search.error(replace(peer, options=each), quick_samples) for each in options]
+        peer = replace(peer, options=options[errors.index(min(errors))])
+        peer = search.best_steps(peer, [peer.steps], quick_samples, quick_runs // 2)
+    peer = search.best_steps(peer, [peer.steps], len(tuner.prompts), runs)
+    return replace(peer, runs=search.runs), tuner.error(peer, len(tuner.prompts))
 
 
 def _starts(tuner: Tuner, blank: Searched, others: Sequence[Searched]) -> list[Steps]:
     """Spread steps, the rules' own, what other peers were best with, and where the guess leads from there."""
     num_steps, count = tuner.num_steps, blank.evaluations
     size = _size(blank)
-    starts = [*spread_starts(num_steps, size), *(found.steps for found in others if len(found.steps) == size)]
+    starts = [*spread_starts(num_steps, size), *(peer.steps for peer in others if len(peer.steps) == size)]
     starts.append(guessed_optimum(tuner.guess(blank), starts[0], num_steps))
     if blank.method in RULES:
         intervals = range(1, num_steps)
@@ -211,7 +232,7 @@ def _starts(tuner: Tuner, blank: Searched, others: Sequence[Searched]) -> list[S
         if (own := taylorseer_schedule(num_steps, count)) is not None:
             starts.append(own.full_steps)
         costs = tuner.path.segment_costs(partial(RULES[blank.method], **blank.options))
-        if (path := cheapest_path(costs, num_steps, count)) is not None:
+        if (path := cheapest_path(costs, num_steps, count, leading=2)) is not None:
             starts.append(path)
     return starts
 
@@ -226,9 +247,9 @@ def _grown(tuner: Tuner, blank: Searched, below: Searched) -> list[Steps]:
     return sorted(insertions(steps, tuner.num_steps), key=guess)
 
 
-def _size(found: Searched) -> int:
+def _size(peer: Searched) -> int:
     """Number of steps to be found."""
-    return SOLVERS[found.method].grid_size(found.evaluations) if found.method in SOLVERS else found.evaluations
+    return SOLVERS[peer.method].grid_size(peer.evaluations) if peer.method in SOLVERS else peer.evaluations
 
 
 def _spread(steps: Steps, num_steps: int) -> tuple[int, Steps]:
@@ -277,7 +298,7 @@ def _search_all(options: argparse.Namespace) -> None:
     kept = load_searched(out) if out.exists() else empty
     if replace(kept, peers=()) != empty:  # of another transformer or other prompts
         kept = empty
-    known = {(found.method, found.evaluations): found for found in kept.peers}
+    known = {(peer.method, peer.evaluations): peer for peer in kept.peers}
     missing = [(m, n) for n in sorted(set(counts)) for m in options.methods if options.again or (m, n) not in known]
     started = time.monotonic()
 
@@ -287,7 +308,7 @@ def _search_all(options: argparse.Namespace) -> None:
             def say(text: str, at: str = f"{number} of {len(wanted)}: {method} at {evaluations}") -> None:
                 print(f"\r{time.monotonic() - started:5.0f} s  {at}: {text}\033[K", end="", file=sys.stderr, flush=True)
 
-            found = search_peer(
+            peer = search_peer(
                 tuner,
                 method,
                 evaluations,
@@ -298,12 +319,12 @@ def _search_all(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 say=say,
             )
-            known[method, evaluations] = found
+            known[method, evaluations] = peer
             peers = tuple(sorted(known.values(), key=lambda each: (each.evaluations, each.method)))
             save_searched(out, replace(empty, peers=peers))
             say("")
-            shown = f", {dict(found.options)}" if found.options else ""
-            result = f"{found.psnr:.2f} dB after {found.runs} runs, {list(found.steps)}{shown}"
+            shown = f", {dict(peer.options)}" if peer.options else ""
+            result = f"{peer.psnr:.2f} dB after {peer.runs} runs, {list(peer.steps)}{shown}"
             print(f"\n{method} at {evaluations}: {result}", flush=True)
 
     search(missing)
@@ -317,11 +338,11 @@ def _search_all(options: argparse.Namespace) -> None:
 
 
 def worse_with_more(known: Mapping[tuple[str, int], Searched]) -> list[tuple[str, int]]:
-    """Method and evaluations of every search that failed: its pictures are worse than with fewer evaluations."""
+    """Method and evaluations of every search that failed: its images are worse than with fewer evaluations."""
     return [
         (method, count)
-        for (method, count), found in sorted(known.items(), key=lambda item: (item[0][1], item[0][0]))
-        if any(m == method and n < count and other.psnr > found.psnr for (m, n), other in known.items())
+        for (method, count), peer in sorted(known.items(), key=lambda item: (item[0][1], item[0][0]))
+        if any(m == method and n < count and other.psnr > peer.psnr for (m, n), other in known.items())
     ]
 
 

@@ -42,8 +42,9 @@ from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_ca
 from lesa.schedule import Schedule
 from lesa.search.schedules_file import with_schedules
 from lesa.training.closed_loop import train_budget
-from lesa.training.experts import assemble, ground_truth_jobs, new_expert
+from lesa.training.experts import assemble, ground_truth_jobs, untrained
 from lesa.training.ground_truth import train_expert
+from lesa.training.jobs import expert_design
 
 RESULTS = Path("benchmarks/results")
 SEED_OFFSET = 80_000  # noise of the validation prompts here: nothing else uses it
@@ -214,23 +215,26 @@ def trained(
     workload: Workload, budget: str, pipe: Any, train: Trajectories, validation: Trajectories, *, closed_loop: bool
 ) -> Predictor:
     """A predictor whose experts of `budget` are trained, at the call's own number of steps; others keep their start."""
-    workload = changed(workload, {"record": {"step_counts": ()}})
+    design = expert_design(changed(workload, {"record": {"step_counts": ()}}))
     head = output_head_of(pipe.transformer)
-    experts = {}
+    jobs = ground_truth_jobs(design, train.sigmas)
+    others = [untrained(design, job, train.sigmas, train.channels) for job in jobs if job.budget != budget]
     with tempfile.TemporaryDirectory() as folder:
-        for job in ground_truth_jobs(workload, train.sigmas):
-            if job.budget != budget:
-                experts[job] = new_expert(workload, job, train.sigmas, train.channels).export()
-                continue
-            experts[job], _ = train_expert(
-                workload, job, train, validation, head, work_dir=Path(folder), report=lambda *_: None
+        given: dict[str, Any] = {"work_dir": Path(folder), "report": lambda *_: None}
+        experts = [
+            train_expert(
+                design, workload.ground_truth, job, train, validation, head, device=pipe.device, **given
             )
-        predictor = assemble(workload, train.channels, experts)
+            for job in jobs
+            if job.budget == budget
+        ]
+        predictor = assemble(design, train.channels, [*others, *experts])
         if closed_loop:
-            tuned, _ = train_budget(
-                workload, budget, predictor, pipe, train, validation, work_dir=Path(folder), report=lambda *_: None
+            settings, loss = workload.closed_loop, workload.ground_truth.loss
+            tuned = train_budget(
+                design, settings, budget, predictor, pipe, train, validation, feature_loss=loss, **given
             )
-            predictor = assemble(workload, train.channels, {**experts, **tuned})
+            predictor = assemble(design, train.channels, [*others, tuned])
     return predictor
 
 

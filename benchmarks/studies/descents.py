@@ -28,7 +28,7 @@ from lesa.params import SearchParams, Workload
 from lesa.params_file import load_params
 from lesa.recording.dataset import recorded_splits
 from lesa.search.descent import refine
-from lesa.search.jobs import cheapest_starts
+from lesa.search.jobs import cheapest_starts, search_settings
 
 
 def ways(search: SearchParams) -> dict[str, SearchParams]:
@@ -79,7 +79,7 @@ def searched(workload: Workload, budgets: Sequence[str], seeds: Sequence[int]) -
                 with tempfile.TemporaryDirectory() as folder:
                     schedule, figures = refine(
                         pipe,
-                        setting,
+                        search_settings(setting),
                         train,
                         job.starts,
                         seed=1000 * seed,

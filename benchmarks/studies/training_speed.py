@@ -29,6 +29,7 @@ from lesa.params_file import load_params
 from lesa.recording.dataset import Trajectories
 from lesa.training.experts import Job, new_expert
 from lesa.training.ground_truth import step_weights_of_stage, train_expert
+from lesa.training.jobs import expert_design
 
 OUT = Path("benchmarks/results/training_speed.json")
 FULL_STEPS = (0, 1, 6, 11, 18, 25, 31, 37, 43, 48)  # ten of fifty
@@ -74,34 +75,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     workload = load_params("params.yaml")
     workload = dataclasses.replace(
         workload,
-        device=device.type,
         call=dataclasses.replace(workload.call, num_inference_steps=50),
         schedule=ScheduleParams(budgets={"5x": BudgetParams(full_steps=FULL_STEPS)}, default_budget="5x"),
         predictor=PredictorParams(
             kind="per_step", history_sizes=(2, 2, 2), projection="low_rank", rank=options.channels // 4
         ),
-        ground_truth=GroundTruthParams(
-            iterations=options.iterations, batch_size=options.batch, checkpoint_every=options.iterations
-        ),
+    )
+    design = expert_design(workload)
+    settings = GroundTruthParams(
+        iterations=options.iterations, batch_size=options.batch, checkpoint_every=options.iterations
     )
     train = synthetic(options.trajectories, 50, options.tokens, options.channels, seed=0)
     validation = synthetic(max(1, options.trajectories // 8), 50, options.tokens, options.channels, seed=1)
     head = freeze(OutputHead(_Modulate(options.channels), nn.Linear(options.channels, 64)))
     job = Job("5x", 1)
-    expert = new_expert(workload, job, train.sigmas, options.channels).to(device)
+    expert = new_expert(design, job, train.sigmas, options.channels).to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    step_weights_of_stage(workload, job, expert, train)
+    step_weights_of_stage(design, job, expert, train)
     closed_form = time.perf_counter() - started
     rates: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         train_expert(
-            workload,
+            design,
+            settings,
             job,
             train,
             validation,
             head,
+            device=device,
             work_dir=Path(folder),
             report=lambda step, values: rates.append(values["iterations_per_second"]),
         )
@@ -125,15 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    found = measure(options)
+    figures = measure(options)
     record = {
         **facts("benchmarks.studies.training_speed", arguments, pick_device(options.device)),
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
-        **found,
+        **figures,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, record, sort_keys=False)
-    for key, value in found.items():
+    for key, value in figures.items():
         print(f"{key}: {value}")
     return 0
 

@@ -1,4 +1,4 @@
-"""In which coordinates do step weights learn fastest through the sampler?
+"""In which basis of regressors do step weights learn fastest through the sampler?
 
 python -m benchmarks.studies.whitening               # writes benchmarks/results/coordinates-<workload>.{json,md}
 
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch
 from benchmarks.results_files import keep
 from benchmarks.studies.error_meter import RESULTS
 from lesa.models.pipelines import load_pipeline
+from lesa.params import Workload
 from lesa.params_file import load_params
-from lesa.recording.dataset import recorded_splits
+from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.search.descent import DECIBELS, judged_apart
 from lesa.search.finalists import error_after_training
 from lesa.search.schedules_file import with_schedules
@@ -31,7 +33,7 @@ from lesa.training.step_weights import StepFits, StepWeights
 
 ITERATIONS = (20, 80)
 RATES = (0.01, 0.03, 0.06)
-COORDINATES = ("scaled", "uncorrelated")
+BASES = ("scaled", "uncorrelated")
 
 
 def scaled(weights: StepWeights) -> StepWeights:
@@ -64,6 +66,54 @@ def table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compared(
+    workload: Workload, train: Trajectories, pipe: Any, every_iterations: Sequence[int], rates: Sequence[float]
+) -> dict[str, Any]:
+    """The document: a row for every number of optimiser steps and learning rate."""
+    schedule = workload.budgets()[workload.schedule.default_budget]
+    judged, fitted = judged_apart(train, workload.search.samples)
+    fits = StepFits(train, fitted, workload.predictor.step_history, workload.predictor.ridge, pipe.device)
+
+    train_weights = partial(
+        error_after_training,
+        pipe,
+        workload.call,
+        train,
+        schedule,
+        history_size=workload.predictor.step_history,
+        seed=workload.seed,
+        fitted=fitted,
+        judged=judged,
+    )
+
+    def error_db(basis: str, iterations: int, rate: float) -> float:
+        start = fits.weights(schedule)
+        start = scaled(start) if basis == "scaled" else start
+        settings = dataclasses.replace(workload.closed_loop, step_learning_rate=rate)
+        error = DECIBELS * train_weights(start, settings=settings, iterations=iterations)
+        print(f"{basis}, {iterations} at {rate:g}: {error:.2f} dB", file=sys.stderr, flush=True)
+        return error
+
+    rows = [
+        {
+            "iterations": iterations,
+            "learning_rate": rate,
+            **{f"{basis}_db": error_db(basis, iterations, rate) for basis in BASES},
+        }
+        for iterations in every_iterations
+        for rate in rates
+    ]
+    return {
+        "workload": workload.name,
+        "full_steps": schedule.num_full,
+        "steps": schedule.num_steps,
+        "fitted": len(fitted),
+        "judged": len(judged),
+        "start_db": error_db("uncorrelated", 1, 0.0),
+        "rows": rows,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print and write; the exit status is 2 for anything the caller can mend."""
     parser = argparse.ArgumentParser(
@@ -83,41 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    schedule = workload.budgets()[workload.schedule.default_budget]
-    judged, fitted = judged_apart(train, workload.search.samples)
-    fits = StepFits(train, fitted, workload.predictor.step_history, workload.predictor.ridge, pipe.device)
-
-    def error_db(coordinates: str, iterations: int, rate: float) -> float:
-        setting = dataclasses.replace(
-            workload,
-            closed_loop=dataclasses.replace(workload.closed_loop, step_learning_rate=rate),
-        )
-        start = fits.weights(schedule)
-        start = scaled(start) if coordinates == "scaled" else start
-        found = DECIBELS * error_after_training(
-            pipe, setting, train, schedule, start, fitted=fitted, judged=judged, iterations=iterations
-        )
-        print(f"{coordinates}, {iterations} at {rate:g}: {found:.2f} dB", file=sys.stderr, flush=True)
-        return found
-
-    rows = [
-        {
-            "iterations": iterations,
-            "learning_rate": rate,
-            **{f"{coordinates}_db": error_db(coordinates, iterations, rate) for coordinates in COORDINATES},
-        }
-        for iterations in options.iterations
-        for rate in options.rates
-    ]
-    document = {
-        "workload": workload.name,
-        "full_steps": schedule.num_full,
-        "steps": schedule.num_steps,
-        "fitted": len(fitted),
-        "judged": len(judged),
-        "start_db": error_db("uncorrelated", 1, 0.0),
-        "rows": rows,
-    }
+    document = compared(workload, train, pipe, options.iterations, options.rates)
     text = table(document)
     keep(options.out or RESULTS / f"coordinates-{workload.name}.json", document, text)
     print(text)

@@ -41,6 +41,7 @@ from lesa.predictor.rule import History
 from lesa.sampling.hook import cache_state, is_lesa_cache_enabled
 from lesa.schedule import Schedule
 from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import expert_design
 
 OUT = Path("benchmarks/results/true_size.json")
 NUM_STEPS = 50
@@ -248,7 +249,7 @@ def fresh_predictor(preset: Preset, schedule: Schedule, sigmas: torch.Tensor, tr
             kind="per_step", history_sizes=(2, 2, 2), projection="low_rank", rank=channels // 4
         ),
     )
-    return untrained_predictor(workload, sigmas, channels)
+    return untrained_predictor(expert_design(workload), sigmas, channels)
 
 
 @torch.no_grad()

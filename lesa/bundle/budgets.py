@@ -1,4 +1,4 @@
-"""Which of a bundle's budgets serves what was asked for."""
+"""Which of a bundle's budgets serves a wish: a budget by name, an interval, full steps or a quality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def choose_schedule(
     max_loss_db: float | None = None,
     num_steps: int | None = None,  # of the run; None: the bundle's own, which budgets and qualities are stated at
 ) -> tuple[Schedule, str]:
-    """The schedule asked for, and words for it.
+    """The schedule asked for, and its name for people.
 
     Raises:
         ValueError: more than one was asked for, an unknown budget, a quality that no budget measured, or a list of

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
-from lesa.predictor.spec import MIXED_VARIANT, PredictorSpec
+from lesa.predictor.spec import PredictorSpec
 from lesa.schedule import Schedule, stage_of_steps
 
 
@@ -95,7 +95,7 @@ def predictor_flops(spec: PredictorSpec, schedule: Schedule, sigmas: torch.Tenso
         tokens: L of the tapped feature.
     """
     variant = spec.variant_for(schedule)
-    kind = "lesa" if variant == MIXED_VARIANT else spec.kind
+    kind = spec.kind_of(variant)
     sizes, stages = spec.sizes_of(variant), stage_of_steps(sigmas, spec.boundaries)
     projected = set()
     for step in schedule.predicted_steps:

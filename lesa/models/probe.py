@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers.hooks.hooks import StateManager
@@ -17,7 +17,6 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from lesa.models.families import blocks, family_of
 from lesa.models.flops import CallShapes
-from lesa.predictor.rule import History
 
 
 @dataclass(slots=True)
@@ -77,6 +76,13 @@ def probe(pipe: Any, *, deep: bool = False, held: Callable[[Any], Any] | None = 
             handle.remove()
 
 
+@runtime_checkable
+class HoldsTensors(Protocol):
+    """What keeps tensors from step to step on a hook, outside diffusers' own state managers."""
+
+    def held_tensors(self) -> Iterator[torch.Tensor]: ...
+
+
 def held_bytes(transformer: torch.nn.Module, further: Any = ()) -> int:
     """Bytes of all tensors that diffusers' hooks, and `further`, keep from step to step, each storage once."""
     tensors = list(_tensors(further))
@@ -85,9 +91,12 @@ def held_bytes(transformer: torch.nn.Module, further: Any = ()) -> int:
         if registry is None:
             continue
         for hook in registry.hooks.values():
-            for manager in (value for value in vars(hook).values() if isinstance(value, StateManager)):
-                for state in manager._state_cache.values():
-                    tensors += _tensors(list(vars(state).values()))
+            for value in vars(hook).values():
+                if isinstance(value, StateManager):
+                    for state in value._state_cache.values():
+                        tensors += _tensors(list(vars(state).values()))
+                elif isinstance(value, HoldsTensors):
+                    tensors += value.held_tensors()
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -95,9 +104,6 @@ def held_bytes(transformer: torch.nn.Module, further: Any = ()) -> int:
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, History):
-        yield from value.features
-        yield from value.memo.values()
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)

@@ -14,15 +14,17 @@ from itertools import pairwise
 
 import torch
 
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, MemoKey, WithoutStages
 
 FEWEST = 3  # features of a fit: two pairs
 _TOLERANCE = 1e-4  # singular values below this share of the largest are noise
 _CHUNK = 1024  # tokens whose inner products are taken at once, in float64
+_EIGENVALUES: MemoKey = ("dmd eigenvalues",)
+_MODES: MemoKey = ("dmd modes",)  # weighted, as `fitted` gives them
 
 
 @dataclass(frozen=True)
-class DMD:
+class DMD(WithoutStages):
     """The forecast of dynamic mode decomposition, each sample fitted on its own.
 
     The fit takes the longest run of equally spaced full steps that ends at the newest one; where that is shorter than
@@ -40,14 +42,14 @@ class DMD:
         newest = history.features[0]
         if count < FEWEST:
             return _line(history, step)
-        if "dmd_powers" not in history.memo:
+        if _MODES not in history.memo:
             gram = _gram(history.features[:count][::-1])
             fits = [fitted(each, self.rank) for each in gram]
-            history.memo["dmd_eigenvalues"] = torch.stack([eigenvalues for eigenvalues, _ in fits])
-            history.memo["dmd_powers"] = torch.stack([columns for _, columns in fits])
+            history.memo[_EIGENVALUES] = torch.stack([eigenvalues for eigenvalues, _ in fits])
+            history.memo[_MODES] = torch.stack([columns for _, columns in fits])
         ahead = (step - history.steps[0]) / (history.steps[0] - history.steps[1])
-        powers = history.memo["dmd_eigenvalues"].pow(ahead)  # [B, n - 1]
-        weights = torch.einsum("bnr,br->nb", history.memo["dmd_powers"], powers).real.flip(0)
+        powers = history.memo[_EIGENVALUES].pow(ahead)  # [B, n - 1]
+        weights = torch.einsum("bnr,br->nb", history.memo[_MODES], powers).real.flip(0)
         # In float32, as every sum with weights of either sign.
         total = torch.zeros_like(newest, dtype=torch.float32)
         for feature, weight in zip(history.features, weights.to(newest.device, torch.float32), strict=False):

@@ -17,7 +17,7 @@ from lesa.errors import LesaError
 from lesa.models.flops import ModelFlops, taylor_flops
 from lesa.peers.dmd import DMD, FEWEST, equally_spaced
 from lesa.peers.method import Method, hooked
-from lesa.predictor.rule import History, Rule, RuleFactory
+from lesa.predictor.rule import History, MemoKey, Rule, RuleFactory, WithoutStages
 from lesa.schedule import Schedule
 
 
@@ -106,7 +106,7 @@ def rule_flops(rule: Rule, schedule: Schedule, model: ModelFlops) -> float:
 
 
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(WithoutStages):
     """The newest cached feature as it is."""
 
     name: str = "reuse"
@@ -118,7 +118,7 @@ class Reuse:
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(WithoutStages):
     """TaylorSeer (arXiv 2503.06923): sum of `D_i x^i / i!`, x the distance from the newest full step.
 
     `D_i` are the finite differences TaylorSeer accumulates: `D_{i+1} = (D_i - D_i of the full step before) / gap`
@@ -153,10 +153,11 @@ class Taylor:
         return step if self.positions is None else self.positions[step]
 
     def _difference(self, history: History, order: int) -> torch.Tensor:
-        if order not in history.memo:
+        key: MemoKey = ("taylor", order)
+        if key not in history.memo:
             places = tuple(self._position(step) for step in history.steps)
-            history.memo[order] = taylor_difference(history.features, places, order)
-        return history.memo[order]
+            history.memo[key] = taylor_difference(history.features, places, order)
+        return history.memo[key]
 
 
 def taylor_difference(
@@ -182,7 +183,7 @@ Weights = Callable[[tuple[int, ...], int], Sequence[float]]  # (steps in the his
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(WithoutStages):
     """A sum of the cached features with scalar weights that only the steps decide."""
 
     weights: Weights = field(repr=False)

@@ -18,7 +18,7 @@ from lesa.predictor import projection as projections
 from lesa.predictor import step_weights
 from lesa.predictor.alpha import evaluate_alpha, gate_shapes, history_steps, linear_alpha, out_of_range, time_offsets
 from lesa.predictor.rule import History
-from lesa.predictor.spec import MIXED_VARIANT, STEPS, PredictorSpec, Variant
+from lesa.predictor.spec import STEPS, PredictorSpec, Variant
 from lesa.schedule import Schedule, history_problems, stage_of_steps
 
 
@@ -27,9 +27,9 @@ class Predictor:
     """A spec with its tensors, named `<variant>/<stage>/projection.*`, `<variant>/<stage>/gate.*` and, with
     kind `per_step`, `<variant>/steps/*`.
 
-    Experts for other numbers of steps (`MIXED`) have the LESA form whatever the kind, and a gate that multiplies
-    first-order extrapolation: alpha = KAN(dt) dt_0 / (dt_1 - dt_0). So z is a slope in noise level, and what the gate
-    has to learn changes little with the distance between steps.
+    Experts for other numbers of steps (`Variant.is_relative`) have the LESA form whatever the kind, and a gate that
+    multiplies first-order extrapolation: alpha = KAN(dt) dt_0 / (dt_1 - dt_0). So z is a slope in noise level, and what
+    the gate has to learn changes little with the distance between steps.
     """
 
     spec: PredictorSpec
@@ -57,26 +57,18 @@ class Predictor:
         for variant in spec.all_variants:
             for stage, size in enumerate(spec.sizes_of(variant)):
                 prefix = f"{variant.name}/{stage}/"
-                of_projection = projections.projection_shapes(spec.projection, spec.channels, size, spec.rank)
-                of_gate = gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
-                shapes |= {f"{prefix}projection.{name}": shape for name, shape in of_projection.items()}
-                shapes |= {f"{prefix}gate.{name}": shape for name, shape in of_gate.items()}
-            if spec.kind == "per_step" and variant != MIXED_VARIANT:
-                of_steps = step_weights.step_weight_shapes(spec.num_steps, spec.step_history, spec.channels)
-                shapes |= {f"{variant.name}/{STEPS}/{name}": shape for name, shape in of_steps.items()}
+                projection = projections.projection_shapes(spec.projection, spec.channels, size, spec.rank)
+                gate = gate_shapes(spec.gate, size, spec.hidden, spec.grid, spec.num_steps)
+                shapes |= {f"{prefix}projection.{name}": shape for name, shape in projection.items()}
+                shapes |= {f"{prefix}gate.{name}": shape for name, shape in gate.items()}
+            if spec.kind_of(variant) == "per_step":
+                steps = step_weights.step_weight_shapes(spec.num_steps, spec.step_history, spec.channels)
+                shapes |= {f"{variant.name}/{STEPS}/{name}": shape for name, shape in steps.items()}
         return shapes
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-    def variant_for(self, schedule: Schedule) -> Variant:
-        """As `PredictorSpec.variant_for`."""
-        return self.spec.variant_for(schedule)
-
-    def is_trained_for(self, schedule: Schedule) -> bool:
-        """As `PredictorSpec.is_trained_for`."""
-        return self.spec.is_trained_for(schedule)
 
     def step_tensors(self, variant: Variant) -> dict[str, torch.Tensor]:
         """The variant's step weights, named as in `lesa.training.step_weights`; empty with kind `lesa`."""
@@ -99,57 +91,74 @@ class Predictor:
             ValueError: every predicted step whose history is too short or whose offsets were never trained on, or
                 a number of steps outside `step_range`.
         """
-        spec, variant = self.spec, self.variant_for(schedule)
-        sizes, is_mixed = spec.sizes_of(variant), variant == MIXED_VARIANT
-        low, high = spec.step_range
-        if is_mixed and not low <= schedule.num_steps <= high:
+        variant = self.spec.variant_for(schedule)
+        self._refuse_unserved(schedule, sigmas, variant)
+        stages = stage_of_steps(sigmas, self.spec.boundaries)
+        problems = self._schedule_problems(schedule, stages, variant)
+        result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
+        for stage, size in enumerate(self.spec.sizes_of(variant)):
+            steps = [step for step in range(schedule.num_steps) if stages[step] == stage]
+            past = {step: history_steps(schedule, step, size, self.spec.history) for step in steps}
+            past = {step: entries for step, entries in past.items() if len(entries) == size}
+            if past:
+                result[list(past)], further = self._stage_alphas(schedule, sigmas, variant, stage, past)
+                problems += further
+        if problems:
+            raise LesaError(f"schedule ({schedule}): " + "; ".join(problems))
+        return result
+
+    def _refuse_unserved(self, schedule: Schedule, sigmas: torch.Tensor, variant: Variant) -> None:
+        """A number of steps that no full steps would make it serve."""
+        low, high = self.spec.step_range
+        if variant.is_relative and not low <= schedule.num_steps <= high:
             raise LesaError(f"num_inference_steps: got {schedule.num_steps}, the predictor serves {low} to {high}")
         if sigmas.shape != (schedule.num_steps + 1,):
             raise LesaError(
                 f"schedule ({schedule}): needs {schedule.num_steps + 1} noise levels, got {list(sigmas.shape)}"
             )
-        stages = stage_of_steps(sigmas, spec.boundaries)
-        problems = []
-        if spec.kind == "lesa" or is_mixed:  # weights of each step use what history there is, without the expert
-            problems = history_problems(schedule, sizes, stages, spec.history)
-        if spec.gate == "table" and schedule.num_steps != spec.num_steps:
+        if self.spec.gate == "table" and schedule.num_steps != self.spec.num_steps:
             raise LesaError(
-                f"schedule ({schedule}): the gate is a table of {spec.num_steps} steps and serves no other number"
+                f"schedule ({schedule}): the gate is a table of {self.spec.num_steps} steps and serves no other number"
             )
-        untrained = spec.kind == "per_step" and not is_mixed and not self.is_trained_for(schedule)
-        if untrained and schedule.predicted_steps:
-            known = "; ".join(f"{v.name}: {list(v.full_steps)}" for v in spec.variants)
-            problems.append(f"weights of each step serve the full steps they were trained for only ({known})")
-        result = torch.full((schedule.num_steps,), float("nan"), dtype=torch.float64)
-        for stage, size in enumerate(sizes):
-            tensors = {name: t.double() for name, t in self.expert(variant, stage, "gate").items()}
-            past = {
-                step: history_steps(schedule, step, size, spec.history)
-                for step in range(schedule.num_steps)
-                if stages[step] == stage
-            }
-            steps = [step for step, entries in past.items() if len(entries) == size]
-            if not steps:
-                continue
-            dt = torch.stack([time_offsets(sigmas.double(), step, past[step]) for step in steps])
-            strange = out_of_range(dt, tensors["low"], tensors["high"]) & torch.tensor(
-                [not schedule.is_full(step) for step in steps]
+
+    def _schedule_problems(self, schedule: Schedule, stages: Sequence[int], variant: Variant) -> list[str]:
+        """Histories that are too short for their experts, or full steps that the steps' weights were not made for."""
+        spec = self.spec
+        if spec.kind_of(variant) == "lesa":  # weights of each step use what history there is, without the expert
+            return history_problems(schedule, spec.sizes_of(variant), stages, spec.history)
+        if spec.is_trained_for(schedule) or not schedule.predicted_steps:
+            return []
+        known = "; ".join(f"{v.name}: {list(v.full_steps)}" for v in spec.variants)
+        return [f"weights of each step serve the full steps they were trained for only ({known})"]
+
+    def _stage_alphas(
+        self,
+        schedule: Schedule,
+        sigmas: torch.Tensor,
+        variant: Variant,
+        stage: int,
+        past: Mapping[int, Sequence[int]],  # step -> the steps it looks back on, newest first
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Alphas [N] of one noise stage's steps, and what is wrong with those of predicted steps."""
+        steps, problems = list(past), []
+        tensors = {name: tensor.double() for name, tensor in self.expert(variant, stage, "gate").items()}
+        dt = torch.stack([time_offsets(sigmas.double(), step, past[step]) for step in steps])
+        alphas = evaluate_alpha(self.spec.gate, tensors, dt, steps)
+        if variant.is_relative:
+            alphas = alphas * linear_alpha(dt)
+        predicted = torch.tensor([not schedule.is_full(step) for step in steps])
+        untrained = (out_of_range(dt, tensors["low"], tensors["high"]) & predicted).tolist()
+        if any(untrained):
+            at = [step for step, outside in zip(steps, untrained, strict=True) if outside]
+            problems.append(
+                f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
+                f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
             )
-            if strange.any():
-                at = [step for step, bad in zip(steps, strange.tolist(), strict=True) if bad]
-                problems.append(
-                    f"steps {at} of noise stage {stage} look back over noise-level offsets outside the range the "
-                    f"experts {variant.name!r} were trained on; use a budget of the bundle or train for this schedule"
-                )
-            found = evaluate_alpha(spec.gate, tensors, dt, steps)
-            result[steps] = found = found * linear_alpha(dt) if is_mixed else found
-            finite = dict(zip(steps, found.isfinite().tolist(), strict=True))
-            bad = [step for step in steps if not finite[step] and not schedule.is_full(step)]
-            if bad:
-                problems.append(f"alpha of noise stage {stage} is not finite at steps {bad}: the gate is damaged")
-        if problems:
-            raise LesaError(f"schedule ({schedule}): " + "; ".join(problems))
-        return result
+        damaged = (~alphas.isfinite() & predicted).tolist()
+        if any(damaged):
+            at = [step for step, bad in zip(steps, damaged, strict=True) if bad]
+            problems.append(f"alpha of noise stage {stage} is not finite at steps {at}: the gate is damaged")
+        return alphas, problems
 
     def bind(
         self,
@@ -165,11 +174,11 @@ class Predictor:
             ValueError: as `alphas`.
         """
         alphas = self.alphas(schedule, sigmas)
-        variant = self.variant_for(schedule)
+        variant = self.spec.variant_for(schedule)
         stages, sizes = stage_of_steps(sigmas, self.spec.boundaries), self.spec.sizes_of(variant)
         parts = {stage: self.expert(variant, stage, "projection") for stage in sorted(set(stages))}
         by_step: dict[str, torch.Tensor] = {}
-        if self.spec.kind == "per_step" and self.is_trained_for(schedule):
+        if self.spec.kind == "per_step" and self.spec.is_trained_for(schedule):
             by_step = fold_step_weights(self.step_tensors(variant), parts, stages, alphas)
             parts = {stage: projections.without_channel_part(tensors) for stage, tensors in parts.items()}
         experts = {
@@ -184,7 +193,7 @@ class Predictor:
             keeps_predictions=self.spec.history == "steps",
             alphas=tuple(alphas.tolist()),
             stages=tuple(stages),
-            # Weights of each step can say something from one feature on.
+            # Weights of each step predict from one feature on.
             sizes=(1,) * len(sizes) if by_step else sizes,
             expert_sizes=sizes,
             experts=experts,
@@ -246,20 +255,20 @@ class BoundPredictor:
 
     def _z(self, history: History, step: int) -> torch.Tensor:
         stage = self.stages[step]
-        z = history.memo.get(stage)
+        z = history.memo.get(("lesa z", stage))
         if z is None:
-            size = self.expert_sizes[stage]
-            for earlier in [key for key in history.memo if isinstance(key, int)]:
-                del history.memo[earlier]  # a run goes through each noise stage once
-            history.memo[stage] = z = projections.project_folded(history.features[:size], self.experts[stage])
+            for other in range(len(self.expert_sizes)):  # a run goes through each noise stage once
+                history.memo.pop(("lesa z", other), None)
+            z = projections.project_folded(history.features[: self.expert_sizes[stage]], self.experts[stage])
+            history.memo["lesa z", stage] = z
         return z
 
     def _differences(self, history: History) -> list[torch.Tensor]:
-        found = [history.memo[key] for key in sorted(k for k in history.memo if isinstance(k, str))]
-        if not found and len(history.features) > 1:
-            found = step_weights.differences(history.features, self.by_step["weight"].shape[1])
-            history.memo |= {f"difference{index:02d}": change for index, change in enumerate(found)}
-        return found
+        size = min(len(history.features), self.by_step["weight"].shape[1])
+        keys = [("lesa difference", age) for age in range(size - 1)]
+        if keys and keys[0] not in history.memo:
+            history.memo |= zip(keys, step_weights.differences(history.features, size), strict=True)
+        return [history.memo[key] for key in keys]
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from lesa.errors import LesaError
 from lesa.predictor import projection as projections
 from lesa.predictor.alpha import ALPHA_KINDS
 from lesa.schedule import Schedule, boundary_problems
+from lesa.validation import build
 
 KINDS = ("lesa", "per_step")
 MIXED = "mixed"  # name of the experts for other numbers of steps, beside those of the budgets
@@ -23,14 +24,19 @@ MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 655
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Experts trained for one budget."""
+    """Experts trained for one budget, or for other numbers of steps (`MIXED_VARIANT`)."""
 
     name: str
-    full_steps: tuple[int, ...]  # the schedule they were trained on
+    full_steps: tuple[int, ...]  # the schedule they were trained on; none for other numbers of steps
 
     @property
     def num_full(self) -> int:
         return len(self.full_steps)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the gate multiplies first-order extrapolation instead of giving alpha itself, on any schedule."""
+        return self == MIXED_VARIANT
 
 
 MIXED_VARIANT = Variant(name=MIXED, full_steps=())
@@ -125,9 +131,13 @@ class PredictorSpec:
         """The budgets' experts and, where there are any, those for other numbers of steps."""
         return (*self.variants, *((MIXED_VARIANT,) if self.step_counts else ()))
 
+    def kind_of(self, variant: Variant) -> str:
+        """The form of a variant's predictions: that of relative experts is LESA's whatever the kind."""
+        return "lesa" if variant.is_relative else self.kind
+
     def sizes_of(self, variant: Variant) -> tuple[int, ...]:
         """K of each noise stage's expert."""
-        return (MIXED_HISTORY,) * len(self.history_sizes) if variant == MIXED_VARIANT else self.history_sizes
+        return (MIXED_HISTORY,) * len(self.history_sizes) if variant.is_relative else self.history_sizes
 
     def is_trained_for(self, schedule: Schedule) -> bool:
         """Whether some budget's experts were trained on exactly these full steps."""
@@ -155,33 +165,14 @@ class PredictorSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PredictorSpec:
-        """Strict inverse of `to_dict`; `ValueError` names missing and unknown keys."""
+        """Strict inverse of `to_dict`; `ValueError` names every missing, unknown and malformed value."""
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) != known:
             raise LesaError(
                 f"predictor: missing keys {sorted(known - set(data))}, unknown keys {sorted(set(data) - known)}"
             )
-        try:
-            return cls(
-                **{
-                    **data,
-                    "boundaries": tuple(map(_number, data["boundaries"])),
-                    "history_sizes": tuple(data["history_sizes"]),
-                    "step_counts": tuple(data["step_counts"]),
-                    "variants": tuple(_variant(**variant) for variant in data["variants"]),
-                }
-            )
-        except (TypeError, KeyError, OverflowError) as error:
-            raise LesaError(f"predictor: malformed: {error}") from None
-
-
-def _variant(*, name: Any, full_steps: Any) -> Variant:
-    if not isinstance(full_steps, list):
-        raise TypeError(f"full_steps must be a list, got {full_steps!r}")
-    return Variant(name=name, full_steps=tuple(full_steps))
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
+        problems: list[str] = []
+        spec: PredictorSpec = build(cls, dict(data), "predictor", problems)
+        if problems:
+            raise LesaError("; ".join(problems))
+        return spec

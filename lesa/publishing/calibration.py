@@ -98,9 +98,9 @@ def calibrated_bounds(
         train: `samples` of its runs are made, spread evenly over them.
         batch_size: samples a pipeline call.
     """
-    trained = _runs(train)
+    trained = train.first_branch_rows()
     places = torch.linspace(0, len(trained) - 1, min(samples, len(trained))).round().long().tolist()
-    errors = meter_errors(pipe, call, schedule, rule, validation, _runs(validation), batch_size)
+    errors = meter_errors(pipe, call, schedule, rule, validation, validation.first_branch_rows(), batch_size)
     of_training = meter_errors(pipe, call, schedule, rule, train, [trained[i] for i in places], batch_size)
     for step, training_errors in of_training.items():
         errors[step] += training_errors
@@ -117,6 +117,3 @@ def _rounded_up(bound: float) -> float:
     return float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(bound))
 
 
-def _runs(data: Trajectories) -> list[int]:
-    """One row of each recorded run."""
-    return [row for row, branch in enumerate(data.branch) if branch == 0]

@@ -57,6 +57,10 @@ class Trajectories:
     def channels(self) -> int:
         return self.feature_batch([0], [0]).shape[-1]
 
+    def first_branch_rows(self) -> list[int]:
+        """One row of each recorded run: all guidance branches of a run lead to the same latents."""
+        return [row for row, branch in enumerate(self.branch) if branch == 0]
+
     def feature_batch(self, indices: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
         """[len(indices), len(steps), L, C] in float32."""
         if self.features is not None:

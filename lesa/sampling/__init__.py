@@ -1,4 +1,4 @@
-"""The predictor in somebody's pipeline: enable, hooks, checks, statistics.
+"""The predictor in a pipeline: enabling, the run, its hooks, checks and statistics.
 
 Imported by training and all that runs accelerated.
 """

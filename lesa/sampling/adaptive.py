@@ -1,6 +1,6 @@
 """The bounded fallback: a run whose own errors are too large goes on with a slower schedule.
 
-At each full step the feature is compared with what the predictor would have said (the error meter). The first error
+At each full step the feature is compared with its prediction (the error meter). The first error
 beyond the bound its step was calibrated to (`publishing.calibration`) raises the alarm: from the slower schedule's next
 full step on, the run keeps to that schedule and to the predictor trained on it. What that predictor looks back on and
 this run has only predicted stands in its history as predicted. Single full steps put between the scheduled ones would
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,62 +26,48 @@ from lesa.sampling.binding import LazyPredictor
 from lesa.schedule import Schedule
 
 
+@dataclass(frozen=True)
 class Fallback:
-    """Whether and when the run that is under way changes over.
-
-    Args:
-        schedule: that runs begin with.
-        bounds: largest relative L1 error of a sample, for the full steps that are watched.
-        slower: the schedule to change over to.
-        rule: predicts on it.
-        name: of it, for people.
+    """What a run with too large errors changes over to; `begin` watches one run.
 
     Raises:
         ValueError: naming every setting that does not fit.
     """
 
-    def __init__(
-        self, schedule: Schedule, bounds: Mapping[int, float], slower: Schedule, rule: Rule, name: str
-    ) -> None:
-        problems = [f"bounds: step {step} is not a full step" for step in bounds if not schedule.is_full(step)]
-        problems += [f"bounds: {b} of step {s} is not above zero" for s, b in bounds.items() if not 0 < b < math.inf]
-        if slower.num_steps != schedule.num_steps:
-            problems.append(f"slower: has {slower.num_steps} steps, the schedule {schedule.num_steps}")
-        if rule.keeps_predictions:
+    schedule: Schedule  # that runs begin with
+    bounds: Mapping[int, float]  # largest relative L1 error of a sample, for the full steps that are watched
+    slower: Schedule  # to change over to
+    rule: Rule = field(repr=False)  # predicts on it
+    name: str  # of it, for people
+
+    def __post_init__(self) -> None:
+        own = self.schedule
+        problems = [f"bounds: step {step} is not a full step" for step in self.bounds if not own.is_full(step)]
+        problems += [
+            f"bounds: {bound} of step {step} is not above zero"
+            for step, bound in self.bounds.items()
+            if not 0 < bound < math.inf
+        ]
+        if self.slower.num_steps != own.num_steps:
+            problems.append(f"slower: has {self.slower.num_steps} steps, the schedule {own.num_steps}")
+        if self.rule.keeps_predictions:
             problems.append("rule: looks back on predicted steps, and so on a run of its own from the first step on")
         if problems:
             raise LesaError("fallback: " + "; ".join(problems))
-        self.schedule, self.slower, self.rule, self.name = schedule, slower, rule, name
-        self._bounds = {step: bound for step, bound in bounds.items() if self._change_after(step) is not None}
-        self.begin()
 
-    def begin(self) -> None:
+    def begin(self) -> FallbackWatch:
         """A run begins."""
-        self.alarm: int | None = None  # full step with the first error beyond its bound
-        self.change: int | None = None  # full step from which on the slower schedule holds
+        return FallbackWatch(self)
 
-    def _change_after(self, step: int) -> int | None:
+    def change_after(self, step: int) -> int | None:
+        """The slower schedule's next full step; None after its last one."""
         later = bisect_right(self.slower.full_steps, step)
         return self.slower.full_steps[later] if later < self.slower.num_full else None
-
-    def watches(self, step: int) -> bool:
-        """Whether the error at `step` decides anything."""
-        return self.alarm is None and step in self._bounds
-
-    def observe(self, step: int, error: float) -> None:
-        """Take the error of full step `step`, of the worst sample and branch; one that is no number is too large."""
-        if not error <= self._bounds[step]:
-            self.alarm, self.change = step, self._change_after(step)
-
-    @property
-    def description(self) -> str:
-        """What the newest run did about it."""
-        return f"to {self.name} at step {self.change}: the error at step {self.alarm} was beyond its bound"
 
     @property
     def most(self) -> int:
         """Full steps that a run may have beyond its schedule's, at the most."""
-        changes = [change for step in self._bounds if (change := self._change_after(step)) is not None]
+        changes = [change for step in self.bounds if (change := self.change_after(step)) is not None]
         return max((self._full_steps_with(change) - self.schedule.num_full for change in changes), default=0)
 
     @property
@@ -89,6 +76,30 @@ class Fallback:
 
     def _full_steps_with(self, change: int) -> int:
         return sum(s < change for s in self.schedule.full_steps) + sum(s >= change for s in self.slower.full_steps)
+
+
+class FallbackWatch:
+    """Whether and when the run that is under way changes over."""
+
+    def __init__(self, fallback: Fallback) -> None:
+        self.fallback = fallback
+        self.alarm: int | None = None  # full step with the first error beyond its bound
+        self.change: int | None = None  # full step from which on the slower schedule holds
+
+    def watches(self, step: int) -> bool:
+        """Whether the error at `step` decides anything."""
+        can_change = step in self.fallback.bounds and self.fallback.change_after(step) is not None
+        return self.alarm is None and can_change
+
+    def observe(self, step: int, error: float) -> None:
+        """Take the error of full step `step`, of the worst sample and branch; one that is no number is too large."""
+        if not error <= self.fallback.bounds[step]:
+            self.alarm, self.change = step, self.fallback.change_after(step)
+
+    @property
+    def description(self) -> str:
+        """What the run did about it."""
+        return f"to {self.fallback.name} at step {self.change}: the error at step {self.alarm} was beyond its bound"
 
 
 def fallback_of(bundle: Bundle, chosen: str) -> Fallback:
@@ -123,3 +134,13 @@ def adaptive_problems(scheduler: Any, schedule: Schedule) -> list[str]:
     if steps is None or steps == schedule.num_steps:
         return []
     return [f"adaptive: error bounds are known for {schedule.num_steps} steps; for other numbers enable without it"]
+
+
+def fallback_problems(transformer: torch.nn.Module, first_step: int) -> list[str]:
+    """What keeps a run from changing over, whatever made its bounds."""
+    problems = []
+    if getattr(transformer, "_parallel_config", None) is not None:
+        problems.append("adaptive: not with context parallelism, where every device would decide for itself")
+    if first_step:
+        problems.append("adaptive: not for runs that begin in the middle of the schedule")
+    return problems

@@ -9,9 +9,17 @@ import torch
 
 from lesa.errors import LesaError
 from lesa.predictor.predictor import BoundPredictor, Predictor
-from lesa.predictor.rule import History
+from lesa.predictor.rule import History, Rule
 from lesa.sampling.checks import SIGMA_TOLERANCE
 from lesa.schedule import Schedule
+
+
+def noise_levels(scheduler: Any) -> torch.Tensor:
+    """[S + 1] of the run that begins, float32 on the CPU; `LesaError` where the scheduler has none."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, torch.Tensor):
+        raise LesaError("sigmas: the scheduler has none")
+    return sigmas.detach().to("cpu", torch.float32, copy=True)
 
 
 class LazyPredictor:
@@ -38,11 +46,11 @@ class LazyPredictor:
 
 
 ScheduleOf = Callable[[int], Schedule]  # number of steps -> the schedule that was asked for; ValueError where none is
-Bind = Callable[[Predictor, Schedule, torch.Tensor], Any]  # -> a lesa.predictor.rule.Rule
+Bind = Callable[[Predictor, Schedule, torch.Tensor], Rule]
 
 
 class StepCountBinding:
-    """Schedule and rule for a run's noise levels; remembers the newest, since runs of one length follow each other.
+    """Schedule and rule for a run's noise levels; remembers the newest: runs of one length follow each other.
 
     Args:
         predictor: the bundle's.
@@ -54,9 +62,9 @@ class StepCountBinding:
     def __init__(self, predictor: Predictor, sigmas: Sequence[float], schedule_of: ScheduleOf, bind: Bind) -> None:
         self._predictor, self._ends = predictor, (sigmas[0], sigmas[-1])
         self._schedule_of, self._bind = schedule_of, bind
-        self._newest: tuple[torch.Tensor, tuple[Schedule, Any]] | None = None
+        self._newest: tuple[torch.Tensor, tuple[Schedule, Rule]] | None = None
 
-    def __call__(self, sigmas: torch.Tensor) -> tuple[Schedule, Any]:
+    def __call__(self, sigmas: torch.Tensor) -> tuple[Schedule, Rule]:
         """For noise levels [S + 1] of a run.
 
         Raises:
@@ -79,6 +87,6 @@ class StepCountBinding:
         if problems:
             raise LesaError("; ".join(problems))
         schedule = self._schedule_of(num_steps)
-        found = schedule, self._bind(self._predictor, schedule, sigmas)
-        self._newest = sigmas, found
-        return found
+        bound = schedule, self._bind(self._predictor, schedule, sigmas)
+        self._newest = sigmas, bound
+        return bound

@@ -1,4 +1,8 @@
-"""Hooks beneath the transformer's: blocks, rotary embeddings and embedders obey what the root hook decided."""
+"""Hooks beneath the transformer's: blocks, rotary embeddings and embedders obey what the root hook decided.
+
+At a predicted step a block passes its inputs through, and the last one (the tail) returns the prediction. Modules whose
+output only the blocks read (token embedders, rotary embeddings) do not run either.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.utils.torch_utils import unwrap_module
 
-from lesa.models.families import BlockList
-from lesa.sampling.hook_registry import is_alive
+from lesa.errors import LesaError
+from lesa.models.families import BlockList, blocks, family_of
+from lesa.sampling.hook_registry import PlacedHook, add_hook, find_hook, is_above_offload, is_alive
 
+BLOCK_HOOK, ROTARY_HOOK, EMBEDDER_HOOK = "lesa_cache_block", "lesa_cache_rotary", "lesa_cache_embedder"
 AGAIN = "disable LESA and enable it again, after whatever changed the hooks"
+_ROTARY = ("pos_embed", "rope")  # diffusers' names for what makes rotary embeddings
 _MAX_PLACEHOLDERS = 8  # shapes of a run's guidance branches, with room to spare
 
 
@@ -32,7 +39,7 @@ class LesaCallState:
         self.feature: torch.Tensor | None = None  # what the tail returned otherwise
 
 
-class LesaBlockHook(ModelHook):
+class LesaBlockHook(PlacedHook):
     """Runs the block, or passes its inputs through in the order of its outputs."""
 
     def __init__(self, call: LesaCallState, block: torch.nn.Module, row: BlockList, is_tail: bool) -> None:
@@ -63,10 +70,10 @@ class LesaBlockHook(ModelHook):
         return kwargs[name] if name in kwargs else args[self._positions[name]]
 
 
-class LesaRotaryHook(ModelHook):
+class LesaRotaryHook(PlacedHook):
     """Leaves the rotary embeddings as they were at the full step before: only blocks read them.
 
-    On a small model they are a fifth of what a predicted step costs.
+    On a small model they would take a fifth of a predicted step's time.
     """
 
     _is_stateful = True
@@ -74,7 +81,7 @@ class LesaRotaryHook(ModelHook):
     def __init__(self, call: LesaCallState) -> None:
         super().__init__()
         self._call = call
-        self._newest: Any = None
+        self._newest: Any = None  # embeddings of the newest full call
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._call.skip and self._newest is not None:
@@ -87,8 +94,8 @@ class LesaRotaryHook(ModelHook):
         return module
 
 
-class LesaEmbedderHook(ModelHook):
-    """Gives a placeholder of the right shape for tokens that only skipped blocks would read: one element, expanded.
+class LesaEmbedderHook(PlacedHook):
+    """Stands in for tokens that only skipped blocks would read, with one element expanded to their shape.
 
     The shape is that of the newest full call with an input of the same shape: guidance branches differ in theirs.
     """
@@ -115,3 +122,77 @@ class LesaEmbedderHook(ModelHook):
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self._placeholders = {}
         return module
+
+
+def add_block_hooks(transformer: torch.nn.Module, call: LesaCallState) -> None:
+    """Hooks on everything of `transformer` that predicted steps skip.
+
+    Raises:
+        LesaError: it has no blocks.
+    """
+    family = family_of(transformer)
+    rows = blocks(transformer, family)
+    if not rows:
+        raise LesaError(f"{type(transformer).__name__} has no blocks to skip")
+    for index, (_, block, row) in enumerate(rows):
+        hook = LesaBlockHook(call, block, row, is_tail=index == len(rows) - 1)
+        add_hook(unwrap_module(block), hook, BLOCK_HOOK)
+    for names, kind, hook_name in (
+        (_ROTARY, LesaRotaryHook, ROTARY_HOOK),
+        (family.embedders, LesaEmbedderHook, EMBEDDER_HOOK),
+    ):
+        for name in names:
+            module = getattr(transformer, name, None)
+            if isinstance(module, torch.nn.Module):
+                add_hook(unwrap_module(module), kind(call), hook_name)
+
+
+def hook_problems(transformer: torch.nn.Module) -> list[str]:
+    """Modules whose hook was silenced when another tool removed an inner one, or that were offloaded above it."""
+    silenced, late = [], []
+    for name, module, hook_name in _hooked_modules(transformer):
+        if not is_alive(find_hook(module, hook_name)):
+            silenced.append(name)
+        elif not is_above_offload(module, hook_name):
+            late.append(name)
+    problems = []
+    if silenced:
+        problems.append(f"the hooks of {', '.join(silenced)} were silenced by another tool: {AGAIN}")
+    if late:
+        problems.append(
+            f"offloading was set up after LESA on {', '.join(late)}, so predicted steps would move weights: {AGAIN}"
+        )
+    return problems
+
+
+def _hooked_modules(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:
+    """Name, module and hook of everything that predicted steps skip and that has weights."""
+    family = family_of(transformer)
+    hooked = [(name, block, BLOCK_HOOK) for name, block, _ in blocks(transformer, family)]
+    hooked += [(name, getattr(transformer, name), EMBEDDER_HOOK) for name in family.embedders]
+    return [(name, unwrap_module(module), hook_name) for name, module, hook_name in hooked]
+
+
+Compiled = list[tuple[dict[str, Any], Any]]  # attributes of a module, and the compiled call that was taken from them
+
+
+@torch.compiler.disable
+def take_compiled(transformer: torch.nn.Module) -> Compiled:
+    """Keep a skipped call out of compiled modules: each kind of call would be compiled once more to do nothing.
+
+    `torch.compile` counts such variants of all hooked modules together and gives up at eight.
+    """
+    taken = []
+    for _, module, _ in _hooked_modules(transformer):
+        attributes = module.__dict__
+        if attributes.get("_compiled_call_impl") is not None:
+            taken.append((attributes, attributes["_compiled_call_impl"]))
+            attributes["_compiled_call_impl"] = None
+    return taken
+
+
+@torch.compiler.disable
+def give_back(taken: Compiled) -> None:
+    """Undo `take_compiled`."""
+    for attributes, compiled in taken:
+        attributes["_compiled_call_impl"] = compiled

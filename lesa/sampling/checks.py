@@ -28,12 +28,20 @@ class MismatchError(LesaError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstCall:
-    """The first transformer call of a run, as a check of one's own sees it."""
+    """The first transformer call of a run, as `LesaCacheConfig.check` sees it."""
 
     transformer: torch.nn.Module
     scheduler: Any | None  # None where the cache was given timesteps instead
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckResult:
+    """What `LesaCacheConfig.check` finds in the first call of a run."""
+
+    problems: Sequence[str] = ()  # any of them refuses the run
+    notes: Mapping[str, str] | None = None  # the run's facts for the summary; None: those of the configuration
 
 
 def run_problems(
@@ -78,7 +86,7 @@ _TOLERANCE = 2.0**-7  # relative: guidance and timesteps may come in bfloat16
 
 
 def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]:
-    """Every difference between the call under way and `expected`, in the pipeline's words.
+    """Every difference between the call under way and `expected`, by the names of the pipeline's arguments.
 
     The strength of classifier-free guidance does not reach the transformer and is not seen here; whether
     there is an unconditional branch is.
@@ -105,7 +113,7 @@ def call_problems(pipe: Any, expected: CallParams, call: FirstCall) -> list[str]
 
 
 def _timestep_problems(family: Family, call: FirstCall) -> list[str]:
-    """A pipeline may step with another scheduler than the one that was given."""
+    """A timestep that the scheduler does not have at this step: the pipeline steps with another one."""
     scheduler, timestep = call.scheduler, call.kwargs.get("timestep")
     if scheduler is None or not isinstance(timestep, torch.Tensor):
         return []
@@ -117,7 +125,7 @@ def _timestep_problems(family: Family, call: FirstCall) -> list[str]:
 
 
 def _controlnet_problems(pipe: Any, given: Mapping[str, Any]) -> list[str]:
-    """Another pipeline that shares the transformer may be the one that is called: nobody allowed that one."""
+    """Residuals without a ControlNet of `pipe`: another pipeline that shares the transformer is being called."""
     if getattr(pipe, "controlnet", None) is not None or all(given.get(name) is None for name in _CONTROLNET):
         return []
     return [
@@ -140,7 +148,7 @@ def _size(pipe: Any, grid: Grid) -> dict[str, int]:
 
 
 def _pixels(pipe: Any, grid: Grid) -> int:
-    """Of one cell of the grid, each way."""
+    """Pixels along a side of one cell of the grid."""
     factor: int = getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 8)
     return grid.latents_per_side * factor
 

@@ -1,4 +1,4 @@
-"""enable, disable, summary: a bundle on somebody's pipeline, and off again without a trace."""
+"""enable, disable, summary: a bundle on a pipeline, and off again without a trace."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from lesa.errors import LesaError
 from lesa.models.families import family_of
 from lesa.models.fingerprint import adapters, is_quantized
 from lesa.pull import bundle_from
-from lesa.sampling.adaptive import adaptive_problems, fallback_of
+from lesa.sampling.adaptive import Fallback, adaptive_problems, fallback_of
 from lesa.sampling.binding import LazyPredictor, StepCountBinding
 from lesa.sampling.checks import (
+    CheckResult,
     FirstCall,
     MismatchError,
     call_problems,
@@ -37,10 +38,42 @@ from lesa.schedule import Schedule
 ALLOWANCES = ("lora", "quantized", "pipeline")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Enabled:
+    """A bundle on a pipeline, with one of its schedules."""
+
+    owner: weakref.ref[Any]  # the pipeline: hooks must not keep it alive
     bundle: Bundle
     schedule: Schedule
+    chosen: str  # name of the schedule: a budget's, or for people
+    fallback: Fallback | None
+    allow: Collection[str]
+
+    def check(self, call: FirstCall) -> CheckResult:
+        """What does not fit in the first call of a run, and the run's facts."""
+        manifest = self.bundle.manifest
+        problems = [
+            *(adaptive_problems(call.scheduler, self.schedule) if self.fallback is not None else ()),
+            *scheduler_problems(call.scheduler, manifest),
+            *weights_problems(call.transformer, self.allow),
+            *call_problems(self.owner(), manifest.call, call),
+        ]
+        return CheckResult(problems=problems, notes=self.notes(call.transformer))
+
+    def notes(self, transformer: torch.nn.Module) -> dict[str, str]:
+        """Facts for the summary as they are now: adapters come and go between the runs."""
+        name, manifest = type(self.owner()).__name__, self.bundle.manifest
+        notes = {"bundle": f"{manifest.workload} ({self.bundle.digest[:12]})", "budget": self.chosen}
+        mismatches = [] if name == manifest.pipeline_class else [name]
+        if names := adapters(transformer):
+            mismatches.append(f"adapters {', '.join(names)}")
+        if mismatches:
+            notes["not measured with"] = ", ".join(mismatches)
+        if is_quantized(transformer):
+            notes["weights"] = "quantised; the fingerprint was not compared"
+        if self.fallback is not None:
+            notes["adaptive"] = self.fallback.promise
+        return notes
 
 
 _ENABLED: weakref.WeakKeyDictionary[torch.nn.Module, _Enabled] = weakref.WeakKeyDictionary()
@@ -62,11 +95,11 @@ def enable(
     """Accelerate a diffusers pipeline with a bundle made for its model.
 
     A bundle made with text-to-image serves the pipelines that run the same weights on the same tokens from
-    pictures (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
+    images (`Family.related_pipelines`) where `allow` has "pipeline". A run that begins in the middle of the
     schedule keeps the schedule's full steps and is full until the predictor has the history it was made for.
     With `adaptive`, a run whose errors stay within their bounds is the same as without. One that leaves them, as with
     an adapter that changes much, goes on with the bundle's next slower budget. The worst sample of a batch decides for
-    all. Features of that budget's history are kept beside the own ones: up to twice the memory.
+    all. Features of that budget's history are kept beside those of the budget in use: up to twice the memory.
     It is the transformer that is accelerated: another pipeline that shares it and the scheduler is too, where its
     calls cannot be told from those of `pipe` (image to image or inpainting at strength 1).
 
@@ -81,16 +114,7 @@ def enable(
         ValueError: a schedule that the predictor cannot serve, an argument out of range, or `adaptive` with what has
             no bounds (a schedule that is no budget, an older bundle) or no slower budget.
     """
-    unknown = sorted(set(allow) - set(ALLOWANCES))
-    if unknown or isinstance(allow, str):
-        got = allow if isinstance(allow, str) else ", ".join(unknown)
-        raise LesaError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
-    transformer = _transformer(pipe)
-    if is_lesa_cache_enabled(transformer):
-        raise LesaError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
-    if getattr(transformer, "is_cache_enabled", False):
-        raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
-    family = family_of(transformer)
+    transformer = _free_transformer(pipe, allow)
     loaded = bundle if isinstance(bundle, Bundle) else bundle_from(bundle)
     manifest = loaded.manifest
     problems = pipeline_problems(pipe, transformer, manifest, allow)
@@ -106,48 +130,34 @@ def enable(
         max_loss_db=max_loss_db,
     )
     schedule, chosen = choose()
-    fallback = None
-    if adaptive:
-        if not measure:
-            raise LesaError("adaptive: needs measure=True, since the measured errors decide")
-        fallback = fallback_of(loaded, chosen)
-    rule = LazyPredictor(loaded.predictor, schedule, torch.tensor(manifest.sigmas))
-    owner = weakref.ref(pipe)  # the hook must not keep the pipeline alive
-    adaptive_note = {} if fallback is None else {"adaptive": fallback.promise}
-    notes = _notes(loaded, chosen, pipe, transformer) | adaptive_note
-
-    def check(call: FirstCall) -> list[str]:
-        notes.clear()  # adapters come and go between the runs
-        notes.update(_notes(loaded, chosen, owner(), call.transformer) | adaptive_note)
-        return [
-            *(adaptive_problems(call.scheduler, schedule) if fallback is not None else ()),
-            *scheduler_problems(call.scheduler, manifest),
-            *weights_problems(call.transformer, allow),
-            *call_problems(owner(), manifest.call, call),
-        ]
-
-    apply_lesa_cache(
-        transformer,
-        LesaCacheConfig(
-            schedule=schedule,
-            rule=rule,
-            scheduler=lambda: getattr(owner(), "scheduler", None),
-            sigmas=manifest.sigmas,
-            other_steps=StepCountBinding(
-                loaded.predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], LazyPredictor
-            )
-            if loaded.predictor.spec.step_counts and not adaptive
-            else None,
-            fallback=fallback,
-            check=check,
-            num_branches=len(manifest.branches),
-            late_start=type(pipe).__name__ not in family.pipeline_classes,
-            measure=measure,
-            notes=notes,
-            bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
-        ),
+    if adaptive and not measure:
+        raise LesaError("adaptive: needs measure=True, since the measured errors decide")
+    enabled = _Enabled(
+        owner=weakref.ref(pipe),
+        bundle=loaded,
+        schedule=schedule,
+        chosen=chosen,
+        fallback=fallback_of(loaded, chosen) if adaptive else None,
+        allow=allow,
     )
-    _ENABLED[transformer] = _Enabled(loaded, schedule)
+    sigmas, predictor = torch.tensor(manifest.sigmas), loaded.predictor
+    others = StepCountBinding(predictor, manifest.sigmas, lambda n: choose(num_steps=n)[0], LazyPredictor)
+    config = LesaCacheConfig(
+        schedule=schedule,
+        rule=LazyPredictor(predictor, schedule, sigmas),
+        scheduler=lambda: getattr(enabled.owner(), "scheduler", None),
+        sigmas=manifest.sigmas,
+        other_steps=others if predictor.spec.step_counts and not adaptive else None,
+        fallback=enabled.fallback,
+        check=enabled.check,
+        num_branches=len(manifest.branches),
+        late_start=type(pipe).__name__ not in family_of(transformer).pipeline_classes,
+        measure=measure,
+        notes=enabled.notes(transformer),
+        bounds=manifest.budgets[chosen].bounds if chosen in manifest.budgets else {},
+    )
+    apply_lesa_cache(transformer, config)
+    _ENABLED[transformer] = enabled
 
 
 def disable(pipe: Any) -> None:
@@ -182,6 +192,19 @@ def call_kwargs(pipe: Any) -> dict[str, Any]:
     return given
 
 
+def _free_transformer(pipe: Any, allow: Collection[str]) -> torch.nn.Module:
+    """The pipeline's transformer, with no cache enabled on it; `LesaError` also for what cannot be allowed."""
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown or isinstance(allow, str):
+        got = allow if isinstance(allow, str) else ", ".join(unknown)
+        raise LesaError(f"allow: a collection of {', '.join(ALLOWANCES)}; got {got!r}")
+    transformer = _transformer(pipe)
+    if is_lesa_cache_enabled(transformer):
+        raise LesaError("LESA is enabled on this pipeline already: call lesa.disable(pipe) first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise LesaError("another cache is enabled: call pipe.transformer.disable_cache() first")
+    family_of(transformer)
+    return transformer
 
 
 def _transformer(pipe: Any) -> torch.nn.Module:
@@ -189,17 +212,3 @@ def _transformer(pipe: Any) -> torch.nn.Module:
     if not isinstance(transformer, torch.nn.Module):
         raise LesaError(f"{type(pipe).__name__} has no transformer: LESA accelerates diffusion transformers")
     return unwrap_module(transformer)
-
-
-def _notes(bundle: Bundle, chosen: str, pipe: Any, transformer: torch.nn.Module) -> dict[str, str]:
-    notes = {"bundle": f"{bundle.manifest.workload} ({bundle.digest[:12]})", "budget": chosen}
-    mismatches = []
-    if type(pipe).__name__ != bundle.manifest.pipeline_class:
-        mismatches.append(type(pipe).__name__)
-    if names := adapters(transformer):
-        mismatches.append(f"adapters {', '.join(names)}")
-    if mismatches:
-        notes["not measured with"] = ", ".join(mismatches)
-    if is_quantized(transformer):
-        notes["weights"] = "quantised; the fingerprint was not compared"
-    return notes

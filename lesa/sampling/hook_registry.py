@@ -1,4 +1,4 @@
-"""diffusers' hook registries, with the traps around removal: who is silenced when somebody's hook goes.
+"""Hooks put into diffusers' registries and taken out again, without silencing the hooks of other tools.
 
 accelerate's offloading wraps a forward too, and keeps what it wrapped as `_old_forward`. Pipelines take that wrapper
 off and put it on again after every run, so a hook above it would be gone after the first.
@@ -6,8 +6,10 @@ off and put it on again after every run, so a hook above it would be gone after 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -15,7 +17,21 @@ from diffusers.hooks import HookRegistry, ModelHook
 _OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading")  # diffusers' names of hooks that move weights
 
 
-def add_hook(module: torch.nn.Module, hook: ModelHook, name: str, *, beneath_offload: bool = False) -> None:
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a hook was put among what wraps a module's forward."""
+
+    above: Callable[..., Any] | None  # the forward that accelerate's wrapper under the hook wraps; None: no wrapper
+    installed: Callable[..., Any] | None = None  # the module's forward with the hook in it; None: beneath a wrapper
+
+
+class PlacedHook(ModelHook):
+    """A hook that knows where it was put: the base of every hook here."""
+
+    placement = Placement(above=None)
+
+
+def add_hook(module: torch.nn.Module, hook: PlacedHook, name: str, *, beneath_offload: bool = False) -> None:
     """Register `hook` as the outermost one of `module`.
 
     Args:
@@ -24,13 +40,13 @@ def add_hook(module: torch.nn.Module, hook: ModelHook, name: str, *, beneath_off
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if beneath_offload and "_old_forward" in module.__dict__:
-        hook.above = None
         with _without_offload_wrapper(module):
             registry.register_hook(hook, name)
+        hook.placement = Placement(above=None)
     else:
-        hook.above = module.__dict__.get("_old_forward")  # names the wrapper that this hook is above
+        above = module.__dict__.get("_old_forward")
         registry.register_hook(hook, name)
-        hook.installed = module.forward
+        hook.placement = Placement(above, installed=module.forward)
 
 
 @contextmanager
@@ -53,15 +69,15 @@ def is_above_offload(module: torch.nn.Module, name: str) -> bool:
 def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
     """Whether accelerate's wrapper is above the hook of that name."""
     kept, hook = module.__dict__.get("_old_forward"), module._diffusers_hook.get_hook(name)
-    return kept is not None and (kept is not hook.above or _is_dropped(module, hook))
+    return kept is not None and (kept is not hook.placement.above or _is_dropped(module, hook))
 
 
-def _is_dropped(module: torch.nn.Module, hook: ModelHook) -> bool:
+def _is_dropped(module: torch.nn.Module, hook: PlacedHook) -> bool:
     """Whether the wrapper beneath was taken off, by which accelerate drops every forward that came above it."""
-    if hook.above is None:
+    if hook.placement.above is None:
         return False
     forward = module.__dict__.get("forward")
-    while forward is not None and forward is not hook.installed:
+    while forward is not None and forward is not hook.placement.installed:
         forward = getattr(forward, "__wrapped__", None)
     return forward is None
 
@@ -101,7 +117,8 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
     else:
         registry.remove_hook(name, recurse=False)
     if outer is not None and kept is not None:
-        # What was handed over belongs where an outer hook that replaces the forward looks for the original.
+        # diffusers gives the inner forward to the outer hook as its own forward; a hook that replaces the forward calls
+        # `original_forward`, so that is where it belongs.
         outer.original_forward, outer.forward = outer.forward, kept
     own = module.__dict__.get("forward")
     if not registry.hooks and getattr(own, "__func__", None) is type(module).forward:

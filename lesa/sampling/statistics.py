@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,22 @@ class StepRecord:
     planned: str  # what the schedule says; differs from `kind` only where the guard asked for a full step
     stage: int | None = None  # noise stage, where the rule has stages
     seconds: float = 0.0  # host time inside the transformer
-    _errors: list[torch.Tensor] = field(default_factory=list)
+    _errors: list[torch.Tensor] = field(default_factory=list)  # [B] of each measured guidance branch
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def add_errors(self, errors: torch.Tensor) -> None:
+        """[B] relative L1 errors of one guidance branch."""
+        self._errors.append(errors)
+
+    def add_time(self, seconds: float, events: tuple[torch.cuda.Event, torch.cuda.Event] | None) -> None:
+        """Host seconds of one call, and where the device has a clock its events before and after."""
+        self.seconds += seconds
+        if events is not None:
+            self._events.append(events)
 
     @property
     def error(self) -> float | None:
-        """Relative L1 distance of what the rule would have said from the feature; None if not measured.
+        """Relative L1 distance of what the rule would have predicted from the feature; None if not measured.
 
         The mean over samples and guidance branches.
         """
@@ -44,6 +55,33 @@ class StepRecord:
             return self.seconds
         self._events[-1][1].synchronize()
         return sum(start.elapsed_time(end) for start, end in self._events) / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class CallTimer:
+    """Times one call of the transformer by the host's clock and, on a GPU, by the device's."""
+
+    started: float  # host clock
+    _event: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, tensor: Any) -> CallTimer:
+        """Now; `tensor` is on the device that the call runs on."""
+        started = time.perf_counter()
+        return cls(started, _event_now() if isinstance(tensor, torch.Tensor) and tensor.is_cuda else None)
+
+    def stop(self, record: StepRecord) -> float:
+        """Add the call to its step; returns the host clock."""
+        events = None if self._event is None else (self._event, _event_now())
+        now = time.perf_counter()
+        record.add_time(now - self.started, events)
+        return now
+
+
+def _event_now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @dataclass(slots=True, kw_only=True)

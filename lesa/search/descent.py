@@ -2,10 +2,10 @@
 
 What is searched for is a schedule for a learned predictor, so each candidate gets one: step weights in closed form,
 fitted on the other training trajectories. The run then goes through the real pipeline; the error is that of the final
-latents. A candidate that falls behind the best on the first trajectories is not run on the rest (`search.trials`).
+latents. A candidate that falls behind the incumbent on the first trajectories is not run on the rest (`search.trials`).
 Where a descent ends depends on the order of its moves, so there are several; which schedule is best changes with
-training through the sampler, so a very short one screens the leaders and a short one has the last word
-(`search.finalists`). Validation and test trajectories have no say.
+training through the sampler, so the leaders are trained, in two rounds of successive halving (`search.finalists`).
+Validation and test trajectories have no say.
 """
 
 from __future__ import annotations
@@ -14,39 +14,117 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from lesa.errors import LesaError
-from lesa.params import Report, Workload
+from lesa.params import CallParams, ClosedLoopParams, ModelParams, PredictorParams, Report, SearchParams
 from lesa.predictor.predictor import BoundPredictor
 from lesa.recording.dataset import Trajectories, trajectories_digest
 from lesa.schedule import Schedule, history_problems, stage_of_steps
 from lesa.search.finalists import error_after_training, leaders
-from lesa.search.trials import Runs, Trial, run_trial
+from lesa.search.local_search import Evaluations, Move, in_turn, local_search
+from lesa.search.trials import Runs, Steps, Trial, run_trial
 from lesa.training.losses import log_squared_errors
 from lesa.training.rollout import accelerated_latents
 from lesa.training.step_weights import StepFits
 
 DECIBELS = 10 / math.log(10)  # of a natural logarithm
-JUMPS = (1, -1, 2, -2)  # how far full steps are moved
+JUMPS = ((1, -1), (2, -2))  # how far full steps are moved, near moves before far ones
 HOPELESS = 3.0  # dB that a start may be behind the best one: no descent from farther behind has caught up
 
 
-class ErrorOf(Protocol):
-    """Error of a schedule, in dB; run as far as it takes to tell it from a schedule that was run in full."""
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What a search depends on beside its trajectories and its starts."""
 
-    def __call__(self, schedule: Schedule, against: Schedule | None = None, /) -> float: ...
+    call: CallParams
+    model: ModelParams
+    predictor: PredictorParams
+    search: SearchParams
+    closed_loop: ClosedLoopParams  # how fast finalists are trained
+    seed: int  # of the finalists' batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Errors of schedules in dB: of true runs on some training trajectories, with weights learned on others."""
+
+    pipe: Any
+    settings: SearchSettings
+    data: Trajectories
+    judged: list[int]  # rows that are run
+    fitted: list[int]  # rows that weights are learned on
+    fits: StepFits
+    runs: Runs
+
+    @classmethod
+    def of(cls, pipe: Any, settings: SearchSettings, data: Trajectories, journal: Path, report: Report) -> Judge:
+        """Fit on some of the trajectories, judge on the others; `journal` and `report` as `refine` takes them."""
+        predictor = settings.predictor
+        judged, fitted = judged_apart(data, settings.search.samples)
+        return cls(
+            pipe=pipe,
+            settings=settings,
+            data=data,
+            judged=judged,
+            fitted=fitted,
+            fits=StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device),
+            runs=Runs(journal, search_key(settings, data), report),
+        )
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.data.sigmas) - 1
+
+    def trial(self, steps: Steps, incumbent: Trial | None) -> Trial:
+        """Run a schedule with weights in closed form, as far as it takes to tell it from the incumbent."""
+
+        def run() -> Trial:
+            schedule = Schedule.explicit(self.num_steps, steps)
+            return run_trial(self.judged, partial(self._errors, schedule, self.fits.rule(schedule)), incumbent)
+
+        return self.runs.make((0, steps), "error", run)
+
+    @torch.no_grad()
+    def _errors(self, schedule: Schedule, rule: BoundPredictor, rows: list[int]) -> list[float]:
+        latents = accelerated_latents(self.pipe, self.settings.call, schedule, rule, self.data, rows)
+        errors = log_squared_errors(latents, self.data.latents[rows].to(latents.device)) * DECIBELS
+        return errors.tolist()
+
+    def trained_error(self, steps: Steps, iterations: int, value: str) -> float:
+        """The error after a short training of the weights; `value` names it in reports."""
+        run = (iterations, steps)
+        if run not in self.runs.known:
+            self.runs.make(run, value, partial(self._trained, steps, iterations))
+        return self.runs.known[run].error
+
+    def _trained(self, steps: Steps, iterations: int) -> Trial:
+        schedule = Schedule.explicit(self.num_steps, steps)
+        error = error_after_training(
+            self.pipe,
+            self.settings.call,
+            self.data,
+            schedule,
+            self.fits.weights(schedule),
+            settings=self.settings.closed_loop,
+            history_size=self.settings.predictor.step_history,
+            seed=self.settings.seed,
+            fitted=[row for row in self.fitted if self.data.branch[row] == 0],
+            judged=self.judged,
+            iterations=iterations,
+        )
+        return Trial.of([error * DECIBELS])
 
 
 def refine(
     pipe: Any,
-    workload: Workload,
+    settings: SearchSettings,
     data: Trajectories,
     starts: Sequence[Schedule],
     *,
@@ -58,7 +136,7 @@ def refine(
 
     Args:
         pipe: the workload's pipeline.
-        workload: its `search` section says how many runs of how many trajectories, and how many are trained.
+        settings: the section `search` says how many runs of how many trajectories, and how many are trained.
         data: training trajectories; `search.samples` of them are run, those of other prompts fitted (`judged_apart`).
         starts: schedules of one number of full steps: the descents begin at them in turn, at the best one first; at one
             that is far behind none begins.
@@ -71,56 +149,54 @@ def refine(
         in closed form (`start_error_db`, `error_db`) and, where finalists were trained, of the schedule returned after
         its short training (`trained_error_db`).
     """
-    settings, predictor = workload.search, workload.predictor
-    judged, fitted = judged_apart(data, settings.samples)
-    fits = StepFits(data, fitted, predictor.step_history, predictor.ridge, pipe.device)
-    runs = Runs(journal, search_key(workload, data), report)
+    search, judge = settings.search, Judge.of(pipe, settings, data, journal, report)
 
-    @torch.no_grad()
-    def errors_of(schedule: Schedule, rule: BoundPredictor, indices: list[int]) -> list[float]:
-        latents = accelerated_latents(pipe, workload, schedule, rule, data, indices)
-        errors = log_squared_errors(latents, data.latents[indices].to(latents.device)) * DECIBELS
-        return errors.tolist()
+    def allowed(steps: Steps) -> bool:
+        return serves(settings.predictor, Schedule.explicit(judge.num_steps, steps), data.sigmas)
 
-    def error(schedule: Schedule, against: Schedule | None = None) -> float:
-        run = (0, schedule.full_steps)
-        incumbent = None if against is None else runs.known[0, against.full_steps]
-        trial = runs.known.get(run)
-        unfinished = trial is not None and len(trial.errors) < len(judged)
-        if trial is None or (unfinished and incumbent is not None and trial.error < incumbent.error):
-            rule = fits.rule(schedule)
-            trial = runs.make(run, "error", lambda: run_trial(judged, partial(errors_of, schedule, rule), incumbent))
-        return trial.error
+    ends, done = local_search(
+        judge.trial,
+        [start.full_steps for start in starts],
+        moves,
+        num_steps=judge.num_steps,
+        budget=max(search.descents * search.evaluations, len(set(starts))),
+        seed=seed,
+        origins=in_turn(search.descents, within=HOPELESS),
+        samples=len(judge.judged),
+        allowed=allowed,
+    )
+    best = min(ends, key=done.error)
+    figures = {
+        "start_error_db": min(done.error(start.full_steps) for start in starts),
+        "error_db": done.error(best),
+        "evaluations": float(done.count),
+    }
+    if search.finalists > 1:
+        candidates = _candidates(done, ends, max(search.screened, search.finalists))
+        best, figures["trained_error_db"] = _best_after_training(judge, candidates)
+    return Schedule.explicit(judge.num_steps, best), figures
 
-    def trained_error(schedule: Schedule, iterations: int, value: str) -> float:
-        run = (iterations, schedule.full_steps)
-        if run not in runs.known:
-            weights, rows = fits.weights(schedule), [row for row in fitted if data.branch[row] == 0]
-            given = (pipe, workload, data, schedule, weights)
-            train = partial(error_after_training, *given, fitted=rows, judged=judged, iterations=iterations)
-            runs.make(run, value, lambda: Trial.of([train() * DECIBELS]))
-        return runs.known[run].error
 
-    ranked = sorted(starts, key=error)
-    ranked = [start for start in ranked if error(start) <= error(ranked[0]) + HOPELESS]
-    ends = []
-    for number in range(settings.descents):
-        left = settings.descents * settings.evaluations - len(runs.made)
-        limit = len(runs.made) + left // (settings.descents - number)
-        generator = torch.Generator().manual_seed(seed + number)
-        start = ranked[number % len(ranked)]
-        ends.append(_descend(workload, data.sigmas, start, error, runs, limit, generator))
-    best = min(ends, key=error)
-    figures = {"start_error_db": error(ranked[0]), "error_db": error(best), "evaluations": float(len(runs.made))}
-    if settings.finalists > 1:
-        chosen = _candidates(runs, ends, max(settings.screened, settings.finalists))
-        if len(chosen) > settings.finalists:
-            screen = partial(trained_error, iterations=settings.screen_iterations, value="screened_error")
-            chosen = sorted(chosen, key=screen)[: settings.finalists]
-        train = partial(trained_error, iterations=settings.finalist_iterations, value="trained_error")
-        best = min(chosen, key=train)
-        figures["trained_error_db"] = train(best)
-    return best, figures
+def _candidates(done: Evaluations, ends: Sequence[Steps], count: int) -> list[Steps]:
+    """Where the descents ended, the best first, then whatever else leads."""
+    errors = {steps: trial.error for steps, trial in done.trials.items()}
+    return leaders(errors, count, leaders({end: errors[end] for end in ends}, count))
+
+
+def _best_after_training(judge: Judge, candidates: Sequence[Steps]) -> tuple[Steps, float]:
+    """Successive halving: of many candidates a very short training keeps a few, of which a longer one takes the best.
+
+    Returns:
+        The steps, and their error after the longer training in dB.
+    """
+    search = judge.settings.search
+    finalists = list(candidates)
+    if len(finalists) > search.finalists:
+        screen = partial(judge.trained_error, iterations=search.screen_iterations, value="screened_error")
+        finalists = sorted(finalists, key=screen)[: search.finalists]
+    train = partial(judge.trained_error, iterations=search.finalist_iterations, value="trained_error")
+    best = min(finalists, key=train)
+    return best, train(best)
 
 
 def judged_apart(data: Trajectories, samples: int) -> tuple[list[int], list[int]]:
@@ -150,91 +226,36 @@ def judged_apart(data: Trajectories, samples: int) -> tuple[list[int], list[int]
     raise LesaError(f"search.samples: {samples} leaves none of {len(prompts)} recorded training prompts to be fitted")
 
 
-def _descend(
-    workload: Workload,
-    sigmas: torch.Tensor,
-    start: Schedule,
-    error: ErrorOf,
-    runs: Runs,
-    limit: int,
-    generator: torch.Generator,
-) -> Schedule:
-    """Takes the first better neighbour again and again, until none is better or so many runs were made.
-
-    What was an improvement is tried once more in the same direction before anything else; what this descent has seen
-    is not tried again.
-    """
-    best, seen = start, {start.full_steps}
-    move: tuple[int, ...] | None = None
-    while len(runs.made) < limit:
-        before = best
-        for candidate in neighbours(best, generator, move):
-            if len(runs.made) >= limit:
-                break
-            if candidate.full_steps in seen or not serves(workload, candidate, sigmas):
-                continue
-            seen.add(candidate.full_steps)
-            if error(candidate, best) < error(best, None):
-                move = tuple(b - a for a, b in zip(best.full_steps, candidate.full_steps, strict=True))
-                best = candidate
-                break
-        if best is before:
-            break
-    return best
-
-
-def _candidates(runs: Runs, ends: Sequence[Schedule], count: int) -> list[Schedule]:
-    """Where the descents ended, the best first, then whatever else leads."""
-    errors = {steps: trial.error for (iterations, steps), trial in runs.known.items() if iterations == 0}
-    found = leaders({end.full_steps: errors[end.full_steps] for end in ends}, count)
-    return [Schedule.explicit(ends[0].num_steps, steps) for steps in leaders(errors, count, found)]
-
-
-def search_key(workload: Workload, data: Trajectories) -> str:
+def search_key(settings: SearchSettings, data: Trajectories) -> str:
     """Identity of a search's runs: what their errors depend on."""
-    predictor, loop = workload.predictor, workload.closed_loop
+    predictor, loop = settings.predictor, settings.closed_loop
     parts = [
-        dataclasses.asdict(workload.call),
-        dataclasses.asdict(workload.model),
-        [predictor.step_history, predictor.ridge, workload.search.samples],
-        [loop.batch_size, loop.step_learning_rate, loop.gradient_clip, workload.seed],
+        dataclasses.asdict(settings.call),
+        dataclasses.asdict(settings.model),
+        [predictor.step_history, predictor.ridge, settings.search.samples],
+        [loop.batch_size, loop.step_learning_rate, loop.gradient_clip, settings.seed],
         trajectories_digest(data),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def neighbours(
-    schedule: Schedule, generator: torch.Generator, move: Sequence[int] | None = None
-) -> Iterator[Schedule]:
-    """Schedules with one full step moved, or all from one on, near moves first, in a drawn order.
-
-    Args:
-        schedule: where to start.
-        generator: of the order.
-        move: by how much each full step was moved last; the same again comes first.
-    """
-    count = schedule.num_full
-    moves: list[Sequence[int]] = [] if move is None else [move]
-    for jumps in (JUMPS[:2], JUMPS[2:]):
+def moves(steps: Steps, generator: torch.Generator) -> list[Move]:
+    """One full step moved, or all from one on, near moves first, in a drawn order."""
+    count = len(steps)
+    drawn: list[Move] = []
+    for jumps in JUMPS:
         these = [
-            [by if first <= place < last else 0 for place in range(count)]
+            tuple(by if first <= place < last else 0 for place in range(count))
             for first in range(1, count)
             for last in (first + 1, count)
             for by in jumps
         ]
-        moves += [these[number] for number in torch.randperm(len(these), generator=generator).tolist()]
-    seen = {schedule.full_steps}
-    for shifts in moves:
-        steps = tuple(step + shift for step, shift in zip(schedule.full_steps, shifts, strict=True))
-        if steps in seen or steps[-1] >= schedule.num_steps or any(b <= a for a, b in pairwise(steps)):
-            continue
-        seen.add(steps)
-        yield Schedule.explicit(schedule.num_steps, steps)
+        drawn += [these[number] for number in torch.randperm(len(these), generator=generator).tolist()]
+    return drawn
 
 
-def serves(workload: Workload, schedule: Schedule, sigmas: torch.Tensor) -> bool:
+def serves(predictor: PredictorParams, schedule: Schedule, sigmas: torch.Tensor) -> bool:
     """Whether the predictor has the history it wants at every predicted step."""
-    predictor = workload.predictor
     if predictor.kind == "per_step":
         return True  # its early steps use what there is
     stages = stage_of_steps(sigmas, predictor.boundaries)

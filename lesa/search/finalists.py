@@ -1,8 +1,9 @@
-"""The search's last word: schedules that lead are trained through the sampler for a while before one is taken.
+"""Successive halving: schedules that lead the search are trained through the sampler before one of them is taken.
 
 Weights in closed form rank schedules as they are before training, and what training makes of a schedule differs by
-more than the leaders do. So those that lead, not too alike, get a short closed loop each, of step weights alone: what
-experts add, they add to all of them. A very short one screens many: it ranks them much as a longer one does.
+more than the leaders do. So the leaders, not too alike, get a short closed loop each, of step weights alone: what
+experts add, they add to all of them. There are two rounds: a very short training of many, which ranks them much as a
+longer one does, and a longer one of the few finalists.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesa.params import Workload
-from lesa.predictor.rule import History
+from lesa.params import CallParams, ClosedLoopParams
+from lesa.predictor.rule import History, WithoutStages
 from lesa.predictor.spec import STEPS
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories, draw
 from lesa.schedule import Schedule
+from lesa.search.trials import Steps
 from lesa.training.loop import LoopSettings, TrainingError, optimise
 from lesa.training.losses import log_latents_loss
 from lesa.training.rollout import accelerated_latents, freeze_pipeline
@@ -30,11 +32,9 @@ from lesa.training.step_weights import StepWeights
 
 APART = 4  # steps by which the full steps of two finalists differ at least, taken together
 
-Steps = tuple[int, ...]
-
 
 @dataclass
-class StepRule:
+class StepRule(WithoutStages):
     """Step weights alone as a `lesa.predictor.rule.Rule`: predictions carry their gradients."""
 
     weights: StepWeights
@@ -56,30 +56,46 @@ def leaders(errors: Mapping[Steps, float], count: int, chosen: Sequence[Steps] =
         count: how many at most.
         chosen: schedules that come before all others.
     """
-    found = list(chosen[:count])
+    leading = list(chosen[:count])
     for steps in sorted(errors, key=lambda steps: (errors[steps], steps)):
-        if len(found) == count:
+        if len(leading) == count:
             break
-        if all(_apart(steps, other) >= APART for other in found):
-            found.append(steps)
-    return found
+        if all(_apart(steps, other) >= APART for other in leading):
+            leading.append(steps)
+    return leading
 
 
 def _silent(iteration: int, values: dict[str, float]) -> None:
-    """Of a finalist's training only the end is told."""
+    """A report that tells nothing: of a finalist's training only the resulting error is reported, by its caller."""
 
 
 def _apart(one: Steps, other: Steps) -> int:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
+def _loop_settings(settings: ClosedLoopParams, iterations: int, seed: int) -> LoopSettings:
+    return LoopSettings(
+        iterations=iterations,
+        learning_rate=0.0,  # there are no experts
+        gate_learning_rate=0.0,
+        step_learning_rate=settings.step_learning_rate,
+        weight_decay=0.0,
+        gradient_clip=settings.gradient_clip,
+        checkpoint_every=iterations,
+        seed=seed,
+    )
+
+
 def error_after_training(
     pipe: Any,
-    workload: Workload,
+    call: CallParams,
     data: Trajectories,
     schedule: Schedule,
     start: StepWeights,
     *,
+    settings: ClosedLoopParams,
+    history_size: int,
+    seed: int,
     fitted: Sequence[int],
     judged: Sequence[int],
     iterations: int,
@@ -88,10 +104,13 @@ def error_after_training(
 
     Args:
         pipe: the workload's pipeline; its parameters are frozen.
-        workload: its `closed_loop` section says how fast.
+        call: how the pipeline is called.
         data: training trajectories.
         schedule: on which the weights are good.
         start: weights in closed form, trained in place.
+        settings: how fast, and on batches of how many trajectories.
+        history_size: K of the weights.
+        seed: of the batches.
         fitted: trajectories that are learned from.
         judged: others, for the error.
         iterations: optimiser steps.
@@ -99,12 +118,11 @@ def error_after_training(
     Returns:
         The error, that of the start where training made it worse; infinity where it left the finite numbers.
     """
-    settings = workload.closed_loop
     freeze_pipeline(pipe)
-    rule = StepRule(start, workload.predictor.step_history)
+    rule = StepRule(start, history_size)
 
     def loss_of(indices: Sequence[int]) -> torch.Tensor:
-        latents = accelerated_latents(pipe, workload, schedule, rule, data, indices, settings.gradient_checkpointing)
+        latents = accelerated_latents(pipe, call, schedule, rule, data, indices, settings.gradient_checkpointing)
         return log_latents_loss(latents, data.latents[list(indices)].to(latents.device))
 
     def batch_loss(batch: torch.Generator) -> torch.Tensor:
@@ -114,18 +132,9 @@ def error_after_training(
     def judged_loss() -> float:
         return float(loss_of(judged))
 
-    loop = LoopSettings(
-        iterations=iterations,
-        learning_rate=0.0,  # there are no experts
-        gate_learning_rate=0.0,
-        step_learning_rate=settings.step_learning_rate,
-        weight_decay=0.0,
-        gradient_clip=settings.gradient_clip,
-        checkpoint_every=iterations,
-        seed=workload.seed,
-    )
+    loop = _loop_settings(settings, iterations, seed)
     weights = nn.ModuleDict({STEPS: start})
-    with TemporaryDirectory() as folder:  # too short to be taken up again
+    with TemporaryDirectory() as folder:  # training this short is not resumed
         try:
             return optimise(
                 weights, batch_loss, judged_loss, settings=loop, folder=Path(folder), key="", report=_silent

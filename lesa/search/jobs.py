@@ -1,4 +1,8 @@
-"""The search cut into jobs: the cheapest paths of all budgets first, then each budget by itself."""
+"""The search cut into jobs: the cheapest paths of all budgets first, then each budget by itself.
+
+Ray pickles the functions of this module by name: a job's work stays importable from here. This is also where a workload
+is taken apart: the rest of the package, `schedules_file` excepted, takes the sections it reads.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params import Report, Workload, searched_budgets
 from lesa.recording.dataset import kept_splits, recorded_splits
 from lesa.schedule import Schedule
-from lesa.search.descent import refine, serves
+from lesa.search.descent import SearchSettings, refine, serves
 from lesa.search.path import cheapest_schedules
-from lesa.training.jobs import Figures, transformer_folder, work_dir
+from lesa.training.experts import Figures
+from lesa.training.jobs import transformer_folder, work_dir
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,18 @@ class SearchJob:
 
     budget: str
     starts: tuple[Schedule, ...]
+
+
+def search_settings(workload: Workload) -> SearchSettings:
+    """What the workload's searches depend on beside trajectories and starts."""
+    return SearchSettings(
+        call=workload.call,
+        model=workload.model,
+        predictor=workload.predictor,
+        search=workload.search,
+        closed_loop=workload.closed_loop,
+        seed=workload.seed,
+    )
 
 
 def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[SearchJob]:
@@ -37,7 +54,7 @@ def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[S
     jobs, impossible = [], []
     for budget, count in wanted.items():
         even = even_schedule(len(train.sigmas) - 1, count, leading)
-        starts = [schedule for schedule in (paths[count], even) if serves(workload, schedule, train.sigmas)]
+        starts = [schedule for schedule in (paths[count], even) if serves(workload.predictor, schedule, train.sigmas)]
         if not starts:
             impossible.append(f"{budget}: {list(paths[count].full_steps)}")
         jobs.append(SearchJob(budget, tuple(starts)))
@@ -61,7 +78,7 @@ def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[
     train, _ = kept_splits(workload)
     return refine(
         load_pipeline(workload.model, workload.resources.device),
-        workload,
+        search_settings(workload),
         train,
         job.starts,
         seed=workload.seed,

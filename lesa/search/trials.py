@@ -1,7 +1,7 @@
-"""A schedule run against the best so far, trajectory by trajectory, until it has plainly lost.
+"""A schedule raced against the best so far, the incumbent, until it is plainly worse.
 
 Neighbouring schedules fail on the same trajectories, so the differences of their errors vary much less than the errors
-do, and a few of them tell most losers.
+do, and a few of them tell most of the worse ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from statistics import fmean, stdev
 
 from lesa import atomic
 from lesa.params import Report
-from lesa.search.finalists import Steps
 
 STRIDE = 8  # trajectories run at a time
-BEHIND = 2.0  # standard errors of the mean difference that a loser is behind
+BEHIND = 2.0  # standard errors of the mean difference by which a trial is eliminated
 WORST = 1e3  # dB: of a run that left the finite numbers
 
 
@@ -26,7 +25,8 @@ WORST = 1e3  # dB: of a run that left the finite numbers
 class Trial:
     """What a schedule came to.
 
-    error: in dB, of all trajectories; of a loser the best one's error and the mean difference to it, so far as it ran.
+    error: in dB, of all trajectories; of an eliminated trial the incumbent's error and the mean difference to it over
+        the trajectories that were run.
     errors: in dB, of the trajectories that were run.
     """
 
@@ -35,7 +35,7 @@ class Trial:
 
     @classmethod
     def of(cls, errors: Sequence[float], incumbent: Trial | None = None) -> Trial:
-        """Of the errors of all trajectories; with a rival, of the first ones."""
+        """Of the errors of all trajectories; with an incumbent, of the first ones."""
         finite = [error if math.isfinite(error) else WORST for error in errors]
         if WORST in finite:
             return cls(WORST, tuple(finite))
@@ -46,12 +46,12 @@ class Trial:
 
 
 def run_trial(places: Sequence[int], run: Callable[[list[int]], list[float]], incumbent: Trial | None) -> Trial:
-    """Run a schedule on trajectories, `STRIDE` at a time, until it has lost or they are through.
+    """Run a schedule on trajectories, `STRIDE` at a time, until it is eliminated or all were run.
 
     Args:
-        places: trajectories, in the order of the rival's errors.
+        places: trajectories, in the order of the incumbent's errors.
         run: the errors of some of them, in dB.
-        rival: the best schedule's race, run on all of them; None runs all.
+        incumbent: the best schedule's trial, run on all of them; None runs all.
     """
     if incumbent is not None and incumbent.error == WORST:
         incumbent = None
@@ -64,12 +64,14 @@ def run_trial(places: Sequence[int], run: Callable[[list[int]], list[float]], in
 
 
 def _eliminated(errors: Sequence[float], incumbents: Sequence[float]) -> bool:
+    """Whether the mean difference is more standard errors behind than chance explains."""
     if len(errors) < STRIDE:
         return False  # too few to tell
     differences = [a - b for a, b in zip(errors, incumbents, strict=False)]
     return fmean(differences) > BEHIND * stdev(differences) / math.sqrt(len(differences))
 
 
+Steps = tuple[int, ...]  # increasing from 0
 Run = tuple[int, Steps]  # optimiser steps before it, full steps
 
 
@@ -120,7 +122,7 @@ def read_journal(path: Path, key: str) -> list[tuple[Run, Trial]]:
                 for iterations, steps, error, errors in record["runs"]
             ]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing is lost but time
+        pass  # the runs are made again
     return []
 
 

@@ -7,20 +7,20 @@ the history these experts look back on.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lesa.errors import LesaError
-from lesa.params import Workload
 from lesa.predictor.alpha import history_steps
 from lesa.predictor.spec import MIXED, MIXED_HISTORY
 from lesa.recording.dataset import Splits, Trajectories, trajectories_digest
 from lesa.schedule import Schedule, least_full, stage_of_steps
+from lesa.training.design import ExpertDesign
+
+MAX_START_POINTS = 512  # of the offsets at which a gate is started
+MARGIN = 0.05  # of the range of offsets: noise levels between the recorded numbers of steps are interpolated
 
 
 def data_digest(budget: str, train: Trajectories, validation: Trajectories, others: Mapping[int, Splits]) -> str:
@@ -34,20 +34,6 @@ def draw_case(batch: torch.Generator, count: int) -> int:
     return int(torch.randint(count, (), generator=batch)) if count > 1 else 0
 
 
-def training_key(workload: Workload, step: str, job: str, data: str) -> str:
-    """Identity of a training run: everything that its result depends on."""
-    sections = {
-        name: dataclasses.asdict(getattr(workload, name))
-        for name in ("predictor", "schedule", "call", "model", step)
-    }
-    text = json.dumps([sections, workload.seed, step, job, data], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-MAX_START_POINTS = 512  # of the offsets at which a gate is started
-MARGIN = 0.05  # of the range of offsets: noise levels between the recorded numbers of steps are interpolated
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One schedule that experts are trained on, with the trajectories of its number of steps."""
@@ -59,7 +45,7 @@ class Case:
 
 
 def training_cases(
-    workload: Workload, budget: str, train: Trajectories, validation: Trajectories, others: Mapping[int, Splits]
+    design: ExpertDesign, budget: str, train: Trajectories, validation: Trajectories, others: Mapping[int, Splits]
 ) -> list[Case]:
     """What the experts of `budget` are trained on: its schedule, or with `MIXED` all schedules at all step counts.
 
@@ -71,43 +57,43 @@ def training_cases(
         ValueError: trajectories of a number of steps are missing.
     """
     if budget != MIXED:
-        schedule = workload.budgets()[budget]
+        schedule = design.schedules[budget]
         return [Case(schedule=schedule, train=train, validation=validation, judged=len(validation))]
-    if missing := sorted(set(workload.record.step_counts) - others.keys()):
+    if missing := sorted(set(design.step_counts) - others.keys()):
         raise LesaError(f"experts for other numbers of steps need the trajectories of {missing} steps too")
-    sets = {workload.call.num_inference_steps: (train, validation), **others}
+    sets = {design.call.num_inference_steps: (train, validation), **others}
     judged = min(len(validation) for _, validation in sets.values())
     return [
         Case(schedule=schedule, train=sets[count][0], validation=sets[count][1], judged=judged)
         for count in sorted(sets)
-        for schedule in carried_schedules(workload, count)
+        for schedule in carried_schedules(design, count)
     ]
 
 
-def carried_schedules(workload: Workload, num_steps: int) -> list[Schedule]:
+def carried_schedules(design: ExpertDesign, num_steps: int) -> list[Schedule]:
     """Every budget's schedule for runs of `num_steps` as it is served: those that predict something, each once."""
-    budgets = workload.budgets().values()
+    budgets = design.schedules.values()
     least = least_full(budgets)
     carried = [schedule.carried(num_steps, least) for schedule in budgets]
     return [schedule for schedule in dict.fromkeys(carried) if schedule.predicted_steps]
 
 
-def served_offsets(workload: Workload, stage: int, levels: Mapping[int, torch.Tensor]) -> torch.Tensor:
+def served_offsets(design: ExpertDesign, stage: int, levels: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """[n, 2] noise-level offsets that an expert may be asked for at any number of steps from the lowest to the highest.
 
-    Full steps count too: there the error meter asks what the expert would have said. Where rounding puts a carried
+    Full steps count too: there the error meter asks what the expert would have predicted. Where rounding puts a carried
     schedule's full steps changes from one number of steps to the next, so all of them are looked at; what is
     returned are the extreme ones, with a margin, and some of the others.
 
     Args:
         levels: noise levels by number of steps, of those that are recorded.
     """
-    boundaries, history = workload.predictor.boundaries, workload.predictor.history
+    boundaries, history = design.predictor.boundaries, design.predictor.history
     rows = []
     for num_steps in range(min(levels), max(levels) + 1):
         sigmas = levels[num_steps] if num_steps in levels else interpolated(levels[max(levels)], num_steps)
         stages = stage_of_steps(sigmas, boundaries)
-        for schedule in carried_schedules(workload, num_steps):
+        for schedule in carried_schedules(design, num_steps):
             steps = [step for step in range(MIXED_HISTORY, num_steps) if stages[step] == stage]
             if steps:
                 past = [history_steps(schedule, step, MIXED_HISTORY, history) for step in steps]
@@ -117,8 +103,8 @@ def served_offsets(workload: Workload, stage: int, levels: Mapping[int, torch.Te
     offsets = torch.cat(rows).float()
     low, high = offsets.amin(dim=0), offsets.amax(dim=0)
     margin = MARGIN * (high - low)
-    ends = torch.stack([(low - margin).clamp_min(0.0), high + margin])
-    return torch.cat([ends, offsets[:: -(-len(offsets) // MAX_START_POINTS)]])
+    extremes = torch.stack([(low - margin).clamp_min(0.0), high + margin])
+    return torch.cat([extremes, offsets[:: -(-len(offsets) // MAX_START_POINTS)]])
 
 
 def interpolated(sigmas: torch.Tensor, num_steps: int) -> torch.Tensor:

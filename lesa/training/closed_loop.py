@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,43 @@ from torch import nn
 
 from lesa.errors import LesaError
 from lesa.models.output_head import OutputHead, freeze, output_head_of
-from lesa.params import Report, Workload
+from lesa.params import CallParams, ClosedLoopParams, Report
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, STEPS, Variant
-from lesa.recording.dataset import Splits, Trajectories, draw, noise_levels
-from lesa.training import losses
-from lesa.training.cases import Case, data_digest, draw_case, training_cases, training_key
+from lesa.recording.dataset import Splits, Trajectories, noise_levels
+from lesa.training.cases import Case, data_digest, training_cases
+from lesa.training.design import ExpertDesign, training_key
 from lesa.training.expert import Expert
-from lesa.training.experts import Job, expert_seed, new_expert, predictor_spec
+from lesa.training.experts import Job, Tensors, Trained, expert_seed, new_expert, predictor_spec
 from lesa.training.ground_truth import step_weights_of_stage
-from lesa.training.loop import LoopSettings, optimise
+from lesa.training.loop import LoopSettings, Objective, fit
+from lesa.training.losses import CLOSED_LOOP, GROUND_TRUTH
 from lesa.training.rollout import ExpertRule, accelerated_latents, freeze_pipeline
 from lesa.training.step_weights import StepWeights
 from lesa.training.targets import whiten
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutCase(Case):
+    """A case with the experts in training as a rule on its schedule."""
+
+    rule: ExpertRule
+
+
 def train_budget(
-    workload: Workload,
+    design: ExpertDesign,
+    settings: ClosedLoopParams,
     budget: str,
     start: Predictor,
     pipe: Any,
     train: Trajectories,
     validation: Trajectories,
     *,
+    feature_loss: str,
     others: Mapping[int, Splits] | None = None,
     work_dir: Path,
     report: Report,
-) -> tuple[dict[Job, dict[str, torch.Tensor]], dict[str, float]]:
+) -> Trained:
     """Train all experts of one budget in the loop; resumes from its checkpoints in `work_dir`.
 
     With `MIXED` for a budget, each optimiser step is one schedule at one number of steps, drawn with the batch.
@@ -53,116 +64,120 @@ def train_budget(
     Args:
         start: the predictor of the first training step.
         pipe: the workload's pipeline; its parameters are frozen and its hooks are left as they were.
+        feature_loss: one of `losses.GROUND_TRUTH`, for `drifted_states`.
         others: trajectories of further numbers of steps, for `MIXED`.
 
     Returns:
-        Every expert's tensors, and the validation error of the final latents in decibels before and after.
+        Every expert, the budget's step weights, and the validation loss of the final latents before and after.
     """
-    settings, others = workload.closed_loop, others or {}
-    if start.spec != predictor_spec(workload, train.channels):
+    others = others or {}
+    if start.spec != predictor_spec(design, train.channels):
         raise LesaError("the first training step's predictor has other settings; run train_stage1 first")
     freeze_pipeline(pipe)
-    jobs = [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
-    levels = noise_levels(others)
-    experts = {job.stage: new_expert(workload, job, train.sigmas, train.channels, levels) for job in jobs}
     variant = next(v for v in start.spec.all_variants if v.name == budget)
+    experts = _restored(design, start, variant, train, others)
+    known = training_cases(design, budget, train, validation, others)
+    known = [case for case in known if case.schedule.predicted_steps]
+    if not known:
+        return Trained(budget=budget, experts=_exported(experts), step_weights=start.step_tensors(variant))
+    modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()}).to(pipe.device)
+    step_weights = start_step_weights(design, budget, start, experts, train)
+    cases = _rollout_cases(design, known, experts, start.spec.sizes_of(variant), step_weights)
     for stage, expert in experts.items():
-        restore(expert, start, variant, stage)
-    known = training_cases(workload, budget, train, validation, others)
-    cases = [case for case in known if case.schedule.predicted_steps]
-    if not cases:
-        untouched = {job: experts[job.stage].export() for job in jobs}
-        own = start.step_tensors(variant)
-        untouched[jobs[0]] |= {f"{STEPS}.{name}": tensor for name, tensor in own.items()}
-        return untouched, {}
-    for expert in experts.values():
-        expert.to(pipe.device)
-    step_weights = start_step_weights(workload, budget, start, experts, train)
-    rules = [
-        ExpertRule(
-            experts=experts,
-            schedule=case.schedule,
-            sigmas=case.train.sigmas,
-            boundaries=workload.predictor.boundaries,
-            sizes=start.spec.sizes_of(variant),
-            history=workload.predictor.history,
-            step_weights=step_weights,
-            step_history=workload.predictor.step_history if step_weights is not None else 0,
+        predicted = [(case.train, case.rule.targets(stage)) for case in cases]
+        whiten(expert, predicted, ridge=design.predictor.ridge, batch_size=settings.batch_size)
+    if step_weights is not None:
+        modules[STEPS] = step_weights
+    judge = _through_sampler(pipe, design.call, settings)
+    data = data_digest(budget, train, validation, others) + predictor_digest(start)
+    figures = fit(
+        modules,
+        cases,
+        judge if settings.gradient == "through_sampler" else _drifted_states(pipe, design.call, feature_loss),
+        LoopSettings.of(settings, expert_seed(design.seed, Job(budget, 0))),
+        training_key(design, "closed_loop", settings, budget, data),
+        judge=judge,
+        batch_size=settings.batch_size,
+        folder=work_dir / budget,
+        report=report,
+    )
+    shared = step_weights.export() if step_weights is not None else {}
+    return Trained(budget=budget, experts=_exported(experts), step_weights=shared, figures=figures)
+
+
+def _exported(experts: Mapping[int, Expert]) -> dict[int, Tensors]:
+    return {stage: expert.export() for stage, expert in experts.items()}
+
+
+def _restored(
+    design: ExpertDesign, start: Predictor, variant: Variant, train: Trajectories, others: Mapping[int, Splits]
+) -> dict[int, Expert]:
+    """The experts of a variant by noise stage, as the first training step left them."""
+    experts = {}
+    for stage in range(len(design.predictor.history_sizes)):
+        job = Job(variant.name, stage)
+        experts[stage] = new_expert(design, job, train.sigmas, train.channels, noise_levels(others))
+        restore(experts[stage], start, variant, stage)
+    return experts
+
+
+def _rollout_cases(
+    design: ExpertDesign,
+    cases: Sequence[Case],
+    experts: dict[int, Expert],
+    sizes: tuple[int, ...],  # history of each noise stage's expert
+    step_weights: StepWeights | None,
+) -> list[RolloutCase]:
+    params = design.predictor
+    return [
+        RolloutCase(
+            **vars(case),
+            rule=ExpertRule(
+                experts=experts,
+                schedule=case.schedule,
+                sigmas=case.train.sigmas,
+                boundaries=params.boundaries,
+                sizes=sizes,
+                history=params.history,
+                step_weights=step_weights,
+                step_history=params.step_history if step_weights is not None else 0,
+            ),
         )
         for case in cases
     ]
-    for stage, expert in experts.items():
-        of_cases = [(case.train, rule.targets(stage)) for case, rule in zip(cases, rules, strict=True)]
-        whiten(expert, of_cases, ridge=workload.predictor.ridge, batch_size=settings.batch_size)
-    compare = losses.CLOSED_LOOP[settings.loss]
 
-    def through_sampler(batch: torch.Generator) -> torch.Tensor:
-        place = draw_case(batch, len(cases))
-        data = cases[place].train
-        runs = _runs(data)
-        indices = [runs[i] for i in draw(batch, len(runs), settings.batch_size)]
-        latents = accelerated_latents(
-            pipe, workload, cases[place].schedule, rules[place], data, indices, settings.gradient_checkpointing
-        )
-        return compare(latents, data.latents[indices].to(latents.device))
 
+def _through_sampler(pipe: Any, call: CallParams, settings: ClosedLoopParams) -> Objective[RolloutCase]:
+    """The error of the final latents of accelerated runs, one for each recorded run."""
+    compare = CLOSED_LOOP[settings.loss]
+
+    def loss(case: RolloutCase, data: Trajectories, rows: list[int]) -> torch.Tensor:
+        recomputed = settings.gradient_checkpointing and torch.is_grad_enabled()
+        latents = accelerated_latents(pipe, call, case.schedule, case.rule, data, rows, recomputed)
+        return compare(latents, data.latents[rows].to(latents.device))
+
+    return Objective(loss, rows=Trajectories.first_branch_rows)
+
+
+def _drifted_states(pipe: Any, call: CallParams, feature_loss: str) -> Objective[RolloutCase]:
+    """`drifted_loss` of each recorded run and guidance branch."""
     head = output_head_of(pipe.transformer)
     if pipe.transformer.dtype != torch.float32:
         head = freeze(copy.deepcopy(head).float())
 
-    def drifted_states(batch: torch.Generator) -> torch.Tensor:
-        place = draw_case(batch, len(cases))
-        data = cases[place].train
-        return drifted_loss(pipe, workload, rules[place], data, draw(batch, len(data), settings.batch_size), head)
+    def loss(case: RolloutCase, data: Trajectories, rows: list[int]) -> torch.Tensor:
+        return drifted_loss(pipe, call, case.rule, data, rows, head, feature_loss)
 
-    def loss_of_case(case: Case, rule: ExpertRule) -> float:
-        total, runs = 0.0, torch.tensor([row for row in _runs(case.validation) if row < case.judged])
-        for chunk in runs.split(settings.batch_size):
-            latents = accelerated_latents(pipe, workload, case.schedule, rule, case.validation, chunk.tolist())
-            total += float(compare(latents, case.validation.latents[chunk].to(latents.device))) * len(chunk)
-        return total / len(runs)
-
-    @torch.no_grad()
-    def validation_loss() -> float:
-        return sum(loss_of_case(case, rule) for case, rule in zip(cases, rules, strict=True)) / len(cases)
-
-    before = validation_loss()
-    modules = nn.ModuleDict({str(stage): expert for stage, expert in experts.items()})
-    if step_weights is not None:
-        modules[STEPS] = step_weights
-    best = optimise(
-        modules,
-        through_sampler if settings.gradient == "through_sampler" else drifted_states,
-        validation_loss,
-        settings=LoopSettings.of(settings, expert_seed(workload, jobs[0])),
-        folder=work_dir / budget,
-        key=training_key(
-            workload,
-            "closed_loop",
-            budget,
-            data_digest(budget, train, validation, others) + predictor_digest(start),
-        ),
-        report=report,
-    )
-    tensors = {job: experts[job.stage].export() for job in jobs}
-    if step_weights is not None:
-        found = {f"{STEPS}.{name}": tensor for name, tensor in step_weights.export().items()}
-        tensors[jobs[0]] |= found  # a budget's step weights are one table, whichever stage hands it on
-    return tensors, {"validation_loss_start": before, "validation_loss": best}
-
-
-def _runs(data: Trajectories) -> list[int]:
-    """One row of each recorded run: all guidance branches of a run lead to the same latents."""
-    return [row for row, branch in enumerate(data.branch) if branch == 0]
+    return Objective(loss, rows=lambda data: range(len(data)))
 
 
 def start_step_weights(
-    workload: Workload, budget: str, start: Predictor, experts: dict[int, Expert], train: Trajectories
+    design: ExpertDesign, budget: str, start: Predictor, experts: dict[int, Expert], train: Trajectories
 ) -> StepWeights | None:
-    """The step weights of the first training step, in coordinates fitted anew; None for experts that have none."""
-    if workload.predictor.kind != "per_step" or budget == MIXED:
+    """The first training step's step weights, with a whitening fitted anew; None for experts that have none."""
+    if design.predictor.kind != "per_step" or budget == MIXED:
         return None
-    parts = [step_weights_of_stage(workload, Job(budget, stage), expert, train) for stage, expert in experts.items()]
+    parts = [step_weights_of_stage(design, Job(budget, stage), expert, train) for stage, expert in experts.items()]
     # A step belongs to one noise stage; at the others' steps a part is zero.
     weights = StepWeights(sum(part.start for part in parts), sum(part.basis for part in parts))
     variant = next(v for v in start.spec.variants if v.name == budget)
@@ -172,21 +187,22 @@ def start_step_weights(
 
 def drifted_loss(
     pipe: Any,
-    workload: Workload,
+    call: CallParams,
     rule: ExpertRule,
     data: Trajectories,
     indices: Sequence[int],
     head: OutputHead,
+    feature_loss: str,
 ) -> torch.Tensor:
     """The ground-truth loss with histories from the accelerated run and targets from the unaccelerated one."""
-    rule.captured, rule.place = {}, (-1, 0)
+    rule.captured = {}
     try:
         with torch.no_grad():
-            accelerated_latents(pipe, workload, rule.schedule, rule, data, indices)
+            accelerated_latents(pipe, call, rule.schedule, rule, data, indices)
         captured = rule.captured
     finally:
         rule.captured = None
-    loss = losses.GROUND_TRUTH[workload.ground_truth.loss]
+    loss = GROUND_TRUTH[feature_loss]
     parts = []
     for stage, expert in rule.experts.items():
         targets = rule.targets(stage)

@@ -64,8 +64,8 @@ class Expert(nn.Module):
 
     def alpha(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         """[N] alphas for offsets [N, K] of the given steps."""
-        said = self._gate_value(offsets, steps)
-        return said * linear_alpha(offsets) if self.relative else said
+        value = self._gate_value(offsets, steps)
+        return value * linear_alpha(offsets) if self.relative else value
 
     def _gate_value(self, offsets: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         if isinstance(self.gate, _Table):
@@ -122,16 +122,16 @@ class Expert(nn.Module):
 
         optimizer.step(closure)
         with torch.no_grad():
-            off, largest = (self._gate_value(offsets, steps) - target).abs().max(), target.abs().max()
-        if not off <= WARM_START_TOLERANCE * largest:
+            error, largest = (self._gate_value(offsets, steps) - target).abs().max(), target.abs().max()
+        if not error <= WARM_START_TOLERANCE * largest:
             raise LesaError(
-                f"predictor.start: the gate ({self.kind}) misses first-order extrapolation by {float(off):.3g} where "
+                f"predictor.start: the gate ({self.kind}) misses first-order extrapolation by {float(error):.3g} where "
                 f"alpha reaches {float(largest):.3g}: raise predictor.hidden or predictor.grid, or start random"
             )
 
 
 class _Table(nn.Module):
-    """A scalar for each step: the gate that knows nothing of time."""
+    """A scalar for each step, whatever its time offsets."""
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def _new_kan(inputs: int, hidden: int, grid: int, generator: torch.Generator) ->
     """
     os.environ.setdefault("MPLBACKEND", "Agg")
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     from kan import KAN
 
     try:
@@ -185,8 +185,8 @@ def _new_kan(inputs: int, hidden: int, grid: int, generator: torch.Generator) ->
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
-        if of_gpus:
-            torch.cuda.set_rng_state_all(of_gpus)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
     for parameter in network.symbolic_fun.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():

@@ -1,22 +1,25 @@
-"""The experts of a workload as jobs: a fresh one each, and one predictor of all of them."""
+"""The experts of a workload as jobs: a fresh one each, what training made of them, and one predictor of them all."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from lesa.errors import LesaError
-from lesa.params import Workload
 from lesa.predictor.alpha import history_steps, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, MIXED_HISTORY, STEPS, PredictorSpec, Variant
 from lesa.predictor.step_weights import step_weight_shapes
 from lesa.schedule import history_problems, stage_of_steps
 from lesa.training.cases import served_offsets
+from lesa.training.design import ExpertDesign
 from lesa.training.expert import Expert
+
+Tensors = dict[str, torch.Tensor]
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,38 @@ class Job:
         return f"{self.budget}.stage{self.stage}"
 
 
-def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a job of a training step returns: some experts of one budget, with the step weights beside them.
+
+    step_weights: as `lesa.predictor.step_weights.step_weight_shapes` names them, zero at the steps of noise stages that
+        the job does not train: a budget's are the sum over its jobs. Empty with kind `lesa` and for `MIXED`.
+    """
+
+    budget: str
+    experts: Mapping[int, Tensors]  # by noise stage, as `Expert.export` gives them
+    step_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    figures: Figures = field(default_factory=dict)  # validation loss before and after; empty where nothing is predicted
+
+
+def ground_truth_jobs(design: ExpertDesign, sigmas: torch.Tensor) -> list[Job]:
     """Every expert that has steps to predict.
 
     Raises:
-        ValueError: naming every window that is impossible.
+        ValueError: naming every history that is impossible.
     """
+    predictor = design.predictor
+    stages = stage_of_steps(sigmas, predictor.boundaries)
+    numbers = range(len(predictor.history_sizes))
     problems, jobs = [], []
-    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
-    for budget, schedule in workload.budgets().items():
-        found = []
-        if workload.predictor.kind == "lesa":  # weights of each step use what history there is
-            found = history_problems(schedule, workload.predictor.history_sizes, stages, workload.predictor.history)
-        problems += [f"budget {budget}: {problem}" for problem in found]
-        jobs += [Job(budget, stage) for stage in range(len(workload.predictor.history_sizes))]
-    if workload.record.step_counts:
-        jobs += [Job(MIXED, stage) for stage in range(len(workload.predictor.history_sizes))]
-    empty = [stage for stage in range(len(workload.predictor.history_sizes)) if stage not in stages]
+    for budget, schedule in design.schedules.items():
+        if predictor.kind == "lesa":  # weights of each step use what history there is
+            short = history_problems(schedule, predictor.history_sizes, stages, predictor.history)
+            problems += [f"budget {budget}: {problem}" for problem in short]
+        jobs += [Job(budget, stage) for stage in numbers]
+    if design.step_counts:
+        jobs += [Job(MIXED, stage) for stage in numbers]
+    empty = [stage for stage in numbers if stage not in stages]
     problems += [f"noise stage {stage} has no step: move predictor.boundaries" for stage in empty]
     if problems:
         raise LesaError("predictor: " + "; ".join(problems))
@@ -54,7 +72,7 @@ def ground_truth_jobs(workload: Workload, sigmas: torch.Tensor) -> list[Job]:
 
 
 def new_expert(
-    workload: Workload,
+    design: ExpertDesign,
     job: Job,
     sigmas: torch.Tensor,  # [S + 1]
     channels: int,
@@ -62,28 +80,28 @@ def new_expert(
 ) -> Expert:
     """A fresh expert, started as the parameters say."""
     if job.budget == MIXED:
-        levels = {workload.call.num_inference_steps: sigmas, **(further or {})}
-        if missing := sorted(set(workload.record.step_counts) - levels.keys()):
+        levels = {design.call.num_inference_steps: sigmas, **(further or {})}
+        if missing := sorted(set(design.step_counts) - levels.keys()):
             raise LesaError(f"experts for other numbers of steps need the noise levels of {missing} steps too")
-        offsets = served_offsets(workload, job.stage, levels)
+        offsets = served_offsets(design, job.stage, levels)
         return Expert(
-            workload.predictor,
+            design.predictor,
             channels=channels,
             history_size=MIXED_HISTORY,
             offsets=offsets,
             steps=[0] * len(offsets),
             num_steps=max(levels),
             relative=True,
-            seed=expert_seed(workload, job),
+            seed=expert_seed(design.seed, job),
         )
-    schedule, size = workload.budgets()[job.budget], workload.predictor.history_sizes[job.stage]
-    stages = stage_of_steps(sigmas, workload.predictor.boundaries)
+    schedule, size = design.schedules[job.budget], design.predictor.history_sizes[job.stage]
+    stages = stage_of_steps(sigmas, design.predictor.boundaries)
     past = {
-        step: history_steps(schedule, step, size, workload.predictor.history)
+        step: history_steps(schedule, step, size, design.predictor.history)
         for step in range(schedule.num_steps)
         if stages[step] == job.stage
     }
-    # Full steps count too: there the error meter asks what the expert would have said.
+    # Full steps count too: there the error meter asks what the expert would have predicted.
     steps = [step for step, entries in past.items() if len(entries) == size]
     if not steps:  # all of the stage's steps are warm-up: nothing to predict, a start is still well defined
         steps = [0]
@@ -91,39 +109,33 @@ def new_expert(
     else:
         offsets = torch.stack([time_offsets(sigmas, step, past[step]) for step in steps])
     return Expert(
-        workload.predictor,
+        design.predictor,
         channels=channels,
         history_size=size,
         offsets=offsets,
         steps=steps,
         num_steps=schedule.num_steps,
-        seed=expert_seed(workload, job),
+        seed=expert_seed(design.seed, job),
     )
 
 
-def expert_seed(workload: Workload, job: Job) -> int:
-    digest = hashlib.sha256(f"{workload.seed}/{job}".encode()).digest()
+def expert_seed(seed: int, job: Job) -> int:
+    """The seed of one expert's initial values and batches, from the workload's."""
+    digest = hashlib.sha256(f"{seed}/{job}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 
-def _no_step_weights(workload: Workload, channels: int) -> dict[str, torch.Tensor]:
-    if workload.predictor.kind != "per_step":
-        return {}
-    shapes = step_weight_shapes(workload.call.num_inference_steps, workload.predictor.step_history, channels)
-    return {f"{STEPS}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-
-
-def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
-    """The spec that the workload's parameters call for."""
-    params = workload.predictor
-    counts = workload.step_counts
+def predictor_spec(design: ExpertDesign, channels: int) -> PredictorSpec:
+    """The spec that the settings call for."""
+    params = design.predictor
+    num_steps = design.call.num_inference_steps
     return PredictorSpec(
         channels=channels,
-        num_steps=workload.call.num_inference_steps,
+        num_steps=num_steps,
         boundaries=params.boundaries,
         history_sizes=params.history_sizes,
         variants=tuple(
-            Variant(name=name, full_steps=schedule.full_steps) for name, schedule in workload.budgets().items()
+            Variant(name=name, full_steps=schedule.full_steps) for name, schedule in design.schedules.items()
         ),
         kind=params.kind,
         step_history=params.step_history,
@@ -133,34 +145,45 @@ def predictor_spec(workload: Workload, channels: int) -> PredictorSpec:
         gate=params.gate,
         hidden=params.hidden,
         grid=params.grid,
-        step_counts=tuple(sorted(counts)) if len(counts) > 1 else (),
+        step_counts=tuple(sorted((num_steps, *design.step_counts))) if design.step_counts else (),
     )
 
 
-def assemble(workload: Workload, channels: int, experts: dict[Job, dict[str, torch.Tensor]]) -> Predictor:
-    """One predictor of all jobs' tensors; a budget's step weights are the sum of what its stages fitted."""
-    tensors: dict[str, torch.Tensor] = {}
-    for job, part in experts.items():
-        for name, tensor in part.items():
-            if name.startswith(f"{STEPS}."):
-                name = f"{job.budget}/{STEPS}/{name.removeprefix(f'{STEPS}.')}"
-                tensors[name] = tensors[name] + tensor if name in tensors else tensor
-            else:
-                tensors[f"{job.budget}/{job.stage}/{name}"] = tensor
-    return Predictor(predictor_spec(workload, channels), tensors)
+def assemble(design: ExpertDesign, channels: int, trained: Iterable[Trained]) -> Predictor:
+    """One predictor of what all jobs returned."""
+    tensors: Tensors = {}
+    for part in trained:
+        for stage, expert in part.experts.items():
+            tensors |= {f"{part.budget}/{stage}/{name}": tensor for name, tensor in expert.items()}
+        for name, tensor in part.step_weights.items():
+            key = f"{part.budget}/{STEPS}/{name}"
+            tensors[key] = tensors[key] + tensor if key in tensors else tensor
+    return Predictor(predictor_spec(design, channels), tensors)
+
+
+def untrained(
+    design: ExpertDesign,
+    job: Job,
+    sigmas: torch.Tensor,
+    channels: int,
+    further: Mapping[int, torch.Tensor] | None = None,
+) -> Trained:
+    """A fresh expert in the place of a trained one, with step weights of zero; arguments as `new_expert`'s."""
+    step_weights = {}
+    if design.predictor.kind == "per_step" and job.budget != MIXED:
+        shapes = step_weight_shapes(design.call.num_inference_steps, design.predictor.step_history, channels)
+        step_weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    expert = new_expert(design, job, sigmas, channels, further)
+    return Trained(budget=job.budget, experts={job.stage: expert.export()}, step_weights=step_weights)
 
 
 def untrained_predictor(
-    workload: Workload, sigmas: torch.Tensor, channels: int, further: Mapping[int, torch.Tensor] | None = None
+    design: ExpertDesign, sigmas: torch.Tensor, channels: int, further: Mapping[int, torch.Tensor] | None = None
 ) -> Predictor:
     """The predictor before any training: first-order extrapolation in sigma where the parameters start so.
 
     Args:
         sigmas, further: noise levels as `new_expert` takes them.
     """
-    experts = {}
-    for job in ground_truth_jobs(workload, sigmas):
-        experts[job] = new_expert(workload, job, sigmas, channels, further).export()
-        if job.budget != MIXED:
-            experts[job] |= _no_step_weights(workload, channels)
-    return assemble(workload, channels, experts)
+    jobs = ground_truth_jobs(design, sigmas)
+    return assemble(design, channels, [untrained(design, job, sigmas, channels, further) for job in jobs])

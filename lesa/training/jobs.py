@@ -1,4 +1,8 @@
-"""The two training steps cut into jobs that load what they need and can run anywhere, here or on a cluster."""
+"""The two training steps cut into jobs that load what they need and can run anywhere, here or on a cluster.
+
+Ray pickles the functions of this module by name: a job's work stays importable from here. This is also where a workload
+is taken apart: the rest of the package takes the sections it reads.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
 from lesa import atomic
 from lesa.errors import LesaError
 from lesa.models.output_head import load_output_head
-from lesa.models.pipelines import load_pipeline, pipeline_folder
+from lesa.models.pipelines import load_pipeline, pick_device, pipeline_folder
 from lesa.params import Report, Workload
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.spec import MIXED, PredictorSpec
 from lesa.recording.dataset import kept_elsewhere, kept_splits, recorded_splits
 from lesa.strict_json import StrictJsonError, parse
-from lesa.training.experts import Job, assemble, ground_truth_jobs
+from lesa.training.design import ExpertDesign
+from lesa.training.experts import Job, Trained, assemble, ground_truth_jobs
 from lesa.training.ground_truth import train_expert
 
-Tensors = dict[str, torch.Tensor]
-Figures = dict[str, float]
 _MAX_RECORD = 16 << 20  # bytes of predictor.json, most of them figures
+
+
+def expert_design(workload: Workload) -> ExpertDesign:
+    """What the workload's experts depend on before they are trained."""
+    return ExpertDesign(
+        predictor=workload.predictor,
+        schedule=workload.schedule,
+        call=workload.call,
+        model=workload.model,
+        step_counts=workload.record.step_counts,
+        seed=workload.seed,
+    )
 
 
 def closed_loop_budgets(workload: Workload) -> list[str]:
@@ -35,56 +49,59 @@ def closed_loop_budgets(workload: Workload) -> list[str]:
 
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:
-    """The jobs of the first training step; impossible windows are refused here, before anything is trained."""
-    return ground_truth_jobs(workload, recorded_splits(workload)[1].sigmas)
+    """The jobs of the first training step; impossible histories are refused here, before anything is trained."""
+    return ground_truth_jobs(expert_design(workload), recorded_splits(workload)[1].sigmas)
 
 
-def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> tuple[Tensors, Figures]:
+def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> Trained:
     """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
     train, validation = kept_splits(workload)
     head = load_output_head(transformer_folder(workload))
     return train_expert(
-        workload,
+        expert_design(workload),
+        workload.ground_truth,
         job,
         train,
         validation,
         head,
+        device=pick_device(workload.resources.device),
         others=kept_elsewhere(workload) if job.budget == MIXED else None,
         work_dir=work_dir(workload) / "ground_truth",
         report=report,
     )
 
 
-def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> tuple[dict[Job, Tensors], Figures]:
+def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> Trained:
     """Train the experts of one of `closed_loop_budgets`, from the predictor of the first step; resumes likewise."""
-    from lesa.training.closed_loop import (
-        train_budget,  # diffusers' hooks take seconds to import; the first step needs none
-    )
+    # The hooks of diffusers take seconds to import, and the first step needs none.
+    from lesa.training.closed_loop import train_budget
 
     train, validation = kept_splits(workload)
     return train_budget(
-        workload,
+        expert_design(workload),
+        workload.closed_loop,
         budget,
         load_predictor(workload.paths.ground_truth),
         load_pipeline(workload.model, workload.resources.device),
         train,
         validation,
+        feature_loss=workload.ground_truth.loss,
         others=kept_elsewhere(workload) if budget == MIXED else None,
         work_dir=work_dir(workload) / "closed_loop",
         report=report,
     )
 
 
-def finish(
-    workload: Workload, step: str, experts: Mapping[Job, Tensors], figures: Mapping[str, Figures]
-) -> Predictor:
-    """Join all jobs' experts, save them as the step's result and drop the step's checkpoints.
+def finish(workload: Workload, step: str, trained: Mapping[str, Trained]) -> Predictor:
+    """Join what all jobs returned, save it as the step's result and drop the step's checkpoints.
 
     Args:
         step: `ground_truth` or `closed_loop`.
+        trained: by the jobs' names.
     """
-    some = next(iter(experts.values()))
-    predictor = assemble(workload, some["projection.bias"].shape[0], dict(experts))
+    some = next(iter(next(iter(trained.values())).experts.values()))
+    predictor = assemble(expert_design(workload), some["projection.bias"].shape[0], trained.values())
+    figures = {name: part.figures for name, part in trained.items()}
     save_predictor(getattr(workload.paths, step), predictor, figures)
     shutil.rmtree(work_dir(workload) / step, ignore_errors=True)
     return predictor
@@ -143,5 +160,5 @@ def _described(folder: Path, record: bytes) -> dict[str, Any]:
 
 
 def transformer_folder(workload: Workload) -> Path:
-    """Where the transformer alone lies, for what needs only its ends."""
+    """Where the transformer alone lies, for what needs only its output head."""
     return pipeline_folder(workload.model) / "transformer"

@@ -1,19 +1,21 @@
-"""The optimiser loop both training steps share: resumable, stopped by the first number that is not finite."""
+"""What both training steps share: batches, validation, and a loop that is resumable and refuses what is not finite."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from lesa.params import ClosedLoopParams, GroundTruthParams, Report
+from lesa.recording.dataset import Trajectories, draw
+from lesa.training.cases import Case, draw_case
 from lesa.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from lesa.training.expert import Expert
 from lesa.training.step_weights import StepWeights
@@ -45,8 +47,79 @@ class LoopSettings:
         shared = [f.name for f in dataclasses.fields(cls) if f.name not in ("seed", "step_learning_rate")]
         values = {name: getattr(params, name) for name in shared}
         # On true histories the step weights are fitted in closed form.
-        of_steps = params.step_learning_rate if isinstance(params, ClosedLoopParams) else 0.0
-        return cls(seed=seed, step_learning_rate=of_steps, **values)
+        step_rate = params.step_learning_rate if isinstance(params, ClosedLoopParams) else 0.0
+        return cls(seed=seed, step_learning_rate=step_rate, **values)
+
+
+C = TypeVar("C", bound=Case)
+
+
+@dataclass(frozen=True)
+class Objective(Generic[C]):
+    """A loss of a case, and the trajectories it may be asked of."""
+
+    loss: Callable[[C, Trajectories, list[int]], torch.Tensor]  # of some rows of one of the case's sets
+    rows: Callable[[Trajectories], Sequence[int]]  # of a set, those that count
+
+
+def fit(
+    modules: nn.ModuleDict,
+    cases: Sequence[C],
+    objective: Objective[C],
+    settings: LoopSettings,
+    key: str,
+    *,
+    judge: Objective[C] | None = None,
+    relative: bool = False,
+    batch_size: int,
+    folder: Path,
+    report: Report,
+) -> dict[str, float]:
+    """Train modules on cases in place, each optimiser step on a batch of one case, both drawn; keep the best state.
+
+    Args:
+        modules, settings, key, folder, report: as `optimise` takes them.
+        cases: each counts alike in validation.
+        objective: what is learned.
+        judge: what validation measures; None: the objective.
+        relative: whether, of several cases, each one's loss counts in units of what it is before training, so that
+            none outweighs the others.
+        batch_size: trajectories of an optimiser step, and at a time in validation.
+
+    Returns:
+        `validation_loss_start` and `validation_loss`, the lowest.
+    """
+    judge = judge or objective
+
+    @torch.no_grad()
+    def judged(case: C) -> float:
+        rows = [row for row in judge.rows(case.validation) if row < case.judged]
+        chunks = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        return sum(float(judge.loss(case, case.validation, chunk)) * len(chunk) for chunk in chunks) / len(rows)
+
+    starts = [judged(case) for case in cases]
+    units = starts if relative and len(cases) > 1 else [1.0] * len(cases)
+
+    def mean(losses: Sequence[float]) -> float:
+        return sum(loss / unit for loss, unit in zip(losses, units, strict=True)) / len(cases)
+
+    def batch_loss(batch: torch.Generator) -> torch.Tensor:
+        place = draw_case(batch, len(cases))
+        case = cases[place]
+        rows = objective.rows(case.train)
+        chosen = [rows[index] for index in draw(batch, len(rows), batch_size)]
+        return objective.loss(case, case.train, chosen) / units[place]
+
+    best = optimise(
+        modules,
+        batch_loss,
+        lambda: mean([judged(case) for case in cases]),
+        settings=settings,
+        folder=folder,
+        key=key,
+        report=report,
+    )
+    return {"validation_loss_start": mean(starts), "validation_loss": best}
 
 
 def optimise(
@@ -80,7 +153,6 @@ def optimise(
         group.setdefault("weight_decay", settings.weight_decay)
         group["initial_lr"] = group["lr"]
     optimizer = torch.optim.AdamW(groups)
-    parameters = [parameter for group in groups for parameter in group["params"]]
     state = load_checkpoint(folder, key, experts, optimizer)
     if state is None:
         state = _note_best(TrainingState(0, None, {}), experts, validation_loss())
@@ -88,20 +160,10 @@ def optimise(
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * _rate(state.iteration, settings.iterations)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(batch_generator(settings.seed, state.iteration))
-        _refuse_not_finite(loss, "loss", state.iteration)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip or math.inf)
-        _refuse_not_finite(norm, "gradient", state.iteration)
-        optimizer.step()
+        values = _step(optimizer, loss_of, settings, state.iteration)
         state.iteration += 1
-        values: dict[str, float] = {
-            "loss": loss.item(),
-            "gradient_norm": float(norm),
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "iterations_per_second": 1.0 / max(time.perf_counter() - started, 1e-9),
-        }
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
+        values["iterations_per_second"] = 1.0 / max(time.perf_counter() - started, 1e-9)
         if state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations:
             values["validation_loss"] = checked = validation_loss()
             state = _note_best(state, experts, checked)
@@ -110,6 +172,24 @@ def optimise(
     experts.load_state_dict(state.best)
     assert state.best_loss is not None
     return state.best_loss
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    settings: LoopSettings,
+    iteration: int,
+) -> dict[str, float]:
+    """One optimiser step, refused before the update where loss or gradient is not finite."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(batch_generator(settings.seed, iteration))
+    _refuse_not_finite(loss, "loss", iteration)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip or math.inf)
+    _refuse_not_finite(norm, "gradient", iteration)
+    optimizer.step()
+    return {"loss": loss.item(), "gradient_norm": float(norm)}
 
 
 def _parameter_groups(module: nn.Module, settings: LoopSettings) -> list[dict[str, Any]]:

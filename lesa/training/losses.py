@@ -19,7 +19,7 @@ def feature_loss(
     Args:
         predicted: [B, S, L, C].
         target: [B, S, L, C].
-        temb, weights, ends: as `output_loss`; unused here.
+        temb, weights, head: as `output_loss`; unused here.
     """
     return (predicted - target).abs().mean()
 
@@ -40,7 +40,7 @@ def output_loss(
     Args:
         temb: [B, S, D] conditioning of norm_out.
         weights: [S] |sigma_{s+1} - sigma_s|.
-        ends: the transformer's ends, frozen.
+        head: the transformer's output head, frozen.
     """
     batch, steps, tokens, channels = predicted.shape
     both = torch.cat([predicted, target]).reshape(2 * batch * steps, tokens, channels)

@@ -16,9 +16,9 @@ from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.models.output_head import freeze
 from lesa.models.pipelines import call_arguments
-from lesa.params import Workload
+from lesa.params import CallParams
 from lesa.predictor.alpha import time_offsets
-from lesa.predictor.rule import History, Rule
+from lesa.predictor.rule import History, MemoKey, Rule
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
@@ -42,7 +42,6 @@ class ExpertRule:
     step_history: int = 0
     name: str = "experts in training"
     captured: dict[tuple[int, int], torch.Tensor] | None = None  # (branch, step) -> history entry, where asked for
-    place: tuple[int, int] = (-1, 0)  # step and branch of the newest call, while capturing
     stages: tuple[int, ...] = field(init=False)
     history_size: int = field(init=False)
     keeps_predictions: bool = field(init=False)
@@ -61,18 +60,17 @@ class ExpertRule:
         expert, size = self.experts[stage], self.sizes[stage]
         past = history.steps[:size]
         if self.captured is not None:
-            # Guidance branches are called one after the other, in the family's order.
-            self.place = (step, self.place[1] + 1 if self.place[0] == step else 0)
-            branch = self.place[1]
-            self.captured |= {(branch, s): f for s, f in zip(past, history.features[:size], strict=True)}
+            entries = zip(past, history.features[:size], strict=True)
+            self.captured |= {(history.branch, s): feature for s, feature in entries}
         newest = history.features[0]
         # Experts train in float32 whatever the pipeline's dtype.
         change = torch.zeros((), device=newest.device)
         if len(past) == size or self.step_weights is None:
-            if stage not in history.memo:
-                history.memo[stage] = expert.project([feature.float() for feature in history.features[:size]])
+            key: MemoKey = ("expert z", stage)
+            if key not in history.memo:
+                history.memo[key] = expert.project([feature.float() for feature in history.features[:size]])
             offsets = time_offsets(self.sigmas, step, past)[None]
-            change = expert.alpha(offsets.to(newest.device), [step]) * history.memo[stage]
+            change = expert.alpha(offsets.to(newest.device), [step]) * history.memo[key]
         if self.step_weights is not None:
             held = [feature.float() for feature in history.features]
             change = change + self.step_weights(held[0], differences(held, self.step_history), step)
@@ -88,7 +86,7 @@ def freeze_pipeline(pipe: Any) -> None:
 
 def accelerated_latents(
     pipe: Any,
-    workload: Workload,
+    call: CallParams,
     schedule: Schedule,
     rule: Rule,
     data: Trajectories,
@@ -97,23 +95,27 @@ def accelerated_latents(
 ) -> torch.Tensor:
     """Final latents of the accelerated pipeline for the same prompts and noise as the recorded runs.
 
-    The pipeline's own call does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+    The pipeline's own `__call__` does the work, under whatever gradient mode is on: its `no_grad` wrapper is left out.
+
+    Args:
+        call: how the pipeline is called; the number of steps is the schedule's.
+        data: recorded runs, of which `indices` are made again.
     """
     decorated: Any = type(pipe).__call__
-    call = decorated.__wrapped__
-    asked = dataclasses.replace(workload.call, num_inference_steps=schedule.num_steps)
+    run_pipeline = decorated.__wrapped__
+    call = dataclasses.replace(call, num_inference_steps=schedule.num_steps)
     prompts = [data.prompts[i] for i in indices]
     with ExitStack() as stack:
         for expert in rule.experts.values() if isinstance(rule, ExpertRule) else ():
             stack.enter_context(expert.projection.held())
         stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing))
-        return call(
+        return run_pipeline(
             pipe,
             prompt=prompts,
             generator=[torch.Generator("cpu").manual_seed(data.seeds[i]) for i in indices],
             output_type="latent",
             return_dict=False,
-            **call_arguments(pipe, asked, len(prompts)),
+            **call_arguments(pipe, call, len(prompts)),
         )[0]
 
 

@@ -26,7 +26,7 @@ LEAST_RIDGE = 1e-6  # of a basis: more than float32 products are rounded by, so 
 
 
 class StepWeights(nn.Module):
-    """Trainable step weights, as a change from where they start in coordinates that make descent even.
+    """Trainable step weights, as a change from where they start, of whitened regressors, which make descent even.
 
     The newest feature, the differences and the constant are far from independent: an optimiser that moves each weight
     by itself goes slowly along what they have in common. Here a parameter moves a combination of regressors that is
@@ -77,7 +77,7 @@ class StepWeights(nn.Module):
             self.values.zero_()
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """One AdamW group; weight decay would pull towards the start, which nothing speaks for."""
+        """One AdamW group; no weight decay: it would pull towards the start."""
         return [{"params": [self.values], "lr": learning_rate, "weight_decay": 0.0}]
 
 

@@ -38,13 +38,13 @@ class Targets:
         history: str,  # full_steps or steps
     ) -> Targets:
         """Those of one noise stage on a schedule."""
-        of_stage = {
+        histories = {
             step: history_steps(schedule, step, size, history)
             for step in schedule.predicted_steps
             if stages[step] == stage
         }
-        steps = tuple(step for step, entries in of_stage.items() if len(entries) == size)
-        past = tuple(of_stage[step] for step in steps)
+        steps = tuple(step for step, entries in histories.items() if len(entries) == size)
+        past = tuple(histories[step] for step in steps)
         return cls(
             steps=steps,
             past=past,
@@ -100,21 +100,22 @@ def whiten(
         chosen = torch.linspace(0, len(data) - 1, min(SAMPLES, len(data))).round().long()
         for batch in chosen.split(batch_size):
             features = data.feature_batch(batch.tolist(), targets.needed).to(device)
-            found = targets.predict(expert, features)  # [B, n, L, C]
+            predicted = targets.predict(expert, features)  # [B, n, L, C]
             alphas = expert.alpha(targets.offsets.to(device), targets.steps)
             at = {step: index for index, step in enumerate(targets.needed)}
             for index, (step, past) in enumerate(zip(targets.steps, targets.past, strict=True)):
                 history = [features[:, at[earlier]] for earlier in past]
                 newest = history[0]
                 regressors = torch.stack([newest, *differences(history, size), torch.ones_like(newest)])
-                sums.add([place], alphas[index] * regressors, (features[:, at[step]] - found[:, index])[None])
+                lacking = features[:, at[step]] - predicted[:, index]
+                sums.add([place], alphas[index] * regressors, lacking[None])
                 counts[place] += newest[..., 0].numel()
     if not sums.power.isfinite().all():
         raise TrainingError("recorded features are not finite: look for a bad trajectory with `lesa store verify`")
     shares = torch.where(sums.power.sum(dim=1) > 0, 1.0 / sums.power.sum(dim=1), 0.0)
     if not shares.any():
-        return  # nothing is lacking
+        return  # every prediction is exact
     pooled, count = sums.pooled(shares), (shares * counts).sum()
     inputs = (pooled.basis(ridge)[0] * count.sqrt()).permute(1, 0, 2)  # [R, C, R], the first of differences
     inputs = torch.cat([to_feature_weights(inputs[:-1]), inputs[-1:]]).permute(1, 0, 2)
-    expert.projection.learn_in(inputs.float(), (pooled.power[0] / count).sqrt().float())
+    expert.projection.whiten(inputs.float(), (pooled.power[0] / count).sqrt().float())

@@ -1,4 +1,4 @@
-"""A projection in training: a change from where it starts, in coordinates that make descent even.
+"""A projection in training: a change from where it starts, of whitened inputs, which make descent even.
 
 Features of neighbouring full steps are nearly the same and the channels differ in size by orders of magnitude: an
 optimiser that moves each number of `predictor.projection` by itself goes slowly along what they have in common. Here
@@ -20,7 +20,7 @@ from torch import nn
 class WhitenedProjection(nn.Module):
     """Trainable numbers behind the tensors that `lesa.predictor.projection.project` takes.
 
-    Until `learn_in` is called, coordinates are the features themselves.
+    Until `whiten` is called, inputs are the features themselves.
 
     Args:
         start: tensors of a fresh projection, as `lesa.predictor.projection.initial_projection` gives them.
@@ -43,8 +43,8 @@ class WhitenedProjection(nn.Module):
         self._fresh = True
         self._held: dict[str, torch.Tensor] | None = None
 
-    def learn_in(self, inputs: torch.Tensor, unit: torch.Tensor) -> None:
-        """Coordinates of what is learned from now on.
+    def whiten(self, inputs: torch.Tensor, unit: torch.Tensor) -> None:
+        """Set the combinations of inputs in which everything is learned from now on.
 
         Args:
             inputs: [C, R, R], a column each combination of regressors; the constant is in the last alone.
@@ -53,7 +53,7 @@ class WhitenedProjection(nn.Module):
         with torch.no_grad():
             self.inputs.copy_(inputs)
             self.unit.copy_(unit)
-            # Behind a fresh `up` of zeros `down` says nothing yet: its random directions are meant in these.
+            # A fresh `up` is zero, so `down` has no effect yet: its random directions become ones of whitened inputs.
             if "down" in self.names and self._fresh:
                 down = self._by_channel(self.start_of("down"))
                 self.start_of("down").copy_(self._in_features(down * 3**0.5).flatten(1))
@@ -77,21 +77,21 @@ class WhitenedProjection(nn.Module):
         if self._held is not None:
             return self._held
         moved = self.unit[:, None] * (self.inputs @ self.moved["channel"][..., None])[..., 0]  # [C, R]
-        found = {
+        tensors = {
             "scale": self.start_of("scale") + moved[:, :-1].T,
             "bias": self.start_of("bias") + moved[:, -1],
         }
-        size, channels = found["scale"].shape
+        size, channels = tensors["scale"].shape
         # By the root of how many terms are summed up: numbers that move at random move a sum as far as one of them.
         if "down" in self.names:
             change = self._in_features(self._by_channel(self.moved["down"])).flatten(1)
-            found["down"] = self.start_of("down") + change / (size * channels) ** 0.5
+            tensors["down"] = self.start_of("down") + change / (size * channels) ** 0.5
             rank = self.moved["up"].shape[1]
-            found["up"] = self.start_of("up") + self.unit[:, None] * self.moved["up"] / rank**0.5
+            tensors["up"] = self.start_of("up") + self.unit[:, None] * self.moved["up"] / rank**0.5
         elif "weight" in self.names:
             change = self._in_features(self._by_channel(self.moved["weight"])).flatten(1)
-            found["weight"] = self.start_of("weight") + self.unit[:, None] * change / (size * channels) ** 0.5
-        return found
+            tensors["weight"] = self.start_of("weight") + self.unit[:, None] * change / (size * channels) ** 0.5
+        return tensors
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Start from these, exactly; what was learned since the old start is dropped."""

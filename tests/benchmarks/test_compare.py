@@ -27,6 +27,7 @@ from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import PromptError
 from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import expert_design
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
@@ -66,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
         train, validation = recorded_splits(workload)
-        predictor = untrained_predictor(workload, train.sigmas, train.channels)
+        predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
         make_bundle(
             workload.paths.bundle,
             workload,

@@ -57,12 +57,15 @@ def run_job(workload: Workload, step: str, report: Callable[[int, dict[str, floa
     """One job of a training step; digests of its tensors and its figures."""
     torch.set_num_threads(1)
     if step == "ground_truth":
-        tensors, figures = jobs.run_ground_truth_job(workload, jobs.Job("2x", 1), report)
+        trained = jobs.run_ground_truth_job(workload, jobs.Job("2x", 1), report)
     else:
-        parts, figures = jobs.run_closed_loop_job(workload, "2x", report)
-        tensors = {f"{job}/{name}": value for job, part in parts.items() for name, value in part.items()}
-    digests = {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
-    return {"digests": digests, "figures": figures}
+        trained = jobs.run_closed_loop_job(workload, "2x", report)
+    digests = {
+        f"{stage}/{name}": hashlib.sha256(value.numpy().tobytes()).hexdigest()
+        for stage, tensors in trained.experts.items()
+        for name, value in tensors.items()
+    }
+    return {"digests": digests, "figures": trained.figures}
 
 
 def child(root: str, step: str, gate: str, kill: tuple[str, int] | None, result: str) -> None:
@@ -118,10 +121,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             workload = settings(gate)
             pipe = load_pipeline(workload.model, workload.resources.device)
             record(workload, pipe)
-            experts, figures = {}, {}
-            for job in jobs.list_ground_truth_jobs(workload):
-                experts[job], figures[str(job)] = jobs.run_ground_truth_job(workload, job, lambda *_: None)
-            assert isinstance(jobs.finish(workload, "ground_truth", experts, figures), Predictor)
+            experts = {
+                str(job): jobs.run_ground_truth_job(workload, job, lambda *_: None)
+                for job in jobs.list_ground_truth_jobs(workload)
+            }
+            assert isinstance(jobs.finish(workload, "ground_truth", experts), Predictor)
             shutil.copytree(workload.paths.ground_truth, made / "first_step" / gate)
         yield made
     torch.set_num_threads(threads)

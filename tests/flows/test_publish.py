@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from flows import publish
 from flows.publish import publish_bundle
+from flows.registry import promotion
 from flows.registry.promotion import measure_and_decide
 from flows.registry.registry import CANDIDATE, CHAMPION, Registry, fingerprint_alias
 from flows.registry.tags import budget_quality, registry_tags
@@ -27,7 +27,7 @@ from lesa.predictor.predictor import Predictor
 from lesa.publishing.gate import Decision, fresh_offset
 from lesa.recording.dataset import recorded_splits
 from lesa.training.experts import untrained_predictor
-from lesa.training.jobs import save_predictor
+from lesa.training.jobs import expert_design, save_predictor
 from tests.helpers.clone import PROMPTS, SETTINGS
 from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_flux, tiny_repository
@@ -69,7 +69,7 @@ def workload(made, tmp_path, monkeypatch) -> Workload:
 
 def write_predictor(workload: Workload, change: float) -> None:
     train, _ = recorded_splits(workload)
-    start = untrained_predictor(workload, train.sigmas, train.channels)
+    start = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     tensors = {
         name: value + change * torch.ones_like(value) if "projection" in name else value
         for name, value in start.tensors.items()
@@ -89,7 +89,7 @@ def decisions(monkeypatch, *answers: bool) -> list[str | None]:
             "samples": 4
         }
 
-    monkeypatch.setattr(publish, "measure_and_decide", decide)
+    monkeypatch.setattr(promotion, "measure_and_decide", decide)
     return asked
 
 

@@ -127,11 +127,10 @@ def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories
         pass
 
     record(workload, pipe)
-    done = {job: run_ground_truth_job(workload, job, report) for job in list_ground_truth_jobs(workload)}
-    figures = {str(job): numbers for job, (_, numbers) in done.items()}
-    finish(workload, "ground_truth", {job: tensors for job, (tensors, _) in done.items()}, figures)
-    tensors, numbers = run_closed_loop_job(workload, "fast", report)
-    predictor = finish(workload, "closed_loop", tensors, {"fast": numbers})
+    experts = {str(job): run_ground_truth_job(workload, job, report) for job in list_ground_truth_jobs(workload)}
+    finish(workload, "ground_truth", experts)
+    tuned = run_closed_loop_job(workload, "fast", report)
+    predictor = finish(workload, "closed_loop", {"fast": tuned})
     train, validation = recorded_splits(workload)
     bundle = make_bundle(
         workload.paths.bundle,
@@ -145,4 +144,5 @@ def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories
         evaluation={},
         created_from={},
     )
-    return bundle, train, {**figures, "closed_loop": numbers}
+    figures = {name: part.figures for name, part in experts.items()}
+    return bundle, train, {**figures, "closed_loop": tuned.figures}

@@ -25,6 +25,8 @@ from lesa.params import (
 )
 from lesa.recording.dataset import Trajectories, load_trajectories
 from lesa.recording.store import Trajectory, TrajectoryStore
+from lesa.training.design import ExpertDesign
+from lesa.training.jobs import expert_design
 
 STEPS, TOKENS, CHANNELS, OUTPUTS = 12, 3, 4, 2
 
@@ -110,3 +112,8 @@ def workload(**changes: Any) -> Workload:
             | sections
         )
     )
+
+
+def design(**changes: Any) -> ExpertDesign:
+    """What the experts of such a workload depend on."""
+    return expert_design(workload(**changes))

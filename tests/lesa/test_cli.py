@@ -227,7 +227,7 @@ def test_doctor_tells_versions_and_no_secrets(capsys, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert "torch 2." in printed and "http://127.0.0.1:9/x: not reachable" in printed
+    assert "torch 2." in printed and "http://***@127.0.0.1:9/x?***: not reachable" in printed
     assert "canary" not in printed
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -98,7 +98,7 @@ def test_a_step_counts_only_where_every_block_ran(cache_dit: Any) -> None:
     _, trace = drawn(DBCache(last_blocks=1, warmup_steps=3, max_skipped=2))
     assert (trace.calls, trace.computed) == (NUM_STEPS, 5)  # 0 1 2 5 8
     method = cache_dit_method("b", NUM_STEPS, DBCache(first_blocks=2, last_blocks=1))
-    model = ModelFlops(total=100.0, ends=2.0, blocks=(10.0, 20.0, 30.0, 38.0), tokens=4, channels=8)
+    model = ModelFlops(total=100.0, head=2.0, blocks=(10.0, 20.0, 30.0, 38.0), tokens=4, channels=8)
     assert method.flops(model, 5.5, sigmas()) == 550 + 4.5 * (2 + 10 + 20 + 38)
 
 

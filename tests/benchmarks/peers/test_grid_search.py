@@ -1,12 +1,32 @@
+"""The peers' moves and kicks, and what the search that we share with them makes of these."""
+
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
+from functools import partial
 
-import pytest
-
-from benchmarks.peers.grid_search import Steps, guessed_optimum, insertions, kicked, moves, search_steps, spread_starts
+from benchmarks.peers.grid_search import guessed_optimum, insertions, kicked, moves, spread_starts
+from lesa.search.local_search import kicks, local_search, moved
+from lesa.search.trials import Steps, Trial
 
 BEST = (0, 3, 5, 6, 11, 17)
+
+
+def search(
+    evaluate: Callable[[Steps], float], starts: Iterable[Steps], num_steps: int, *, budget: int, seed: int = 0
+) -> Steps:
+    """As `search_peers` searches."""
+    _, done = local_search(
+        lambda steps, incumbent: Trial.of([evaluate(steps)]),
+        starts,
+        moves,
+        num_steps=num_steps,
+        budget=budget,
+        seed=seed,
+        origins=kicks(partial(kicked, num_steps=num_steps)),
+    )
+    return done.best
 
 
 def distance(steps: Steps) -> float:
@@ -15,25 +35,14 @@ def distance(steps: Steps) -> float:
 
 def test_it_finds_the_only_optimum_and_judges_nothing_twice() -> None:
     judged: list[Steps] = []
-    seen: list[tuple[int, dict[str, float]]] = []
 
     def evaluate(steps: Steps) -> float:
         judged.append(steps)
         return distance(steps)
 
-    found = search_steps(
-        evaluate,
-        spread_starts(20, 6),
-        20,
-        budget_of_evaluations=150,
-        report=lambda number, values: seen.append((number, values)),
-    )
-    assert found == BEST
+    assert search(evaluate, spread_starts(20, 6), 20, budget=150) == BEST
     assert len(judged) == len(set(judged)) <= 150
     assert all(steps[0] == 0 and steps[-1] < 20 and list(steps) == sorted(set(steps)) for steps in judged)
-    assert [number for number, _ in seen] == list(range(1, len(judged) + 1))
-    best = [values["best"] for _, values in seen]
-    assert best == sorted(best, reverse=True) and best[-1] == 0.0
 
 
 def test_random_moves_leave_a_local_optimum() -> None:
@@ -45,49 +54,48 @@ def test_random_moves_leave_a_local_optimum() -> None:
             return -10.0
         return float(sum(abs(a - b) for a, b in zip(steps, trap, strict=True)))
 
-    assert search_steps(evaluate, [trap], 20, budget_of_evaluations=9) == trap
-    assert search_steps(evaluate, [trap], 20, budget_of_evaluations=400) == hole
+    assert search(evaluate, [trap], 20, budget=9) == trap
+    assert search(evaluate, [trap], 20, budget=400) == hole
 
 
 def test_the_budget_holds_and_no_result_is_worse_than_a_start() -> None:
     for budget in (1, 2, 7, 40):
         calls: list[Steps] = []
-        found = search_steps(
+        best = search(
             lambda steps, calls=calls: calls.append(steps) or distance(steps),  # type: ignore[func-returns-value]
             spread_starts(20, 6),
             20,
-            budget_of_evaluations=budget,
+            budget=budget,
         )
         assert len(calls) <= budget
-        assert distance(found) <= distance(spread_starts(20, 6)[0])
+        assert distance(best) <= distance(spread_starts(20, 6)[0])
 
 
 def test_it_ends_where_there_is_nothing_left_to_judge() -> None:
     calls: list[Steps] = []
-    found = search_steps(
+    best = search(
         lambda steps: calls.append(steps) or -steps[1],  # type: ignore[func-returns-value]
         [(0, 1)],
         5,
-        budget_of_evaluations=50,
+        budget=50,
     )
-    assert found == (0, 4) and sorted(calls) == [(0, n) for n in range(1, 5)]
+    assert best == (0, 4) and sorted(calls) == [(0, n) for n in range(1, 5)]
 
 
 def test_the_same_seed_finds_the_same() -> None:
     def rugged(steps: Steps) -> float:
         return random.Random(str(steps)).random()
 
-    first = search_steps(rugged, spread_starts(30, 5), 30, budget_of_evaluations=60, seed=4)
-    assert search_steps(rugged, spread_starts(30, 5), 30, budget_of_evaluations=60, seed=4) == first
+    first = search(rugged, spread_starts(30, 5), 30, budget=60, seed=4)
+    assert search(rugged, spread_starts(30, 5), 30, budget=60, seed=4) == first
 
 
 def test_moves_keep_the_steps_in_order() -> None:
-    around = dict(moves((0, 1, 5), 7))
-    assert set(around.values()) == {(0, 2, 5), (0, 1, 4), (0, 1, 6), (0, 2, 6)}
-    first = next(moves((0, 1, 5), 7, last=("one", 2, 1)))
-    assert first == (("one", 2, 1), (0, 1, 6))
+    around = [candidate for _, candidate in moved((0, 1, 5), moves((0, 1, 5)), 7)]
+    assert around == [(0, 2, 5), (0, 1, 6), (0, 1, 4), (0, 2, 6)]
+    assert moves((0,)) == [] and moves((0, 3)) == [(0, 1), (0, -1)]
     for seed in range(20):
-        steps = kicked((0, 4, 9, 12), 15, random.Random(seed))
+        steps = kicked((0, 4, 9, 12), random.Random(seed), num_steps=15)
         assert steps[0] == 0 and list(steps) == sorted(set(steps)) and steps[-1] < 15 and len(steps) == 4
 
 
@@ -106,12 +114,3 @@ def test_starts_are_spread_in_several_ways() -> None:
 
 def test_a_guess_is_followed_downhill() -> None:
     assert guessed_optimum(distance, (0, 1, 2, 3, 4, 5), 20) == BEST
-
-
-def test_all_that_is_wrong_with_starts_is_named() -> None:
-    with pytest.raises(ValueError, match="budget_of_evaluations.*as many steps.*does not increase"):
-        search_steps(distance, [(0, 2), (1, 2, 3)], 20, budget_of_evaluations=0)
-    with pytest.raises(ValueError, match="at least one is needed"):
-        search_steps(distance, [], 20, budget_of_evaluations=5)
-    with pytest.raises(ValueError, match="at most 19"):
-        search_steps(distance, [(0, 20)], 20, budget_of_evaluations=5)

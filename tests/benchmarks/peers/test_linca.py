@@ -94,7 +94,7 @@ def test_through_the_pipeline_at_equal_full_steps() -> None:
 
 
 def test_its_cost_counts_splits_and_joins() -> None:
-    model = ModelFlops(total=1e9, ends=0.0, blocks=(), tokens=10, channels=8)
+    model = ModelFlops(total=1e9, head=0.0, blocks=(), tokens=10, channels=8)
     schedule = Schedule.explicit(6, (0, 1, 3))  # predicted: 2 (stage 1; past 0 1), 4 5 (stage 2; past 0 1 3)
     network = 4 * 16 * 2 + 16 * 16
     once = 2 * 2 * (64 + 2 * network) * 10

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers.recorded_path import RecordedPath, cheapest_path, decibels
+from benchmarks.peers.recorded_path import RecordedPath, decibels
 from lesa.peers.rules import RULES
 from lesa.peers.solvers import SOLVERS
 from lesa.schedule import Schedule
+from lesa.search.path import cheapest_path
 from tests.helpers import training_set
 
 STEPS = training_set.STEPS
@@ -18,7 +19,7 @@ STEPS = training_set.STEPS
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> RecordedPath:
     data, _ = training_set.splits(Path(tmp_path_factory.mktemp("store")) / "t.zarr")
-    return RecordedPath.of(data, training_set.ends(), range(4))
+    return RecordedPath.of(data, training_set.head(), range(4))
 
 
 def test_the_latents_follow_the_recorded_velocities(path: RecordedPath) -> None:
@@ -26,7 +27,7 @@ def test_the_latents_follow_the_recorded_velocities(path: RecordedPath) -> None:
     for step in range(STEPS):
         moved = path.latents[step] + (path.sigmas[step + 1] - path.sigmas[step]) * path.velocities[step]
         torch.testing.assert_close(moved, path.latents[step + 1], atol=1e-5, rtol=1e-5)
-    first = path.ends(path.features[:, 3], path.temb[:, 3])
+    first = path.head(path.features[:, 3], path.temb[:, 3])
     assert torch.equal(path.velocities[3], first)
 
 
@@ -60,7 +61,7 @@ def test_a_segments_cost_by_hand(path: RecordedPath) -> None:
     drift = torch.zeros_like(path.velocities[0])
     for ahead, step in enumerate((5, 6, 7), start=1):
         feature = path.features[:, c] + (step - c) / (c - b) * (path.features[:, c] - path.features[:, b])
-        error = path.ends(feature, path.temb[:, step]) - path.velocities[step]
+        error = path.head(feature, path.temb[:, step]) - path.velocities[step]
         drift = drift + (path.sigmas[step + 1] - path.sigmas[step]) * error
         assert costs[b, c][ahead] == pytest.approx(float(drift.square().mean()), rel=1e-3)
     assert costs[b, c][0] == 0.0 and len(costs[b, c]) == 6
@@ -84,13 +85,13 @@ def test_the_cheapest_path_is_the_cheapest_of_all() -> None:
 
     for count in (3, 4, 5):
         paths = [(0, 1, *rest) for rest in combinations(range(2, steps), count - 2)]
-        found = cheapest_path(costs, steps, count)
+        found = cheapest_path(costs, steps, count, leading=2)
         assert found == min(paths, key=total)
-    assert cheapest_path({pair: [0.0] for pair in costs}, steps, 3) is None
+    assert cheapest_path({pair: [0.0] for pair in costs}, steps, 3, leading=2) is None
 
 
 def test_a_path_is_a_schedule_any_rule_takes(path: RecordedPath) -> None:
     factory = partial(RULES["hicache"], contraction=0.6)
-    found = cheapest_path(path.segment_costs(factory), STEPS, 5)
+    found = cheapest_path(path.segment_costs(factory), STEPS, 5, leading=2)
     assert found is not None and Schedule.explicit(STEPS, found).num_full == 5
     assert path.rule_drift(factory, found) < path.rule_drift(factory, (0, 1, 2, 3, 4))

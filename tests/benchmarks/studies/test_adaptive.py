@@ -22,6 +22,7 @@ from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import expert_design
 from tests.attacks.hostile import edit
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
@@ -45,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
         train, validation = recorded_splits(workload)
-        predictor = untrained_predictor(workload, train.sigmas, train.channels)
+        predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
         facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}
         make_bundle(Path(BUNDLE), workload, pipe, predictor, train, validation, **facts)

@@ -21,6 +21,7 @@ from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import noise_levels, recorded_elsewhere, recorded_splits
 from lesa.recording.prompts import PromptError
 from lesa.training.experts import untrained_predictor
+from lesa.training.jobs import expert_design
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
@@ -43,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
         (train, validation), others = recorded_splits(workload), recorded_elsewhere(workload)
-        predictor = untrained_predictor(workload, train.sigmas, train.channels, noise_levels(others))
+        predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels, noise_levels(others))
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
         facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}
         make_bundle(Path(BUNDLE), workload, pipe, predictor, train, validation, others=others, **facts)
@@ -77,7 +78,8 @@ def test_the_mixed_experts_alone_serve_the_own_schedules_too(place: Path) -> Non
     bundle = load_bundle(BUNDLE)
     schedule = bundle.manifest.budgets["2x"].schedule
     mixed = step_counts.mixed_only(bundle.predictor)
-    assert bundle.predictor.variant_for(schedule).name == "2x" and mixed.variant_for(schedule) == MIXED_VARIANT
+    assert bundle.predictor.spec.variant_for(schedule).name == "2x"
+    assert mixed.spec.variant_for(schedule) == MIXED_VARIANT
     alphas = mixed.alphas(schedule, torch.tensor(bundle.manifest.sigmas))
     assert not alphas[list(schedule.predicted_steps)].isnan().any()
 

@@ -1,4 +1,4 @@
-"""Coordinates of step weights: the same weights, moved one regressor at a time or in combinations."""
+"""Bases of step weights: the same weights, moved one regressor at a time or in combinations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lesa.training.step_weights import StepFits
 from tests.lesa.training.test_closed_loop import Place, place  # noqa: F401 - fixtures
 
 
-def test_scaled_coordinates_have_the_regressors_sizes(place: Place) -> None:  # noqa: F811
+def test_a_scaled_basis_has_the_regressors_sizes(place: Place) -> None:  # noqa: F811
     """Moving a parameter of one by one moves the prediction as far, whichever regressor it is of."""
     schedule = Schedule.explicit(8, (0, 2, 5))
     indices = list(range(len(place.train)))

@@ -22,6 +22,7 @@ from lesa.params_file import load_params
 from lesa.predictor.spec import PredictorSpec, Variant
 from lesa.schedule import Schedule
 from lesa.training.experts import predictor_spec
+from lesa.training.jobs import expert_design
 from tests.helpers.bundles import CALL
 from tests.helpers.evaluation import pipeline
 from tests.helpers.tiny import tiny_flux
@@ -161,7 +162,7 @@ def test_the_default_form_is_the_default_workloads() -> None:
     searched = {name: BudgetParams(interval=7) for name in workload.schedule.budgets}
     workload = dataclasses.replace(workload, schedule=dataclasses.replace(workload.schedule, budgets=searched))
     # The experts for other numbers of steps are beside the form that is counted.
-    trained = dataclasses.replace(predictor_spec(workload, 128), step_counts=())
+    trained = dataclasses.replace(predictor_spec(expert_design(workload), 128), step_counts=())
     assert dataclasses.replace(default_spec(128, 50), variants=trained.variants) == trained
 
 

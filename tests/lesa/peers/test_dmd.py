@@ -87,7 +87,7 @@ def test_bfloat16_features_give_bfloat16() -> None:
 
 
 def test_its_operations_are_counted() -> None:
-    model = ModelFlops(total=1.0, ends=0.0, blocks=(), tokens=3, channels=5)
+    model = ModelFlops(total=1.0, head=0.0, blocks=(), tokens=3, channels=5)
     schedule = Schedule.explicit(9, [0, 2, 4, 7])
     # After 0 nothing, after 2 a line, after 4 six inner products and two terms in each of two steps, after 7 a line.
     assert rule_flops(DMD(), schedule, model) == 15 * 2 * (0 + 1 + 6 + 2 * 2 + 1)

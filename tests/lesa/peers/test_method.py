@@ -108,7 +108,7 @@ def test_with_every_step_full_a_rule_is_the_plain_run(rule: str) -> None:
 def test_methods_say_what_they_cost() -> None:
     from lesa.models.flops import ModelFlops
 
-    model = ModelFlops(total=100.0, ends=1.0, blocks=(10.0, 20.0, 30.0), tokens=4, channels=8)
+    model = ModelFlops(total=100.0, head=1.0, blocks=(10.0, 20.0, 30.0), tokens=4, channels=8)
     levels = torch.linspace(1, 0, NUM_STEPS + 1)
     by_name = everything()
     assert tuple(by_name) == NAMES

@@ -88,9 +88,9 @@ def test_differences_are_made_once_an_anchor() -> None:
     history = history_of({0: 1.0, 1: 4.0, 2: 9.0}, 3)
     rule(history, 4)
     made = dict(history.memo)
-    assert set(made) == {1, 2}
+    assert set(made) == {("taylor", 1), ("taylor", 2)}
     rule(history, 5)
-    assert all(history.memo[order] is made[order] for order in made)
+    assert all(history.memo[key] is made[key] for key in made)
     assert float(taylor_difference(history.features, history.steps, 2)[0, 0, 0]) == 2.0
 
 

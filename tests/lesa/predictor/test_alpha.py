@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lesa.predictor.alpha import (
-    KINDS,
+    ALPHA_KINDS,
     evaluate_alpha,
     gate_shapes,
     history_steps,
@@ -89,7 +89,7 @@ def test_each_gate_by_hand() -> None:
     torch.testing.assert_close(evaluate_alpha("kan", kan, torch.tensor([[1.0]]), [0]), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALPHA_KINDS)
 def test_shapes_are_those_alpha_reads(kind: str) -> None:
     shapes = gate_shapes(kind, 3, 4, 5, 12)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}

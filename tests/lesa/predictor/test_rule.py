@@ -23,10 +23,10 @@ def test_newest_first_and_the_oldest_leaves() -> None:
 def test_a_new_feature_and_a_reset_forget_the_memo() -> None:
     history = History(2)
     history.push(0, feature(0))
-    history.memo["z"] = feature(1)
+    history.memo["z",] = feature(1)
     history.push(1, feature(1))
     assert history.memo == {}
-    history.memo["z"] = feature(1)
+    history.memo["z",] = feature(1)
     history.reset()
     assert (history.steps, history.features, history.memo) == ((), (), {})
 
@@ -38,8 +38,8 @@ def test_bytes_count_every_storage_once() -> None:
     history.push(0, one)
     history.push(1, one)  # the same storage
     assert history.nbytes == 6 * 4
-    history.memo["z"] = feature(2)
-    history.memo["view"] = one.view(-1)
+    history.memo["z",] = feature(2)
+    history.memo["view",] = one.view(-1)
     assert history.nbytes == 2 * 6 * 4
 
 

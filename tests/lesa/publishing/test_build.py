@@ -26,7 +26,7 @@ from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.sampling.binding import LazyPredictor
 from lesa.training.experts import untrained_predictor
-from lesa.training.jobs import save_predictor
+from lesa.training.jobs import expert_design, save_predictor
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
         train, validation = recorded_splits(workload)
-        predictor = untrained_predictor(workload, train.sigmas, train.channels)
+        predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
 
         def make(folder: Path) -> Bundle:
             return make_bundle(
@@ -151,7 +151,7 @@ def _assert_rounded_up(found: list[float | None], exact: dict[int, float]) -> No
 def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     workload, pipe = made.workload, made.pipe
     train, validation = recorded_splits(workload)
-    predictor = untrained_predictor(workload, train.sigmas, train.channels)
+    predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     schedule = workload.budgets()["2x"]
     rule = LazyPredictor(predictor, schedule, train.sigmas)
 
@@ -175,7 +175,7 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
 def test_a_job_finds_the_bounds_with_the_predictor_that_was_saved(made: Made) -> None:
     workload = made.workload
     train, _ = recorded_splits(workload)
-    predictor = untrained_predictor(workload, train.sigmas, train.channels)
+    predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     save_predictor(workload.paths.closed_loop, predictor, {})
     told: list[tuple[int, dict[str, float]]] = []
     found = measure_bounds(workload, ["2x"], lambda step, values: told.append((step, dict(values))))

@@ -21,6 +21,7 @@ def test_one_entry_a_trajectory_and_branch(tmp_path: Path) -> None:
     assert len(data) == 8 and data.channels == CHANNELS
     assert data.prompts == ("a",) * 4 + ("b",) * 4
     assert data.seeds == (0, 0, 1, 1) * 2 and data.branch == (0, 1) * 4
+    assert data.first_branch_rows() == [0, 2, 4, 6]
     assert torch.equal(data.sigmas, sigmas())
     assert data.temb.shape == (8, STEPS, CHANNELS) and data.latents.shape == (8, TOKENS, OUTPUTS)
     for row, key in enumerate(data.keys):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.models.fingerprint import fingerprint
 from lesa.sampling.checks import MismatchError
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.sampling.checks import MismatchError
 from tests.helpers import tiny, tiny_hunyuan, tiny_qwen, tiny_qwen_variants
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.images import NUM_STEPS, PictureCall
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lesa
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 

@@ -13,6 +13,7 @@ import lesa
 from lesa.bundle import Bundle
 from lesa.bundle.budgets import choose_schedule
 from lesa.peers.rules import RULES
+from lesa.predictor.rule import WithoutStages
 from lesa.sampling.checks import MismatchError
 from lesa.sampling.hook import LesaCacheConfig
 from lesa.schedule import Schedule
@@ -85,7 +86,7 @@ def test_call_kwargs_are_the_manifest_s_and_what_the_pipeline_takes(pipe, bundle
 def test_the_bundle_predicts_like_the_rule_it_was_started_from(pipe, bundle):
     """Extrapolation in sigma, written out by hand, through the same hook."""
 
-    class Line:
+    class Line(WithoutStages):
         name, history_size, keeps_predictions = "line", 2, False
 
         def __call__(self, history, step):
@@ -120,7 +121,7 @@ def test_schedules_are_chosen_by_budget_interval_or_list(pipe, bundle):
 
 
 @pytest.mark.parametrize(
-    ("choice", "words"),
+    ("choice", "description"),
     [
         ({"budget": "9x"}, "'9x' is not one of 1.43x, 1.67x"),
         ({"budget": "1.67x", "interval": 3}, "give one of"),

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
 from lesa.models.families import FAMILIES
 from tests.helpers import tiny_flux_variants, tiny_hunyuan, tiny_qwen_variants
+from tests.helpers.images import NUM_STEPS, PictureCall
 
 VARIANTS = tiny_flux_variants.VARIANTS | tiny_qwen_variants.VARIANTS | tiny_hunyuan.VARIANTS
 

@@ -13,8 +13,8 @@ from diffusers.hooks.hooks import CacheContext
 
 from lesa.models.families import FAMILIES, BlockList, Family
 from lesa.peers.rules import RULES
-from lesa.predictor.rule import History
-from lesa.sampling.checks import FirstCall, MismatchError
+from lesa.predictor.rule import History, WithoutStages
+from lesa.sampling.checks import CheckResult, FirstCall, MismatchError
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.schedule import Schedule
 from tests.helpers.tiny import CALL, tiny_flux
@@ -109,7 +109,7 @@ def test_the_error_meter_by_hand(hand):
 
 
 @dataclasses.dataclass
-class Says:
+class Says(WithoutStages):
     """A rule that says what it is told to, and keeps what it was given."""
 
     values: dict[int, float]
@@ -396,9 +396,9 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_computed(pipe):
     handle = pipe.transformer.x_embedder.register_forward_hook(lambda *_: computed.append(1))
     sigmas = [1.0 - step / 10 for step in range(9)]
 
-    def check(call: FirstCall) -> list[str]:
+    def check(call: FirstCall) -> CheckResult:
         assert call.scheduler is pipe.scheduler and "hidden_states" in call.kwargs
-        return ["prompt: too short"]
+        return CheckResult(problems=["prompt: too short"])
 
     plain = run(pipe)
     computed.clear()
@@ -414,6 +414,16 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_computed(pipe):
     handle.remove()
     remove_lesa_cache(pipe.transformer)
     assert torch.equal(run(pipe), plain)
+
+
+def test_a_check_gives_the_facts_of_its_run_in_place_of_the_configuration_s(pipe):
+    facts = iter([{"run": "first"}, None])
+    enable(pipe, notes={"run": "none yet"}, check=lambda call: CheckResult(notes=next(facts)))
+    assert cache_state(pipe.transformer).notes == {"run": "none yet"}
+    run(pipe)
+    assert cache_state(pipe.transformer).notes == {"run": "first"}
+    run(pipe)
+    assert cache_state(pipe.transformer).notes == {"run": "none yet"}
 
 
 def test_a_run_that_starts_late_is_refused(pipe):

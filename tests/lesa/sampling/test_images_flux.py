@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
-from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.bundle import Bundle
@@ -18,6 +17,7 @@ from lesa.sampling.checks import MismatchError
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
 from lesa.schedule import Schedule
 from tests.helpers.bundles import make_bundle
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.model_kinds import tiny_workload
 from tests.helpers.tiny_flux_variants import controlnet, image_to_image, kontext
 

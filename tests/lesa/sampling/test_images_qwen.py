@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.images import NUM_STEPS, PictureCall
 
 import lesa
 from lesa.sampling.checks import MismatchError
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_qwen_variants import edit, edit_plus, small_references, text_to_image
 
 

@@ -15,12 +15,13 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, CpuOffload, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
-from tests.helpers.images import PictureCall
 
 import lesa
 from lesa.models.families import blocks, family_of
 from lesa.sampling.checks import MismatchError
+from lesa.sampling.hook import is_lesa_cache_enabled
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
+from tests.helpers.images import PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
@@ -184,7 +185,7 @@ def test_lesa_outlives_whole_model_offloading_which_is_renewed_after_every_run(
     assert lesa.summary(call.pipe).num_full == 5
     lesa.disable(call.pipe)
     assert torch.allclose(call.run(), plain, atol=1e-6)
-    assert lesa.hook.is_lesa_cache_enabled(call.pipe.transformer) is False
+    assert is_lesa_cache_enabled(call.pipe.transformer) is False
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -13,11 +13,10 @@ import torch
 
 from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
 from lesa.schedule import Schedule
-from lesa.search import descent as search_loop
-from lesa.search import finalists
-from lesa.search import trials as trial
-from lesa.search.descent import DECIBELS, judged_apart, neighbours, refine
-from lesa.search.jobs import cheapest_starts, run_search_job
+from lesa.search import descent, finalists, trials
+from lesa.search.descent import DECIBELS, judged_apart, moves, refine
+from lesa.search.jobs import cheapest_starts, run_search_job, search_settings
+from lesa.search.local_search import moved
 from lesa.search.schedules_file import with_schedules, write_schedules
 from lesa.training.losses import log_latents_loss
 from lesa.training.rollout import accelerated_latents
@@ -36,20 +35,20 @@ def searched(workload: Workload, count: int = 4, **changes: int) -> Workload:
     )
 
 
-def test_neighbours_move_one_full_step_or_all_that_follow_near_ones_first() -> None:
-    schedule = Schedule.explicit(12, (0, 1, 5, 9))
-    found = list(neighbours(schedule, torch.Generator().manual_seed(0)))
-    assert len({candidate.full_steps for candidate in found}) == len(found) > 10
+def test_moves_are_of_one_full_step_or_all_that_follow_near_ones_first() -> None:
+    steps = (0, 1, 5, 9)
+    around = [candidate for _, candidate in moved(steps, moves(steps, torch.Generator().manual_seed(0)), 12)]
+    assert len(set(around)) == len(around) > 10
     distances = []
-    for candidate in found:
-        shifts = [b - a for a, b in zip(schedule.full_steps, candidate.full_steps, strict=True)]
-        moved = [shift for shift in shifts if shift]
-        assert shifts[0] == 0 and len(set(moved)) == 1
-        assert len(moved) == 1 or shifts[-len(moved) :] == moved
-        distances.append(abs(moved[0]))
+    for candidate in around:
+        shifts = [b - a for a, b in zip(steps, candidate, strict=True)]
+        nonzero = [shift for shift in shifts if shift]
+        assert shifts[0] == 0 and len(set(nonzero)) == 1
+        assert len(nonzero) == 1 or shifts[-len(nonzero) :] == nonzero
+        distances.append(abs(nonzero[0]))
     assert distances == sorted(distances) and set(distances) == {1, 2}
-    again = next(neighbours(schedule, torch.Generator().manual_seed(0), (0, 0, 2, 0)))
-    assert again.full_steps == (0, 1, 7, 9)  # what helped last comes first
+    drawn = [moves(steps, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and sorted(drawn[0]) == sorted(drawn[2])
 
 
 def test_no_prompt_is_both_run_and_fitted_and_a_run_is_made_once() -> None:
@@ -74,7 +73,7 @@ def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place
     start = Schedule.explicit(8, (0, 1, 2, 3))
     steps: list[int] = []
     best, figures = refine(
-        place.pipe, workload, place.train, [start], seed=0, journal=tmp_path / "j.json",
+        place.pipe, search_settings(workload), place.train, [start], seed=0, journal=tmp_path / "j.json",
         report=lambda step, values: steps.append(step),
     )  # fmt: skip
     assert figures["error_db"] < figures["start_error_db"] and best.num_full == 4
@@ -83,7 +82,7 @@ def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place
     fits = StepFits(place.train, range(len(place.train) - 1), 3, workload.predictor.ridge, place.pipe.device)
     judged = [len(place.train) - 1]
     with torch.no_grad():
-        latents = accelerated_latents(place.pipe, workload, best, fits.rule(best), place.train, judged)
+        latents = accelerated_latents(place.pipe, workload.call, best, fits.rule(best), place.train, judged)
     again = float(log_latents_loss(latents, place.train.latents[judged])) * DECIBELS
     assert again == pytest.approx(figures["error_db"], abs=1e-4)
 
@@ -91,7 +90,7 @@ def test_the_search_is_not_worse_than_its_start_and_counts_its_runs(place: Place
 def test_a_killed_search_ends_where_an_undisturbed_one_does(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    workload = searched(place.workload)
+    settings = search_settings(searched(place.workload))
     start = [Schedule.explicit(8, (0, 1, 2, 3))]
 
     class Killed(Exception):
@@ -102,63 +101,64 @@ def test_a_killed_search_ends_where_an_undisturbed_one_does(
             raise Killed
 
     whole = refine(
-        place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "a.json", report=lambda *_: None
+        place.pipe, settings, place.train, start, seed=0, journal=tmp_path / "a.json", report=lambda *_: None
     )
     with pytest.raises(Killed):
-        refine(place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "b.json", report=kill_at_three)
+        refine(place.pipe, settings, place.train, start, seed=0, journal=tmp_path / "b.json", report=kill_at_three)
     runs = 0
-    real = search_loop.accelerated_latents
+    real = descent.accelerated_latents
 
     def counted(*arguments: object) -> torch.Tensor:
         nonlocal runs
         runs += 1
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(search_loop, "accelerated_latents", counted)
+    monkeypatch.setattr(descent, "accelerated_latents", counted)
     resumed = refine(
-        place.pipe, workload, place.train, start, seed=0, journal=tmp_path / "b.json", report=lambda *_: None
+        place.pipe, settings, place.train, start, seed=0, journal=tmp_path / "b.json", report=lambda *_: None
     )
     assert resumed == whole and runs == int(whole[1]["evaluations"]) - 3
 
 
 def test_a_second_descent_makes_only_runs_that_the_first_did_not(place: Place, tmp_path: Path) -> None:  # noqa: F811
     start = [Schedule.explicit(8, (0, 1, 2, 3))]
-    found, made = [], []
+    results, made = [], []
     for descents in (1, 2):
-        workload = searched(place.workload, evaluations=10, descents=descents)
+        settings = search_settings(searched(place.workload, evaluations=10, descents=descents))
         journal = tmp_path / f"{descents}.json"
-        found.append(
-            refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+        results.append(
+            refine(place.pipe, settings, place.train, start, seed=0, journal=journal, report=lambda *_: None)
         )
         made.append([steps for _, steps, _, _ in json.loads(journal.read_text())["runs"]])
     one, two = made
     assert two[: len(one)] == one and len(one) < len(two) <= 20
     assert len({*map(tuple, two)}) == len(two)
-    assert found[1][1]["error_db"] <= found[0][1]["error_db"]
+    assert results[1][1]["error_db"] <= results[0][1]["error_db"]
 
 
-def test_what_lost_to_one_rival_is_run_again_against_a_worse_one(
+def test_what_one_incumbent_eliminated_is_run_again_against_a_worse_one(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    """A loser's error is an estimate: before a later descent takes it for its best, it is run in full."""
-    monkeypatch.setattr(trial, "STRIDE", 2)
-    monkeypatch.setattr(trial, "BEHIND", 0.0)  # who is behind after two has lost
-    monkeypatch.setattr(search_loop, "HOPELESS", math.inf)
+    """An eliminated trial's error is an estimate: before a later descent takes it for its best, it is run in full."""
+    monkeypatch.setattr(trials, "STRIDE", 2)
+    monkeypatch.setattr(trials, "BEHIND", 0.0)  # who is behind after two is eliminated
+    monkeypatch.setattr(descent, "HOPELESS", math.inf)
     workload = searched(place.workload, evaluations=20, samples=3, descents=4)
-    bests: list[Schedule] = []
-    real = search_loop.neighbours
+    bests: list[tuple[int, ...]] = []
+    real = descent.moves
 
-    def noted(schedule: Schedule, *given: object) -> object:
-        bests.append(schedule)
-        return real(schedule, *given)  # type: ignore[arg-type]
+    def noted(steps: tuple[int, ...], *given: object) -> object:
+        bests.append(steps)
+        return real(steps, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(search_loop, "neighbours", noted)
+    monkeypatch.setattr(descent, "moves", noted)
     start = [Schedule.explicit(8, (0, 1, 2, 3)), Schedule.explicit(8, (0, 2, 4, 6))]
     journal = tmp_path / "j.json"
-    best, _ = refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+    settings = search_settings(workload)
+    best, _ = refine(place.pipe, settings, place.train, start, seed=0, journal=journal, report=lambda *_: None)
     runs = [(tuple(steps), len(errors)) for _, steps, _, errors in json.loads(journal.read_text())["runs"]]
     in_full = [steps for steps, number in runs if number == 3]
-    assert {schedule.full_steps for schedule in [*bests, best]} <= {*in_full}
+    assert {*bests, best.full_steps} <= {*in_full}
     assert len({*in_full}) == len(in_full)
     assert any(number < 3 and (steps, 3) in runs[place:] for place, (steps, number) in enumerate(runs))
 
@@ -167,15 +167,15 @@ def test_what_lost_to_one_rival_is_run_again_against_a_worse_one(
 def test_no_descent_begins_far_behind_the_best_start(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopeless: float, begins: bool  # noqa: F811
 ) -> None:
-    monkeypatch.setattr(search_loop, "HOPELESS", hopeless)
-    visited: list[Schedule] = []
-    monkeypatch.setattr(search_loop, "neighbours", lambda schedule, *_: visited.append(schedule) or [])
+    monkeypatch.setattr(descent, "HOPELESS", hopeless)
+    visited: list[tuple[int, ...]] = []
+    monkeypatch.setattr(descent, "moves", lambda steps, *_: visited.append(steps) or [])
     bad, good = Schedule.explicit(8, (0, 1, 2, 3)), Schedule.explicit(8, (0, 2, 4, 6))
     best, _ = refine(
-        place.pipe, searched(place.workload, descents=2), place.train, [bad, good], seed=0,
+        place.pipe, search_settings(searched(place.workload, descents=2)), place.train, [bad, good], seed=0,
         journal=tmp_path / "j.json", report=lambda *_: None,
     )  # fmt: skip
-    assert best == good and visited == [good, bad if begins else good]
+    assert best == good and visited == [good.full_steps, bad.full_steps if begins else good.full_steps]
 
 
 def test_the_last_word_has_a_training_through_the_sampler(
@@ -185,26 +185,27 @@ def test_the_last_word_has_a_training_through_the_sampler(
     workload = searched(place.workload, evaluations=12, samples=2, finalists=3, finalist_iterations=12)
     start = [Schedule.explicit(8, (0, 1, 2, 3))]
     trained: dict[tuple[int, ...], float] = {}
-    real = search_loop.error_after_training
+    real = descent.error_after_training
 
     def noted(*given: object, **more: object) -> float:
-        found = real(*given, **more)  # type: ignore[arg-type]
-        trained[given[3].full_steps] = found  # type: ignore[attr-defined]
-        return found
+        error = real(*given, **more)  # type: ignore[arg-type]
+        trained[given[3].full_steps] = error  # type: ignore[attr-defined]
+        return error
 
-    monkeypatch.setattr(search_loop, "error_after_training", noted)
+    monkeypatch.setattr(descent, "error_after_training", noted)
     monkeypatch.setattr(finalists, "APART", 1)  # in eight steps there is no room for more
     told: list[dict[str, float]] = []
     journal = tmp_path / "j.json"
+    settings = search_settings(workload)
     best, figures = refine(
-        place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda _, values: told.append(values)
+        place.pipe, settings, place.train, start, seed=0, journal=journal, report=lambda _, values: told.append(values)
     )
     assert len(trained) == 3 and best.full_steps == min(trained, key=trained.__getitem__)
     assert figures["trained_error_db"] == pytest.approx(min(trained.values()) * DECIBELS)
     assert figures["trained_error_db"] < figures["error_db"]
     assert [set(values) for values in told[-3:]] == [{"trained_error_db", "best_trained_error_db"}] * 3
     trained.clear()
-    again = refine(place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None)
+    again = refine(place.pipe, settings, place.train, start, seed=0, journal=journal, report=lambda *_: None)
     assert again == (best, figures) and not trained, "what the journal has is not trained again"
 
 
@@ -215,19 +216,19 @@ def test_a_very_short_training_screens_the_leaders(
         place.workload, evaluations=12, samples=2, screened=5, screen_iterations=2, finalists=2, finalist_iterations=9
     )
     trained: dict[int, dict[tuple[int, ...], float]] = {2: {}, 9: {}}
-    real = search_loop.error_after_training
+    real = descent.error_after_training
 
     def noted(*given: object, iterations: int, **more: object) -> float:
-        found = real(*given, iterations=iterations, **more)  # type: ignore[arg-type]
-        trained[iterations][given[3].full_steps] = found  # type: ignore[attr-defined]
-        return found
+        error = real(*given, iterations=iterations, **more)  # type: ignore[arg-type]
+        trained[iterations][given[3].full_steps] = error  # type: ignore[attr-defined]
+        return error
 
-    monkeypatch.setattr(search_loop, "error_after_training", noted)
+    monkeypatch.setattr(descent, "error_after_training", noted)
     monkeypatch.setattr(finalists, "APART", 1)
     start = [Schedule.explicit(8, (0, 1, 2, 3))]
     journal = tmp_path / "j.json"
     best, figures = refine(
-        place.pipe, workload, place.train, start, seed=0, journal=journal, report=lambda *_: None
+        place.pipe, search_settings(workload), place.train, start, seed=0, journal=journal, report=lambda *_: None
     )
     assert len(trained[2]) == 5
     assert set(trained[9]) == set(sorted(trained[2], key=trained[2].__getitem__)[:2])
@@ -242,9 +243,9 @@ def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811
     with pytest.raises(ValueError, match="does not exist: run the search stage"):
         with_schedules(workload)
     (job,) = cheapest_starts(workload, None, lambda *_: None)
-    found = run_search_job(workload, job, lambda *_: None)
-    write_schedules(workload, {job.budget: found})
-    assert with_schedules(workload).budgets() == {"2x": found[0]}
+    schedule, figures = run_search_job(workload, job, lambda *_: None)
+    write_schedules(workload, {job.budget: (schedule, figures)})
+    assert with_schedules(workload).budgets() == {"2x": schedule}
     with pytest.raises(ValueError, match="2x: 5 full steps wanted, found"):
         with_schedules(searched(place.workload, count=5))
     record = json.loads(workload.paths.schedules.read_text())

@@ -25,19 +25,19 @@ def test_leaders_are_the_best_that_are_not_too_alike() -> None:
 
 
 def trained(place: Place, iterations: int, rate: float = 0.03) -> float:  # noqa: F811
-    workload = dataclasses.replace(
-        place.workload,
-        closed_loop=dataclasses.replace(place.workload.closed_loop, step_learning_rate=rate),
-    )
+    workload = place.workload
     data, schedule = place.train, Schedule.explicit(8, (0, 2, 5))
     fitted, judged = list(range(len(data) - 2)), list(range(len(data) - 2, len(data)))
     fits = StepFits(data, fitted, workload.predictor.step_history, workload.predictor.ridge, place.pipe.device)
     return error_after_training(
         place.pipe,
-        workload,
+        workload.call,
         data,
         schedule,
         fits.weights(schedule),
+        settings=dataclasses.replace(workload.closed_loop, step_learning_rate=rate),
+        history_size=workload.predictor.step_history,
+        seed=workload.seed,
         fitted=fitted,
         judged=judged,
         iterations=iterations,

@@ -58,10 +58,10 @@ def test_the_path_is_the_cheapest_of_all(kinked: Trajectories) -> None:
 
     everything = [(0, *rest) for rest in combinations(range(1, STEPS), 4)]
     for leading in (1, 2):
-        found = cheapest_path(costs, STEPS, 5, leading)
+        path = cheapest_path(costs, STEPS, 5, leading)
         allowed = [steps for steps in everything if steps[:leading] == tuple(range(leading))]
-        assert price(found.full_steps) == pytest.approx(min(map(price, allowed)))
-        assert isinstance(found, Schedule) and found.num_full == 5
+        assert path is not None and Schedule.explicit(STEPS, path).num_full == 5
+        assert price(path) == pytest.approx(min(map(price, allowed)))
 
 
 def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:
@@ -69,3 +69,5 @@ def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:
         cheapest_schedules(kinked, head(), [1, 4, 13])
     with pytest.raises(ValueError, match="gaps of at most 2"):
         cheapest_schedules(kinked, head(), [3], max_gap=2)
+    for leading in (1, 2):  # the longest gaps that are accepted reach the end
+        assert cheapest_schedules(kinked, head(), [5], max_gap=3, leading=leading)[5].num_full == 5

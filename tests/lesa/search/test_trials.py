@@ -1,4 +1,4 @@
-"""Schedules that have plainly lost are run on a few trajectories only, and what they came to is said fairly."""
+"""Schedules that are plainly worse are run on a few trajectories only, and their errors are estimated fairly."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def trial(table: dict[int, float], incumbent: Trial | None = None) -> tuple[Tria
     return run_trial(PLACES, run, incumbent), asked
 
 
-def test_without_a_rival_all_are_run_and_the_error_is_their_mean() -> None:
+def test_without_an_incumbent_all_are_run_and_the_error_is_their_mean() -> None:
     table = errors(0.0)
-    found, asked = trial(table)
+    made, asked = trial(table)
     assert [place for places in asked for place in places] == list(PLACES)
     assert {len(places) for places in asked} == {STRIDE}
-    assert found.error == pytest.approx(sum(table.values()) / len(table)) and len(found.errors) == len(PLACES)
+    assert made.error == pytest.approx(sum(table.values()) / len(table)) and len(made.errors) == len(PLACES)
 
 
-def test_a_plain_loser_is_run_on_the_first_ones_and_stands_where_it_would_have_stood() -> None:
+def test_an_eliminated_schedule_is_run_on_the_first_ones_and_its_estimate_is_near_its_error() -> None:
     best, _ = trial(errors(0.0))
     worse = errors(0.5, seed=1)
-    found, asked = trial(worse, best)
-    assert asked == [list(PLACES)[:STRIDE]] and len(found.errors) == STRIDE
+    made, asked = trial(worse, best)
+    assert asked == [list(PLACES)[:STRIDE]] and len(made.errors) == STRIDE
     # Its first trajectories are no measure by themselves: only the differences are.
-    of_first = sum(found.errors) / STRIDE
-    of_all = sum(worse.values()) / len(worse)
-    assert abs(of_first - of_all) > 0.3 > 0.1 > abs(found.error - of_all)
-    assert found.error > best.error
+    first_mean = sum(made.errors) / STRIDE
+    whole_mean = sum(worse.values()) / len(worse)
+    assert abs(first_mean - whole_mean) > 0.3 > 0.1 > abs(made.error - whole_mean)
+    assert made.error > best.error
 
 
-def test_a_winner_is_run_on_all() -> None:
+def test_a_better_schedule_is_run_on_all() -> None:
     best, _ = trial(errors(0.0))
     better = errors(-0.3, seed=2)
-    found, asked = trial(better, best)
+    made, asked = trial(better, best)
     assert len(asked) == len(PLACES) // STRIDE
-    assert found.error == pytest.approx(sum(better.values()) / len(better)) and found.error < best.error
+    assert made.error == pytest.approx(sum(better.values()) / len(better)) and made.error < best.error
 
 
-def test_few_winners_are_lost_and_most_losers_stop_early() -> None:
+def test_few_better_ones_are_eliminated_and_most_worse_ones_stop_early() -> None:
     best, _ = trial(errors(0.0))
-    lost = sum(len(trial(errors(-0.1, seed=seed), best)[0].errors) < len(PLACES) for seed in range(200))
+    eliminated = sum(len(trial(errors(-0.1, seed=seed), best)[0].errors) < len(PLACES) for seed in range(200))
     ran = [len(trial(errors(0.2, seed=seed), best)[0].errors) for seed in range(200)]
-    assert lost <= 10 and sum(ran) / len(ran) < 0.5 * len(PLACES)
+    assert eliminated <= 10 and sum(ran) / len(ran) < 0.5 * len(PLACES)
 
 
 def test_a_run_that_left_the_finite_numbers_is_the_worst_and_no_measure() -> None:
@@ -69,6 +69,6 @@ def test_a_run_that_left_the_finite_numbers_is_the_worst_and_no_measure() -> Non
     table[PLACES[3]] = math.nan
     broken, asked = trial(table)
     assert broken.error == WORST and len(asked) == 1 and all(map(math.isfinite, broken.errors))
-    found, asked = trial(errors(5.0), broken)
-    assert len(asked) == len(PLACES) // STRIDE and found.error < WORST
+    made, asked = trial(errors(5.0), broken)
+    assert len(asked) == len(PLACES) // STRIDE and made.error < WORST
     assert Trial.of([math.inf]).error == WORST

@@ -22,11 +22,11 @@ from lesa.predictor.rule import History
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.training import losses
-from lesa.training.closed_loop import drifted_loss, predictor_digest, restore
-from lesa.training.closed_loop import train_budget as train
+from lesa.training.closed_loop import drifted_loss, predictor_digest, restore, train_budget
 from lesa.training.expert import Expert
-from lesa.training.experts import Job, assemble, new_expert, untrained_predictor
+from lesa.training.experts import Job, Trained, assemble, new_expert, untrained_predictor
 from lesa.training.ground_truth import train_expert
+from lesa.training.jobs import expert_design
 from lesa.training.rollout import ExpertRule, accelerated_latents, in_loop
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
         train_set, validation = recorded_splits(workload)
-        start = untrained_predictor(workload, train_set.sigmas, train_set.channels)
+        start = untrained_predictor(expert_design(workload), train_set.sigmas, train_set.channels)
         yield Place(workload, pipe, train_set, validation, start)
     finally:
         os.chdir(before)
@@ -77,12 +77,19 @@ def small(workload: Workload, **changes: Any) -> Workload:
     return dataclasses.replace(workload, **parts)
 
 
+def train(workload: Workload, *given: Any, **more: Any) -> Trained:
+    """`train_budget` with the sections of a workload."""
+    settings, loss = workload.closed_loop, workload.ground_truth.loss
+    return train_budget(expert_design(workload), settings, *given, feature_loss=loss, **more)
+
+
 def rule_of(place: Place, workload: Workload | None = None) -> ExpertRule:
     workload = workload or place.workload
     stages = range(len(workload.predictor.history_sizes))
     return ExpertRule(
         experts={
-            s: new_expert(workload, Job("2x", s), place.train.sigmas, place.train.channels) for s in stages
+            s: new_expert(expert_design(workload), Job("2x", s), place.train.sigmas, place.train.channels)
+            for s in stages
         },
         schedule=workload.budgets()["2x"],
         sigmas=place.train.sigmas,
@@ -93,7 +100,8 @@ def rule_of(place: Place, workload: Workload | None = None) -> ExpertRule:
 
 
 def loss_of(place: Place, rule: ExpertRule, checkpointing: bool = False) -> torch.Tensor:
-    latents = accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0, 2], checkpointing)
+    call = place.workload.call
+    latents = accelerated_latents(place.pipe, call, rule.schedule, rule, place.train, [0, 2], checkpointing)
     return losses.log_latents_loss(latents, place.train.latents[[0, 2]])
 
 
@@ -110,7 +118,7 @@ def test_recorded_latents_are_what_the_loop_compares_with(place: Place) -> None:
         schedule=dataclasses.replace(place.workload.budgets()["2x"], full_steps=tuple(range(8))),
     )
     with torch.no_grad():
-        latents = accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [1, 3])
+        latents = accelerated_latents(place.pipe, place.workload.call, rule.schedule, rule, place.train, [1, 3])
     reference = place.train.latents[[1, 3]]
     assert latents.shape == reference.shape
     torch.testing.assert_close(latents, reference, rtol=1e-4, atol=1e-4)
@@ -166,10 +174,10 @@ def test_never_worse_than_the_start_and_the_pipeline_as_it_was(
         closed_loop={"gradient": gradient, "gradient_checkpointing": history == "steps"},
         predictor={"history": history},
     )
-    start = untrained_predictor(workload, place.train.sigmas, place.train.channels)
+    start = untrained_predictor(expert_design(workload), place.train.sigmas, place.train.channels)
     before = sample(place.pipe, ["a thin seven"], [5], workload.call)
     seen: list[int] = []
-    tensors, figures = train(
+    trained = train(
         workload,
         "2x",
         start,
@@ -180,8 +188,8 @@ def test_never_worse_than_the_start_and_the_pipeline_as_it_was(
         report=lambda iteration, _: seen.append(iteration),
     )
     assert seen == [1, 2, 3]
-    assert figures["validation_loss"] <= figures["validation_loss_start"]
-    assert set(tensors) == {Job("2x", 0), Job("2x", 1)}
+    assert trained.figures["validation_loss"] <= trained.figures["validation_loss_start"]
+    assert trained.budget == "2x" and set(trained.experts) == {0, 1} and trained.step_weights == {}
     assert not is_lesa_cache_enabled(place.pipe.transformer)
     assert not any("forward" in block.__dict__ for _, block, _ in rows(place))
     assert torch.equal(sample(place.pipe, ["a thin seven"], [5], workload.call), before)
@@ -189,7 +197,7 @@ def test_never_worse_than_the_start_and_the_pipeline_as_it_was(
 
 def test_training_through_the_sampler_improves_it(place: Place, tmp_path: Path) -> None:
     workload = small(place.workload, closed_loop={"iterations": 12, "learning_rate": 5e-3, "batch_size": 4})
-    tensors, figures = train(
+    trained = train(
         workload,
         "2x",
         place.start,
@@ -199,10 +207,10 @@ def test_training_through_the_sampler_improves_it(place: Place, tmp_path: Path) 
         work_dir=tmp_path,
         report=lambda *_: None,
     )
-    assert figures["validation_loss"] < figures["validation_loss_start"] - 0.02
+    assert trained.figures["validation_loss"] < trained.figures["validation_loss_start"] - 0.02
     changed = [
         name
-        for name, value in tensors[Job("2x", 1)].items()
+        for name, value in trained.experts[1].items()
         if not torch.equal(value, place.start.tensors[f"2x/1/{name}"])
     ]
     assert "projection.scale" in changed and "gate.table" in changed
@@ -218,27 +226,42 @@ def test_weights_of_each_step_are_trained_and_sample_as_they_were_trained(place:
         schedule={"budgets": {"2x": BudgetParams(full_steps=(0, 2, 4, 6))}, "default_budget": "2x"},
     )
     head, arguments = output_head_of(place.pipe.transformer), (place.train, place.validation)
-    experts = {}
-    for stage in range(2):
-        experts[Job("2x", stage)], _ = train_expert(
-            workload, Job("2x", stage), *arguments, head, work_dir=tmp_path, report=lambda *_: None
+    design = expert_design(workload)
+    parts = [
+        train_expert(
+            design,
+            workload.ground_truth,
+            Job("2x", stage),
+            *arguments,
+            head,
+            device=place.pipe.device,
+            work_dir=tmp_path,
+            report=lambda *_: None,
         )
-    start = assemble(workload, place.train.channels, experts)
+        for stage in range(2)
+    ]
+    for part in parts:  # each job's share is of its own noise stage's steps alone, a budget's weights are their sum
+        assert 0 < part.step_weights["weight"].abs().amax(dim=(1, 2)).count_nonzero() < 7
+    start = assemble(design, place.train.channels, parts)
+    shares = [part.step_weights["weight"] for part in parts]
+    assert torch.equal(start.tensors["2x/steps/weight"], shares[0] + shares[1])
+    assert not (shares[0].abs().amax(dim=(1, 2)) * shares[1].abs().amax(dim=(1, 2))).any()
     assert start.tensors["2x/steps/weight"][[1, 3, 5, 7]].abs().amax(dim=(1, 2)).min() > 0
     assert start.tensors["2x/steps/weight"][0].eq(0).all()
-    tensors, figures = train(
+    tuned = train(
         workload, "2x", start, place.pipe, *arguments, work_dir=tmp_path / "loop", report=lambda *_: None
     )
-    assert figures["validation_loss"] < figures["validation_loss_start"] - 0.02
-    trained = assemble(workload, place.train.channels, tensors)
+    assert tuned.figures["validation_loss"] < tuned.figures["validation_loss_start"] - 0.02
+    trained = assemble(design, place.train.channels, [tuned])
+    assert torch.equal(trained.tensors["2x/steps/weight"], tuned.step_weights["weight"])
     assert not torch.equal(trained.tensors["2x/steps/weight"], start.tensors["2x/steps/weight"])
     schedule = workload.budgets()["2x"]
     with torch.no_grad():
         sampled = accelerated_latents(
-            place.pipe, workload, schedule, trained.bind(schedule, place.train.sigmas), place.validation, [0, 1]
+            place.pipe, workload.call, schedule, trained.bind(schedule, place.train.sigmas), place.validation, [0, 1]
         )
     loss = losses.log_latents_loss(sampled, place.validation.latents[[0, 1]])
-    assert float(loss) == pytest.approx(figures["validation_loss"], abs=1e-3)
+    assert float(loss) == pytest.approx(tuned.figures["validation_loss"], abs=1e-3)
 
 
 def test_drifted_states_lower_their_own_loss(place: Place) -> None:
@@ -249,7 +272,7 @@ def test_drifted_states_lower_their_own_loss(place: Place) -> None:
     curve = []
     for _ in range(6):
         optimizer.zero_grad()
-        loss = drifted_loss(place.pipe, place.workload, rule, place.train, [0, 1], head)
+        loss = drifted_loss(place.pipe, place.workload.call, rule, place.train, [0, 1], head, "output")
         loss.backward()
         optimizer.step()
         curve.append(float(loss.detach()))
@@ -260,9 +283,9 @@ def test_drifted_states_lower_their_own_loss(place: Place) -> None:
 def test_drifted_histories_are_the_accelerated_runs_own(place: Place) -> None:
     """Before the first prediction nothing has drifted; after it, the full step differs from the recorded one."""
     rule = rule_of(place)
-    rule.captured, rule.place = {}, (-1, 0)
+    rule.captured = {}
     with torch.no_grad():
-        accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0, 1])
+        accelerated_latents(place.pipe, place.workload.call, rule.schedule, rule, place.train, [0, 1])
     captured = rule.captured
     assert {branch for branch, _ in captured} == {0}
     assert {step for _, step in captured} <= set(place.workload.budgets()["2x"].full_steps)
@@ -275,7 +298,7 @@ def test_drifted_histories_are_the_accelerated_runs_own(place: Place) -> None:
 def test_branches_of_a_step_are_kept_apart(place: Place) -> None:
     rule = rule_of(place)
     rule.captured = {}
-    rings = [History(3), History(3)]
+    rings = [History(3, branch=0), History(3, branch=1)]
     for branch, ring in enumerate(rings):
         for step in (0, 1, 2, 3):
             ring.push(step, torch.full((1, 2, place.train.channels), float(10 * branch + step)))
@@ -298,7 +321,7 @@ def test_hooks_go_when_the_run_breaks(place: Place) -> None:
     before = sample(place.pipe, ["a thin seven"], [5], place.workload.call)
     for checkpointing in (False, True):
         with pytest.raises(RuntimeError, match="broken rule"), torch.no_grad():
-            accelerated_latents(place.pipe, place.workload, rule.schedule, rule, place.train, [0], checkpointing)
+            accelerated_latents(place.pipe, place.workload.call, rule.schedule, rule, place.train, [0], checkpointing)
         assert not is_lesa_cache_enabled(place.pipe.transformer)
         assert not any("forward" in block.__dict__ for _, block, _ in rows(place))
     assert torch.equal(sample(place.pipe, ["a thin seven"], [5], place.workload.call), before)
@@ -346,9 +369,9 @@ def test_a_bfloat16_pipeline_trains_float32_experts(place: Place, tmp_path: Path
         predictor={"projection": "dense"},
     )
     pipe = load_pipeline(workload.model, workload.resources.device)
-    start = untrained_predictor(workload, place.train.sigmas, place.train.channels)
+    start = untrained_predictor(expert_design(workload), place.train.sigmas, place.train.channels)
     seen: list[dict[str, float]] = []
-    tensors, _ = train(
+    trained = train(
         workload,
         "2x",
         start,
@@ -359,14 +382,14 @@ def test_a_bfloat16_pipeline_trains_float32_experts(place: Place, tmp_path: Path
         report=lambda _, values: seen.append(values),
     )
     assert seen[0]["gradient_norm"] > 0
-    assert {value.dtype for part in tensors.values() for value in part.values()} == {torch.float32}
+    assert {value.dtype for part in trained.experts.values() for value in part.values()} == {torch.float32}
     assert pipe.transformer.norm_out.linear.weight.dtype == torch.bfloat16
 
 
 def test_no_step_to_predict_is_nothing_to_train(place: Place, tmp_path: Path) -> None:
     workload = small(place.workload, schedule={"budgets": {"2x": BudgetParams(interval=1)}})
-    start = untrained_predictor(workload, place.train.sigmas, place.train.channels)
-    tensors, figures = train(
+    start = untrained_predictor(expert_design(workload), place.train.sigmas, place.train.channels)
+    trained = train(
         workload,
         "2x",
         start,
@@ -376,10 +399,11 @@ def test_no_step_to_predict_is_nothing_to_train(place: Place, tmp_path: Path) ->
         work_dir=tmp_path,
         report=lambda *_: pytest.fail("nothing to train"),
     )
-    assert figures == {}
-    for job, part in tensors.items():
+    assert trained.figures == {} and trained.step_weights == {}
+    assert assemble(expert_design(workload), place.train.channels, [trained]).tensors.keys() == start.tensors.keys()
+    for stage, part in trained.experts.items():
         for name, value in part.items():
-            assert torch.equal(value, start.tensors[f"2x/{job.stage}/{name}"])
+            assert torch.equal(value, start.tensors[f"2x/{stage}/{name}"])
 
 
 def test_a_first_step_of_other_settings_is_refused(place: Place, tmp_path: Path) -> None:
@@ -401,7 +425,7 @@ def test_what_was_judged_is_what_is_trained_further(place: Place) -> None:
     variant = place.start.spec.variants[0]
     for stage in (0, 1):
         expert: Expert = new_expert(
-            dataclasses.replace(place.workload, seed=9),
+            expert_design(dataclasses.replace(place.workload, seed=9)),
             Job("2x", stage),
             place.train.sigmas,
             place.train.channels,

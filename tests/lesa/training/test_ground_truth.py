@@ -9,16 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from lesa.params import WorkerResources
+from lesa.params import WorkerResources, Workload
 from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.projection import KINDS
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule, stage_of_steps
-from lesa.training.cases import training_key
-from lesa.training.experts import Job, assemble, ground_truth_jobs, new_expert, predictor_spec, untrained_predictor
+from lesa.training.design import training_key
+from lesa.training.experts import (
+    Job,
+    Trained,
+    assemble,
+    ground_truth_jobs,
+    new_expert,
+    predictor_spec,
+    untrained_predictor,
+)
 from lesa.training.ground_truth import train_expert
+from lesa.training.jobs import expert_design
 from lesa.training.targets import Targets
-from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, head, sigmas, splits, workload
+from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, design, head, sigmas, splits, workload
 
 SIGMAS = sigmas()
 
@@ -28,9 +37,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectories, Trajec
     return splits(tmp_path_factory.mktemp("set") / "s.zarr")
 
 
-def train(data: tuple[Trajectories, Trajectories], folder: Path, job: Job, **changes: Any) -> Any:
-    made = workload(**changes)
-    return train_expert(made, job, *data, head(), work_dir=folder, report=lambda *_: None)
+def train_job(
+    made: Workload, job: Job, data: tuple[Trajectories, Trajectories], folder: Path, report: Any = lambda *_: None
+) -> Trained:
+    """`train_expert` with the sections of a workload."""
+    return train_expert(
+        expert_design(made),
+        made.ground_truth,
+        job,
+        *data,
+        head(),
+        device=torch.device("cpu"),
+        work_dir=folder,
+        report=report,
+    )
+
+
+def train(
+    data: tuple[Trajectories, Trajectories], folder: Path, job: Job, **changes: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    trained = train_job(workload(**changes), job, data, folder)
+    assert trained.budget == job.budget and set(trained.experts) == {job.stage} and trained.step_weights == {}
+    return trained.experts[job.stage], trained.figures
 
 
 @pytest.mark.parametrize("loss", ["output", "feature", "normalised_feature"])
@@ -59,11 +87,10 @@ def test_every_form_trains(
 ) -> None:
     forms = {"gate": gate, "projection": projection, "start": start, "grid": 3, "hidden": 4}
     made = workload(predictor=forms, ground_truth={"iterations": 1})
-    before = new_expert(made, Job("2x", 1), SIGMAS, CHANNELS).export()
+    before = new_expert(expert_design(made), Job("2x", 1), SIGMAS, CHANNELS).export()
     seen: list[dict[str, float]] = []
-    tensors, _ = train_expert(
-        made, Job("2x", 1), *data, head(), work_dir=tmp_path, report=lambda _, values: seen.append(values)
-    )
+    trained = train_job(made, Job("2x", 1), data, tmp_path, report=lambda _, values: seen.append(values))
+    tensors = trained.experts[1]
     assert len(seen) == 1 and seen[0]["gradient_norm"] > 0
     assert tensors.keys() == before.keys()
     assert all(torch.isfinite(value).all() for value in tensors.values())
@@ -74,7 +101,7 @@ def test_both_parts_of_an_expert_learn(data: tuple[Trajectories, Trajectories], 
         "predictor": {"gate": "kan", "projection": "dense", "grid": 3, "hidden": 4},
         "ground_truth": {"iterations": 20, "learning_rate": 0.01, "gate_learning_rate": 0.01},
     }
-    before = new_expert(workload(**changes), Job("2x", 1), SIGMAS, CHANNELS).export()
+    before = new_expert(design(**changes), Job("2x", 1), SIGMAS, CHANNELS).export()
     after, figures = train(data, tmp_path, Job("2x", 1), **changes)
     assert figures["validation_loss"] < figures["validation_loss_start"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -82,9 +109,9 @@ def test_both_parts_of_an_expert_learn(data: tuple[Trajectories, Trajectories], 
 
 
 def test_jobs_and_what_they_refuse() -> None:
-    jobs = ground_truth_jobs(workload(), SIGMAS)
+    jobs = ground_truth_jobs(design(), SIGMAS)
     assert [str(job) for job in jobs] == ["2x.stage0", "2x.stage1"]
-    made = workload(predictor={"boundaries": (0.6, 0.05), "history_sizes": (5, 2, 2)})
+    made = design(predictor={"boundaries": (0.6, 0.05), "history_sizes": (5, 2, 2)})
     with pytest.raises(ValueError) as caught:
         ground_truth_jobs(made, SIGMAS)
     text = str(caught.value)
@@ -93,16 +120,16 @@ def test_jobs_and_what_they_refuse() -> None:
 
 
 def test_a_history_of_steps_that_is_too_long_is_refused() -> None:
-    made = workload(predictor={"history": "steps", "history_sizes": (5, 2)})
+    made = design(predictor={"history": "steps", "history_sizes": (5, 2)})
     with pytest.raises(ValueError, match="history_size 5 of noise stage 0 needs 5 steps before step 4"):
         ground_truth_jobs(made, SIGMAS)
 
 
-def test_windows_by_hand() -> None:
+def test_targets_by_hand() -> None:
     """Full 0 1 2 3 6 9; steps of the second stage are those below 0.6."""
     stages = stage_of_steps(SIGMAS, (0.6,))
     first = stages.index(1)
-    schedule = workload().budgets()["2x"]
+    schedule = design().schedules["2x"]
     targets = Targets.on(schedule, SIGMAS, stages, 1, 2, "full_steps")
     assert targets.steps == tuple(s for s in (4, 5, 7, 8, 10, 11) if s >= first)
     assert targets.past[-1] == (9, 6)
@@ -113,18 +140,19 @@ def test_windows_by_hand() -> None:
 
 
 @pytest.mark.parametrize("history", ["full_steps", "steps"])
-def test_windows_predict_what_the_sampler_would(
+def test_targets_are_predicted_as_the_sampler_would(
     data: tuple[Trajectories, Trajectories], history: str
 ) -> None:
-    """On true histories the batched windows are the bound predictor's rule, step by step."""
+    """On true histories the batched predictions are the bound predictor's rule, step by step."""
     from lesa.predictor.rule import History
 
-    made = workload(
+    made = design(
         predictor={"history": history, "gate": "kan", "projection": "low_rank", "grid": 3, "hidden": 4}
     )
     experts = {job: new_expert(made, job, SIGMAS, CHANNELS) for job in ground_truth_jobs(made, SIGMAS)}
-    predictor = assemble(made, CHANNELS, {job: expert.export() for job, expert in experts.items()})
-    schedule = made.budgets()["2x"]
+    parts = [Trained(budget=job.budget, experts={job.stage: expert.export()}) for job, expert in experts.items()]
+    predictor = assemble(made, CHANNELS, parts)
+    schedule = made.schedules["2x"]
     rule, stages = predictor.bind(schedule, SIGMAS), stage_of_steps(SIGMAS, made.predictor.boundaries)
     assert rule.keeps_predictions == (history == "steps")
     for job, expert in experts.items():
@@ -141,9 +169,9 @@ def test_windows_predict_what_the_sampler_would(
 
 
 def test_the_start_predicts_like_extrapolation_in_sigma() -> None:
-    made = workload(predictor={"gate": "kan", "projection": "dense"})
+    made = design(predictor={"gate": "kan", "projection": "dense"})
     predictor = untrained_predictor(made, SIGMAS, CHANNELS)
-    schedule = made.budgets()["2x"]
+    schedule = made.schedules["2x"]
     alphas = predictor.alphas(schedule, SIGMAS)
     for step in schedule.predicted_steps:
         dt = time_offsets(SIGMAS, step, schedule.anchors(step, 2))[None]
@@ -167,20 +195,20 @@ def test_nothing_to_predict_is_nothing_to_train(
     if "budgets" in changes:
         changes["budgets"] = {"2x": BudgetParams(interval=1)}
     made = workload(schedule=changes)
-    parts = {}
-    for job in ground_truth_jobs(made, SIGMAS):
-        parts[job], figures = train_expert(
-            made, job, *data, head(), work_dir=tmp_path, report=lambda *_: pytest.fail("nothing to train")
-        )
-        assert figures == {}
-    assemble(made, CHANNELS, parts).bind(made.budgets()["2x"], SIGMAS)
+    form = expert_design(made)
+    parts = [
+        train_job(made, job, data, tmp_path, report=lambda *_: pytest.fail("nothing to train"))
+        for job in ground_truth_jobs(form, SIGMAS)
+    ]
+    assert [part.figures for part in parts] == [{}, {}]
+    assemble(form, CHANNELS, parts).bind(form.schedules["2x"], SIGMAS)
 
 
 @pytest.mark.parametrize("gate", ["kan", "mlp", "table"])
 def test_a_run_of_one_step_is_legal(gate: str) -> None:
     from lesa.params import BudgetParams, CallParams
 
-    made = workload(
+    made = design(
         call={"num_inference_steps": 1},
         schedule={"budgets": {"2x": BudgetParams(interval=1)}},
         predictor={"boundaries": (), "history_sizes": (2,), "gate": gate},
@@ -194,7 +222,8 @@ def test_a_run_of_one_step_is_legal(gate: str) -> None:
 
 def test_the_key_is_of_everything_the_result_depends_on() -> None:
     def key(**changes: Any) -> str:
-        return training_key(workload(**changes), "ground_truth", "2x.stage0", "data")
+        made = workload(**changes)
+        return training_key(expert_design(made), "ground_truth", made.ground_truth, "2x.stage0", "data")
 
     assert key() == key()
     assert key() == key(resources={"ground_truth": WorkerResources(workers=7, threads_per_worker=3)})
@@ -208,11 +237,11 @@ def test_the_key_is_of_everything_the_result_depends_on() -> None:
         {"seed": 5},
     ):
         assert key(**changes) != key(), changes
-    made = workload()
+    made, form = workload(), design()
     others = {
-        training_key(made, "ground_truth", "2x.stage1", "data"),
-        training_key(made, "ground_truth", "2x.stage0", "other data"),
-        training_key(made, "closed_loop", "2x.stage0", "data"),
+        training_key(form, "ground_truth", made.ground_truth, "2x.stage1", "data"),
+        training_key(form, "ground_truth", made.ground_truth, "2x.stage0", "other data"),
+        training_key(form, "closed_loop", made.closed_loop, "2x.stage0", "data"),
     }
     assert key() not in others and len(others) == 3
 

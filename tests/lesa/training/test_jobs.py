@@ -73,15 +73,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         def report_to(name: str) -> jobs.Report:
             return lambda iteration, values: reports.setdefault(name, []).append(iteration)
 
-        experts, figures = {}, {}
-        for job in jobs.list_ground_truth_jobs(workload):
-            experts[job], figures[str(job)] = jobs.run_ground_truth_job(workload, job, report_to(str(job)))
-        first = jobs.finish(workload, "ground_truth", experts, figures)
-        closed, figures = {}, {}
-        for budget in workload.schedule.budgets:
-            tensors, figures[budget] = jobs.run_closed_loop_job(workload, budget, report_to(budget))
-            closed |= tensors
-        second = jobs.finish(workload, "closed_loop", closed, figures)
+        experts = {
+            str(job): jobs.run_ground_truth_job(workload, job, report_to(str(job)))
+            for job in jobs.list_ground_truth_jobs(workload)
+        }
+        first = jobs.finish(workload, "ground_truth", experts)
+        budgets = {
+            budget: jobs.run_closed_loop_job(workload, budget, report_to(budget))
+            for budget in workload.schedule.budgets
+        }
+        second = jobs.finish(workload, "closed_loop", budgets)
         yield Trained(root, workload, first, second, reports)
     finally:
         os.chdir(before)
@@ -138,8 +139,10 @@ def test_the_saved_predictor_accelerates_the_pipeline(trained: Trained) -> None:
 def test_a_job_run_again_goes_on_and_ends_the_same(trained: Trained) -> None:
     job = Job("2x", 1)
     seen: list[int] = []
-    first, _ = jobs.run_ground_truth_job(trained.workload, job, lambda iteration, _: seen.append(iteration))
-    second, _ = jobs.run_ground_truth_job(trained.workload, job, lambda iteration, _: seen.append(iteration))
+    first, second = (
+        jobs.run_ground_truth_job(trained.workload, job, lambda iteration, _: seen.append(iteration)).experts[1]
+        for _ in range(2)
+    )
     assert seen == list(range(1, 9)), "the second call finds the finished checkpoint"
     for name, value in first.items():
         assert torch.equal(value, second[name])

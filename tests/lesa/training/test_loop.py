@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from torch import nn
 
 from lesa.params import PredictorParams
 from lesa.training.expert import Expert
-from lesa.training.loop import FINAL_LEARNING_RATE, LoopSettings, TrainingError, batch_generator, optimise
+from lesa.training.loop import (
+    FINAL_LEARNING_RATE,
+    LoopSettings,
+    Objective,
+    TrainingError,
+    batch_generator,
+    fit,
+    optimise,
+)
 
 K, C, S = 2, 3, 6
 OFFSETS = torch.tensor([[0.1 * (i + 1), 0.1 * (i + 1) + 0.2] for i in range(S)])
@@ -213,3 +222,76 @@ def test_batches_depend_on_seed_and_iteration_alone() -> None:
 
     assert drawn(1, 2) == drawn(1, 2)
     assert len({tuple(drawn(seed, iteration)) for seed in range(3) for iteration in range(3)}) == 9
+
+
+class Numbers:
+    """In the place of trajectories: the loss of each row."""
+
+    def __init__(self, *losses: float) -> None:
+        self.losses = losses
+
+
+def fitted(folder: Path, **given: Any) -> tuple[dict[str, float], list[tuple[int, list[int]]], list[dict[str, float]]]:
+    """`fit` on two cases, whose losses the experts shift by nothing; what was asked of the objective and reported."""
+    experts = new_experts()
+    bias = experts["expert"].projection.moved["channel"]
+    cases: list[Any] = [
+        SimpleNamespace(train=Numbers(1.0, 2.0, 3.0), validation=Numbers(4.0, 6.0, 100.0), judged=2),
+        SimpleNamespace(train=Numbers(10.0, 20.0), validation=Numbers(20.0, 30.0), judged=2),
+    ]
+    asked: list[tuple[int, list[int]]] = []
+    told: list[dict[str, float]] = []
+
+    def loss(case: Any, data: Any, rows: list[int]) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            assert data is case.train
+            asked.append((cases.index(case), rows))
+        else:
+            assert data is case.validation
+        return torch.tensor([data.losses[row] for row in rows]).mean() + bias.sum()
+
+    every: Objective[Any] = Objective(loss, rows=lambda data: range(len(data.losses)))
+    figures = fit(
+        experts,
+        cases[: given.pop("count", 2)],
+        every,
+        settings(iterations=12, checkpoint_every=6, learning_rate=0.0, gate_learning_rate=0.0),
+        "key",
+        folder=folder,
+        report=lambda _, values: told.append(values),
+        batch_size=2,
+        **given,
+    )
+    return figures, asked, told
+
+
+def test_each_step_is_a_batch_of_one_case_and_validation_the_mean_of_all(tmp_path: Path) -> None:
+    figures, asked, told = fitted(tmp_path)
+    assert figures == {"validation_loss_start": 15.0, "validation_loss": 15.0}  # of 5 and 25
+    assert {place for place, _ in asked} == {0, 1}
+    assert all(len(set(rows)) == 2 and max(rows) < (3, 2)[place] for place, rows in asked)
+    means = [[1.0, 2.0, 3.0], [10.0, 20.0]]
+    for (place, rows), values in zip(asked, told, strict=True):
+        assert values["loss"] == sum(means[place][row] for row in rows) / 2
+    again = fitted(tmp_path / "again")
+    assert again[1] == asked  # drawn from the seed alone
+
+
+def test_relative_losses_are_in_units_of_the_start_where_there_are_several(tmp_path: Path) -> None:
+    figures, asked, told = fitted(tmp_path, relative=True)
+    assert figures == {"validation_loss_start": 1.0, "validation_loss": 1.0}
+    means = [[1.0, 2.0, 3.0], [10.0, 20.0]]
+    for (place, rows), values in zip(asked, told, strict=True):
+        assert values["loss"] == pytest.approx(sum(means[place][row] for row in rows) / 2 / (5.0, 25.0)[place])
+    figures, _, _ = fitted(tmp_path / "one", relative=True, count=1)
+    assert figures == {"validation_loss_start": 5.0, "validation_loss": 5.0}
+
+
+def test_validation_may_judge_by_something_else_and_by_other_rows(tmp_path: Path) -> None:
+    judge: Objective[Any] = Objective(
+        lambda case, data, rows: torch.tensor([float(len(data.losses)) * row for row in rows]).mean(),
+        rows=lambda data: [row for row in range(len(data.losses)) if row % 2],
+    )
+    figures, asked, _ = fitted(tmp_path, judge=judge)
+    assert figures["validation_loss_start"] == 2.5  # row 1 of three, row 1 of two
+    assert {row for _, rows in asked for row in rows} == {0, 1, 2}  # training goes by the objective's own rows

@@ -36,6 +36,7 @@ from lesa.training.checkpoint import save_checkpoint
 from lesa.training.closed_loop import restore
 from lesa.training.experts import Job, new_expert, untrained_predictor
 from lesa.training.ground_truth import train_expert
+from lesa.training.jobs import expert_design
 from lesa.training.loop import TrainingError
 from lesa.training.losses import log_latents_loss
 from lesa.training.rollout import ExpertRule, accelerated_latents
@@ -96,15 +97,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         workload = settings()
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        experts, figures = {}, {}
-        for job in jobs.list_ground_truth_jobs(workload):
-            experts[job], figures[str(job)] = jobs.run_ground_truth_job(workload, job, lambda *_: None)
-        first = jobs.finish(workload, "ground_truth", experts, figures)
-        closed, found = {}, {}
-        for budget in jobs.closed_loop_budgets(workload):
-            tensors, found[budget] = jobs.run_closed_loop_job(workload, budget, lambda *_: None)
-            closed |= tensors
-        second = jobs.finish(workload, "closed_loop", closed, found)
+        experts = {
+            str(job): jobs.run_ground_truth_job(workload, job, lambda *_: None)
+            for job in jobs.list_ground_truth_jobs(workload)
+        }
+        first = jobs.finish(workload, "ground_truth", experts)
+        budgets = {
+            budget: jobs.run_closed_loop_job(workload, budget, lambda *_: None)
+            for budget in jobs.closed_loop_budgets(workload)
+        }
+        second = jobs.finish(workload, "closed_loop", budgets)
+        figures = {name: part.figures for name, part in {**experts, **budgets}.items()}
         splits, others = dataset.recorded_splits(workload), dataset.recorded_elsewhere(workload)
         bundle = make_bundle(
             workload.paths.bundle,
@@ -118,7 +121,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             created_from={},
             others=others,
         )
-        yield Place(workload, pipe, splits, others, first, second, figures | found, bundle)
+        yield Place(workload, pipe, splits, others, first, second, figures, bundle)
     finally:
         os.chdir(before)
 
@@ -135,18 +138,19 @@ def run(place: Place, num_steps: int, seed: int = 3) -> torch.Tensor:
 
 
 def test_cases_are_every_schedule_at_every_number_of_steps_once(place: Place) -> None:
-    cases = training_cases(place.workload, MIXED, *place.train, place.others)
+    design = expert_design(place.workload)
+    cases = training_cases(design, MIXED, *place.train, place.others)
     # At six steps both budgets have four full ones, as many as the faster one has, in the same places.
-    found = [(case.schedule.num_steps, case.schedule.num_full) for case in cases]
-    assert found == [(6, 4), (10, 5), (10, 4), (16, 8), (16, 6)]
+    sizes = [(case.schedule.num_steps, case.schedule.num_full) for case in cases]
+    assert sizes == [(6, 4), (10, 5), (10, 4), (16, 8), (16, 6)]
     assert len({case.schedule for case in cases}) == len(cases)
     for case in cases:
         assert len(case.train.sigmas) == case.schedule.num_steps + 1 and case.judged == 2
         assert case.schedule.full_steps[:2] == (0, 1)
-    own = training_cases(place.workload, "2x", *place.train, {})
+    own = training_cases(design, "2x", *place.train, {})
     assert [case.schedule for case in own] == [place.workload.budgets()["2x"]]
     with pytest.raises(ValueError, match=r"need the trajectories of \[6, 16\] steps too"):
-        training_cases(place.workload, MIXED, *place.train, {})
+        training_cases(design, MIXED, *place.train, {})
 
 
 def test_both_training_steps_have_a_job_for_other_numbers_of_steps(place: Place) -> None:
@@ -157,24 +161,25 @@ def test_both_training_steps_have_a_job_for_other_numbers_of_steps(place: Place)
         assert place.figures[name]["validation_loss"] < place.figures[name]["validation_loss_start"], name
     assert place.figures["mixed"]["validation_loss"] <= place.figures["mixed"]["validation_loss_start"]
     assert place.figures["mixed.stage1"]["validation_loss_start"] == pytest.approx(1.0)  # in units of the start
-    of_mixed = {name for name in place.second.tensors if name.startswith("mixed/")}
-    assert "mixed/0/projection.up" in of_mixed and "mixed/1/gate.kan.0.coef" in of_mixed
-    assert not any(name.startswith("mixed/steps/") for name in of_mixed)
+    mixed = {name for name in place.second.tensors if name.startswith("mixed/")}
+    assert "mixed/0/projection.up" in mixed and "mixed/1/gate.kan.0.coef" in mixed
+    assert not any(name.startswith("mixed/steps/") for name in mixed)
     assert place.second.spec.step_counts == (6, 10, 16) and place.second.spec.step_range == (6, 16)
 
 
 def test_no_other_numbers_of_steps_no_variant_and_no_tensors(place: Place) -> None:
     plain = dataclasses.replace(place.workload, record=dataclasses.replace(place.workload.record, step_counts=()))
     sigmas = place.train[0].sigmas
-    predictor = untrained_predictor(plain, sigmas, place.train[0].channels)
+    predictor = untrained_predictor(expert_design(plain), sigmas, place.train[0].channels)
     assert predictor.spec.step_counts == () and predictor.spec.step_range == (OWN, OWN)
     assert not any(name.startswith("mixed/") for name in predictor.tensors)
     assert jobs.closed_loop_budgets(plain) == ["2x", "2.5x"]
     # What is there for the budgets does not change with what is there for other numbers of steps.
-    both = untrained_predictor(place.workload, sigmas, place.train[0].channels, noise_levels(place.others))
+    design = expert_design(place.workload)
+    both = untrained_predictor(design, sigmas, place.train[0].channels, noise_levels(place.others))
     assert all(torch.equal(both.tensors[name], value) for name, value in predictor.tensors.items())
     with pytest.raises(ValueError, match=r"need the noise levels of \[6, 16\] steps too"):
-        untrained_predictor(place.workload, sigmas, place.train[0].channels)
+        untrained_predictor(design, sigmas, place.train[0].channels)
 
 
 @pytest.mark.parametrize("step", ["ground_truth", "closed_loop"])
@@ -183,10 +188,13 @@ def test_killed_training_goes_on_to_the_same_weights(
 ) -> None:
     def again(report: Any) -> dict[str, torch.Tensor]:
         if step == "ground_truth":
-            tensors, _ = jobs.run_ground_truth_job(place.workload, Job(MIXED, 1), report)
-            return {f"mixed/1/{name}": value for name, value in tensors.items()}
-        parts, _ = jobs.run_closed_loop_job(place.workload, MIXED, report)
-        return {f"mixed/{job.stage}/{name}": value for job, part in parts.items() for name, value in part.items()}
+            trained = jobs.run_ground_truth_job(place.workload, Job(MIXED, 1), report)
+        else:
+            trained = jobs.run_closed_loop_job(place.workload, MIXED, report)
+        assert trained.budget == MIXED and trained.step_weights == {}
+        return {
+            f"mixed/{stage}/{name}": value for stage, part in trained.experts.items() for name, value in part.items()
+        }
 
     saved = 0
 
@@ -212,7 +220,8 @@ def test_the_gradient_through_a_run_of_another_length_is_the_slope(place: Place,
     """The loop's gradient with respect to a shared expert, against finite differences along it."""
     train = place.others[num_steps][0]
     levels, workload = noise_levels(place.others), place.workload
-    experts = {s: new_expert(workload, Job(MIXED, s), place.train[0].sigmas, train.channels, levels) for s in (0, 1)}
+    design = expert_design(workload)
+    experts = {s: new_expert(design, Job(MIXED, s), place.train[0].sigmas, train.channels, levels) for s in (0, 1)}
     for stage, expert in experts.items():
         restore(expert, place.first, MIXED_VARIANT, stage)
     rule = ExpertRule(
@@ -228,7 +237,7 @@ def test_the_gradient_through_a_run_of_another_length_is_the_slope(place: Place,
             part.requires_grad_(False)
 
     def loss() -> torch.Tensor:
-        latents = accelerated_latents(place.pipe, workload, rule.schedule, rule, train, [0, 1])
+        latents = accelerated_latents(place.pipe, workload.call, rule.schedule, rule, train, [0, 1])
         return log_latents_loss(latents, train.latents[[0, 1]])
 
     loss().backward()
@@ -254,7 +263,7 @@ def test_drifted_states_train_too(place: Place) -> None:
 
 def test_the_start_is_extrapolation_in_sigma_at_any_number_of_steps(place: Place) -> None:
     start = untrained_predictor(
-        place.workload, place.train[0].sigmas, place.train[0].channels, noise_levels(place.others)
+        expert_design(place.workload), place.train[0].sigmas, place.train[0].channels, noise_levels(place.others)
     )
     for num_steps in (6, 9, 13, 16):
         sigmas = interpolated(place.others[16][0].sigmas, num_steps)
@@ -281,8 +290,9 @@ def test_trained_experts_predict_as_the_bound_rule_does(place: Place) -> None:
     rule = place.second.bind(schedule, sigmas)
     assert rule.name == "lesa[mixed]" and rule.sizes == (2, 2) and not rule.by_step
     for stage in (0, 1):
+        levels = noise_levels(place.others)
         expert = new_expert(
-            place.workload, Job(MIXED, stage), place.train[0].sigmas, channels, noise_levels(place.others)
+            expert_design(place.workload), Job(MIXED, stage), place.train[0].sigmas, channels, levels
         )
         expert.load_export(*(place.second.expert(MIXED_VARIANT, stage, part) for part in ("projection", "gate")))
         targets = Targets.on(schedule, sigmas, stages, stage, 2, "full_steps")
@@ -298,7 +308,7 @@ def test_trained_experts_predict_as_the_bound_rule_does(place: Place) -> None:
 
 def test_every_number_of_steps_between_is_served() -> None:
     """Offsets between the trained numbers of steps lie in the gates' range, at FLUX's shifted noise levels."""
-    workload = training_set.workload(
+    design = training_set.design(
         call={"num_inference_steps": 50},
         schedule={"budgets": {"3x": BudgetParams(interval=3), "8x": BudgetParams(full_steps=(0, 4, 11, 20, 30, 40))}},
         record={"step_counts": (20, 100)},
@@ -306,16 +316,16 @@ def test_every_number_of_steps_between_is_served() -> None:
         | {"boundaries": (0.8, 0.4), "history_sizes": (2, 2, 2)},
     )
     levels = {count: training_set.sigmas(count) for count in (20, 100)}
-    predictor = untrained_predictor(workload, training_set.sigmas(50), training_set.CHANNELS, levels)
+    predictor = untrained_predictor(design, training_set.sigmas(50), training_set.CHANNELS, levels)
     for num_steps in (20, 23, 29, 47, 60, 99, 100):
-        for schedule in carried_schedules(workload, num_steps):
+        for schedule in carried_schedules(design, num_steps):
             predictor.bind(schedule, training_set.sigmas(num_steps))
     for num_steps in (19, 101):
         with pytest.raises(ValueError, match=f"num_inference_steps: got {num_steps}, the predictor serves 20 to 100"):
-            predictor.bind(workload.budgets()["8x"].carried(num_steps), training_set.sigmas(num_steps))
+            predictor.bind(design.schedules["8x"].carried(num_steps), training_set.sigmas(num_steps))
     with pytest.raises(ValueError, match="outside the range the experts 'mixed' were trained on"):
         predictor.bind(Schedule.explicit(50, (0, 1)), training_set.sigmas(50))
-    few = served_offsets(workload, 1, levels | {50: training_set.sigmas(50)})
+    few = served_offsets(design, 1, levels | {50: training_set.sigmas(50)})
     assert few.shape[1] == 2 and len(few) <= 515 and (few[2:, 1] > few[2:, 0]).all()
 
 
@@ -460,8 +470,8 @@ def test_the_manifest_says_the_range_and_the_card_shows_it(place: Place, tmp_pat
         ({"step_counts": [16, 10]}, "step_counts must increase without repeats"),
         ({"step_counts": [6, 16]}, r"step_counts \[6, 16\] must contain num_steps 10"),
         ({"step_counts": [0, 10]}, "step_counts must be integers from 1 to 10000"),
-        ({"step_counts": [True, 10]}, "step_counts must be integers"),
-        ({"step_counts": 5}, "predictor: malformed"),
+        ({"step_counts": [True, 10]}, r"predictor\.step_counts\[0\]: must be int, got bool True"),
+        ({"step_counts": 5}, r"predictor\.step_counts: must be a list, got int 5"),
         ({"gate": "table"}, "a table gate serves one number of steps"),
         ({"variants": [{"name": "mixed", "full_steps": [0]}]}, "variant name 'mixed' is that of the experts"),
     ],
@@ -483,10 +493,12 @@ def test_a_number_that_is_not_finite_stops_the_mixed_experts_too(place: Place, t
 
     with pytest.raises(TrainingError, match="not finite"):
         train_expert(
-            dataclasses.replace(place.workload, ground_truth=settings),
+            expert_design(place.workload),
+            settings,
             Job(MIXED, 1),
             *place.train,
             output_head_of(place.pipe.transformer),
+            device=torch.device("cpu"),
             others=others,
             work_dir=tmp_path,
             report=lambda *_: None,

@@ -161,8 +161,8 @@ def test_of_two_variants_with_as_many_full_steps_the_trained_one_serves() -> Non
     variants = (Variant(name="a", full_steps=(0, 1, 2, 5)), Variant(name="b", full_steps=(0, 1, 2, 6)))
     spec = dataclasses.replace(OWN, variants=variants)
     predictor = Predictor(spec, tensors_of(spec))
-    assert predictor.variant_for(Schedule.explicit(S, (0, 1, 2, 6))).name == "b"
-    assert predictor.variant_for(Schedule.explicit(S, (0, 1, 2, 5))).name == "a"
+    assert predictor.spec.variant_for(Schedule.explicit(S, (0, 1, 2, 6))).name == "b"
+    assert predictor.spec.variant_for(Schedule.explicit(S, (0, 1, 2, 5))).name == "a"
 
 
 def test_the_closed_form_is_nearer_than_what_it_corrects(tmp_path: Path) -> None:

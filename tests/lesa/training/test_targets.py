@@ -1,4 +1,4 @@
-"""Coordinates of an expert's projection, from recorded trajectories."""
+"""Targets of an expert and the whitening of its inputs, from recorded trajectories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training.experts import Job, new_expert
 from lesa.training.targets import Targets, whiten
-from tests.helpers.training_set import CHANNELS, sigmas, splits, workload
+from tests.helpers.training_set import CHANNELS, design, sigmas, splits
 
 SIGMAS = sigmas()
 
@@ -26,7 +26,7 @@ def targets_on(interval: int) -> Targets:
 
 
 def test_inputs_are_uncorrelated_and_units_are_what_is_lacking(train: Trajectories) -> None:
-    expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
+    expert = new_expert(design(), Job("2x", 1), SIGMAS, CHANNELS)
     targets = targets_on(3)
     whiten(expert, [(train, targets)], ridge=0.0, batch_size=3)
     features = train.feature_batch(range(len(train)), targets.needed)
@@ -54,7 +54,7 @@ def test_cases_count_alike_however_far_off_they_are(train: Trajectories) -> None
     loud = dataclasses.replace(train, features=train.features * 100)
     units = []
     for data in ([train], [loud], [train, loud]):
-        expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
+        expert = new_expert(design(), Job("2x", 1), SIGMAS, CHANNELS)
         whiten(expert, [(one, targets_on(3)) for one in data], ridge=1e-3, batch_size=3)
         units.append(expert.projection.unit)
     assert (units[1] / units[0]).sub(100).abs().max() < 1
@@ -62,7 +62,7 @@ def test_cases_count_alike_however_far_off_they_are(train: Trajectories) -> None
 
 
 def test_nothing_to_predict_changes_nothing(train: Trajectories) -> None:
-    expert = new_expert(workload(), Job("2x", 1), SIGMAS, CHANNELS)
+    expert = new_expert(design(), Job("2x", 1), SIGMAS, CHANNELS)
     before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     whiten(expert, [(train, targets_on(1))], ridge=1e-3, batch_size=3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in expert.state_dict().items())

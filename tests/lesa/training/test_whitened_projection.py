@@ -1,4 +1,4 @@
-"""Projections in training: an exact start, and coordinates in which numbers of one move predictions alike."""
+"""Projections in training: an exact start, and whitened inputs, of which numbers of one move predictions alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def features(count: int = 4000) -> list[torch.Tensor]:
     return [newest, newest + 0.05 * size * torch.randn(count, C, generator=generator)]
 
 
-def coordinates(unit: float) -> tuple[torch.Tensor, torch.Tensor]:
+def whitening(unit: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs of `features`, uncorrelated and of size one, and units of every channel."""
     rows = torch.stack([*features(), torch.ones(4000, C)]).permute(2, 1, 0)  # [C, n, R]
     factor = torch.linalg.cholesky(rows.transpose(1, 2).double() @ rows.double() / 4000)
@@ -35,18 +35,18 @@ def started(kind: str, start: str = "extrapolation") -> WhitenedProjection:
 
 @pytest.mark.parametrize("start", ["extrapolation", "random"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_new_coordinates_change_no_prediction(kind: str, start: str) -> None:
+def test_whitening_changes_no_prediction(kind: str, start: str) -> None:
     projection, history = started(kind, start), features()
     before = project(history, projection.tensors())
-    projection.learn_in(*coordinates(0.3))
-    found = projection.tensors()
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == projection_shapes(kind, C, K, RANK)
-    assert torch.equal(project(history, found), before)
+    projection.whiten(*whitening(0.3))
+    tensors = projection.tensors()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == projection_shapes(kind, C, K, RANK)
+    assert torch.equal(project(history, tensors), before)
 
 
 def test_a_channels_numbers_move_it_by_its_unit_whatever_its_size() -> None:
     projection, history = started("per_channel"), features()
-    projection.learn_in(*coordinates(0.3))
+    projection.whiten(*whitening(0.3))
     before = project(history, projection.tensors())
     moves = []
     for place in range(K + 1):
@@ -61,8 +61,8 @@ def test_a_channels_numbers_move_it_by_its_unit_whatever_its_size() -> None:
 def test_a_matrix_learns_in_the_same_inputs_and_units(kind: str) -> None:
     """Quiet channels weigh as much as loud ones, and sums of many numbers no more than a few."""
     projection, history = started(kind), features()
-    inputs, unit = coordinates(0.3)
-    projection.learn_in(inputs, unit)
+    inputs, unit = whitening(0.3)
+    projection.whiten(inputs, unit)
     before = project(history, projection.tensors())
     combined = torch.einsum("cij,inc->njc", inputs[:, :K, :K], torch.stack(history))  # [n, K, C]
     generator = torch.Generator().manual_seed(2)
@@ -82,7 +82,7 @@ def test_a_matrix_learns_in_the_same_inputs_and_units(kind: str) -> None:
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=2e-3)
 
 
-def test_what_was_learned_outlives_a_change_of_coordinates() -> None:
+def test_what_was_learned_outlives_another_whitening() -> None:
     projection = started("low_rank")
     with torch.no_grad():
         projection.moved["up"].normal_()
@@ -90,13 +90,13 @@ def test_what_was_learned_outlives_a_change_of_coordinates() -> None:
     learned = {name: tensor.detach().clone() for name, tensor in projection.tensors().items()}
     other = started("low_rank")
     other.load(learned)
-    other.learn_in(*coordinates(0.3))
+    other.whiten(*whitening(0.3))
     assert all(torch.equal(tensor, learned[name]) for name, tensor in other.tensors().items())
 
 
 def test_held_tensors_are_made_once_and_carry_gradients() -> None:
     projection, history = started("low_rank"), features()
-    projection.learn_in(*coordinates(0.3))
+    projection.whiten(*whitening(0.3))
     free = project(history, projection.tensors())
     with projection.held():
         assert projection.tensors() is projection.tensors()

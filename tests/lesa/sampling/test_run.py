@@ -1,0 +1,144 @@
+"""A run without hooks, pipeline or transformer: tensors in, decisions out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lesa.peers.rules import RULES
+from lesa.predictor.rule import History, WithoutStages
+from lesa.sampling.adaptive import Fallback
+from lesa.sampling.run import Run
+from lesa.schedule import Schedule
+
+
+def feature(value: float, tokens: int = 1) -> torch.Tensor:
+    return torch.full((1, tokens, 1), value)
+
+
+@dataclasses.dataclass
+class Told(WithoutStages):
+    """Predicts the values it was told, and remembers what it was asked: branch, step, history."""
+
+    values: dict[int, float]
+    name: str = "told"
+    history_size: int = 2
+    keeps_predictions: bool = False
+    asked: list[tuple[int, int, tuple[int, ...]]] = dataclasses.field(default_factory=list)
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        self.asked.append((history.branch, step, history.steps))
+        return feature(self.values[step])
+
+
+def drive(run: Run, features: dict[int, float], branches: tuple[str, ...] = ("only",)) -> list[list[float | None]]:
+    """Every branch's prediction at every step; a branch's features are those of the first, ten times its index more."""
+    predictions: list[list[float | None]] = [[] for _ in branches]
+    for step, value in features.items():
+        for index, branch in enumerate(branches):
+            decision = run.decide(step, branch)
+            full = decision.prediction is None
+            run.keep(decision, feature(value + 10 * index) if full else None)
+            predictions[index].append(None if full else float(decision.prediction))
+    return predictions
+
+
+def test_a_line_through_the_newest_full_steps() -> None:
+    schedule = Schedule.explicit(6, (0, 1, 4))
+    run = Run(schedule, RULES["taylor1"](schedule, torch.empty(0)))
+    run.begin()
+    assert drive(run, {0: 1.0, 1: 3.0, 2: 0.0, 3: 0.0, 4: 12.0, 5: 0.0}) == [[None, None, 5.0, 7.0, None, 15.0]]
+    statistics = run.statistics
+    assert [record.kind[0] for record in statistics.steps] == ["f", "f", "p", "p", "f", "p"]
+    # The one feature at step 1, and the line at step 4: 1 predicted for 3, 9 for 12.
+    assert [record.error for record in statistics.steps][1] == pytest.approx(2 / 3)
+    assert [record.error for record in statistics.steps][4] == pytest.approx(1 / 4)
+    assert statistics.finished and statistics.num_branches == 1 and statistics.peak_bytes == 3 * 4
+    assert not list(run.held_tensors())  # nothing is predicted after the last step
+
+
+def test_branches_are_numbered_in_the_order_of_their_first_calls() -> None:
+    rule = Told({2: 1.0, 3: 2.0})
+    run = Run(Schedule.explicit(4, (0, 1)), rule, measure=False)
+    run.begin()
+    drive(run, {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, ("cond", "uncond"))
+    assert rule.asked == [(branch, step, (1, 0)) for step in (2, 3) for branch in (0, 1)]
+    assert run.statistics.num_branches == 2 and run.statistics.finished
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_an_unusable_prediction_is_a_full_step_outside_the_history(bad: float) -> None:
+    for guard in (True, False):
+        rule = Told({2: bad, 3: 1.0})
+        run = Run(Schedule.explicit(4, (0, 1)), rule, measure=False, guard=guard)
+        run.begin()
+        ((*_, third, fourth),) = drive(run, {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0})
+        assert (third is None) == guard and fourth == 1.0
+        assert run.statistics.num_fallbacks == guard
+        assert rule.asked[-1] == (0, 3, (1, 0))
+
+
+def test_a_rule_may_look_back_on_its_own_predictions() -> None:
+    rule = Told({1: 2.0, 2: 3.0}, keeps_predictions=True)
+    run = Run(Schedule.explicit(3, (0,)), rule)
+    run.begin()
+    drive(run, {0: 1.0, 1: 0.0, 2: 0.0})
+    assert [steps for _, _, steps in rule.asked] == [(0,), (1, 0)]
+
+
+def test_a_late_start_is_full_until_its_history_is_in_the_run() -> None:
+    schedule = Schedule.explicit(8, (0, 3, 4, 6))
+    run = Run(schedule, RULES["taylor1"](schedule, torch.empty(0)), notes={"budget": "fast"})
+    run.begin(2)
+    drive(run, dict.fromkeys(range(2, 8), 1.0))
+    assert [record.kind[0] for record in run.statistics.steps] == ["f", "f", "f", "p", "f", "p"]
+    assert run.statistics.num_fallbacks == 0
+    assert run.statistics.notes["budget"] == "fast" and run.statistics.notes["begins at"].startswith("step 2; full")
+
+
+def test_tokens_beyond_the_image_s_are_not_kept() -> None:
+    run = Run(Schedule.explicit(2, (0,)), RULES["reuse"](Schedule.explicit(2, (0,)), torch.empty(0)))
+    run.begin(num_tokens=2)
+    run.keep(run.decide(0, "only"), feature(1.0, tokens=5))
+    prediction = run.decide(1, "only").prediction
+    assert prediction is not None and prediction.shape == (1, 2, 1)
+    assert run.statistics.peak_bytes == 2 * 4  # in storage of its own
+
+
+def test_a_branch_without_a_feature_is_refused_and_a_broken_run_keeps_none() -> None:
+    run = Run(Schedule.explicit(3, (0,)), Told({1: 1.0, 2: 1.0}))
+    run.begin()
+    run.keep(run.decide(0, "cond"), feature(1.0))
+    with pytest.raises(ValueError, match="branch 'uncond' is first called at step 1.*no feature to predict from"):
+        run.decide(1, "uncond")
+    assert list(run.held_tensors())
+    run.break_off()
+    assert not list(run.held_tensors()) and not run.statistics.finished
+
+
+def test_every_run_watches_anew_whether_to_change_over() -> None:
+    own, slower = Schedule.explicit(6, (0, 2)), Schedule.explicit(6, (0, 1, 3, 5))
+    fallback = Fallback(own, {2: 0.2}, slower, Told({3: 1.0, 4: 1.0, 5: 1.0}, history_size=3), "slow")
+    for predicted, change in ((1.25, 3), (1.1, None)):
+        run = Run(own, Told({1: 1.0, 2: predicted, 3: 1.0, 4: 1.0, 5: 1.0}), fallback=fallback)
+        run.begin()
+        features = dict.fromkeys(range(6), 1.0)
+        drive(run, features)
+        assert run.statistics.change == change
+        assert (run.schedule is slower) == (change is not None)
+        full = [record.step for record in run.statistics.steps if record.kind == "full"]
+        assert full == ([0, 2] if change is None else [0, 2, 3, 5])
+        assert ("changed over" in run.statistics.notes) == (change is not None)
+
+
+def test_a_change_over_holds_for_all_branches() -> None:
+    own, slower = Schedule.explicit(6, (0, 2)), Schedule.explicit(6, (0, 1, 3, 5))
+    slow = Told(dict.fromkeys(range(6), 5.0), history_size=3)
+    run = Run(own, Told(dict.fromkeys(range(6), 5.0)), fallback=Fallback(own, {2: 0.2}, slower, slow, "slow"))
+    run.begin()
+    first, second = drive(run, dict.fromkeys(range(6), 5.0), ("cond", "uncond"))  # 5 predicted of 15 at step 2
+    assert first == second == [None, 5.0, None, None, 5.0, None]
+    assert run.statistics.change == 3
+    assert [asked for asked in slow.asked if asked[1] == 4] == [(0, 4, (3, 1, 0)), (1, 4, (3, 1, 0))]
