@@ -24,7 +24,8 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
-from lesa.publishing.gate import Decision, fresh_offset
+from lesa.publishing.gate import Decision
+from lesa.publishing.jobs import fresh_offset
 from lesa.recording.dataset import recorded_splits
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import expert_design, save_predictor
