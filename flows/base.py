@@ -40,7 +40,7 @@ def base(workload: str | None = None) -> dict[str, Any]:
     from lesa.base_models.train import train_base
 
     given = settings.base
-    with stage_run("base", settings, ("base", "seed", "device")) as run:
+    with stage_run("base", settings, ("base", "seed")) as run:
         training: dict[str, Any] = {
             "base_dir": settings.paths.base,
             "prompts": splits[BASE_SPLIT],

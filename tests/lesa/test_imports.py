@@ -33,7 +33,8 @@ MAKERS = ("recording", "training", "search", "peers", "evaluation", "publishing"
 # A file imports what stands on an earlier line, or in its own package or module.
 ORDER = """
 errors
-schedule metrics strict_json validation locks
+validation
+schedule metrics strict_json locks
 atomic predictor
 params
 models

@@ -240,7 +240,7 @@ def test_adaptive_is_refused_where_it_cannot_be(pipe, bounded, folder: Path) -> 
 
 def test_bounds_of_a_bundle_are_checked_and_older_bundles_are_read(folder: Path, bounded, tmp_path: Path) -> None:
     for bad in ([None] * 5, [0.1] * 5 + [0], [0.1] * 5 + ["x"], [0.1] * 5 + [True], [0.1] * 5 + [-1.0], None):
-        with pytest.raises(BundleError, match=r"budgets\.1\.67x\.error_bounds: must be a list"):
+        with pytest.raises(BundleError, match=r"budgets\.1\.67x\.error_bounds(\[5\])?: must be "):
             bounded(bad)
 
     def older(document):

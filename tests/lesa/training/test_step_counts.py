@@ -91,8 +91,8 @@ def settings() -> Workload:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     before = Path.cwd()
-    record = {"step_counts": list(COUNTS), "step_count_prompts": 2}
-    os.chdir(tiny_repository(tmp_path_factory.mktemp("repository"), num_inference_steps=OWN, **record))
+    counts = {"step_counts": list(COUNTS), "step_count_prompts": 2}
+    os.chdir(tiny_repository(tmp_path_factory.mktemp("repository"), num_inference_steps=OWN, **counts))
     try:
         workload = settings()
         pipe = load_pipeline(workload.model, workload.resources.device)
