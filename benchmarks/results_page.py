@@ -1,4 +1,4 @@
-"""The text of docs/results.md around the tables of `benchmarks.tables`; figures come from the kept files."""
+"""The text of docs/results.md around the tables of `benchmarks.kept_results`; figures come from the kept files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import (
+from benchmarks.kept_results import (
     FIRST,
     RESULTS,
     Document,

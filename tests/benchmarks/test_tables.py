@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fidelity import RESULTS, searched_file
-from benchmarks.tables import (
-    BEGIN,
-    END,
+from benchmarks.kept_results import (
     LINES_OF_README,
     OURS,
     PEERS,
@@ -20,11 +18,10 @@ from benchmarks.tables import (
     chosen,
     comparison,
     load,
-    main,
     readme_table,
     reference_table,
-    with_table,
 )
+from benchmarks.tables import BEGIN, END, main, with_table
 from lesa.peers.lineup import load_searched
 
 ROOT = Path(__file__).parents[2]

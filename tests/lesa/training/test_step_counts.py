@@ -43,6 +43,7 @@ from lesa.training.rollout import ExpertRule, accelerated_latents
 from lesa.training.targets import Targets
 from tests.attacks.hostile import edit
 from tests.helpers import training_set
+from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository
 
 OWN, COUNTS = 10, (6, 16)
