@@ -36,7 +36,7 @@ def make_bundle(
         folder: where; an existing bundle is replaced.
         pipe: the loaded pipeline: class, scheduler and fingerprint are read from it.
         quality: what was measured, for each budget (psnr_mean, psnr_p5 in dB, ...).
-        error_bounds: of each budget, by full step (`lesa.publishing.calibration.bounds_by_budget`).
+        error_bounds: of each budget, by full step (`lesa.publishing.jobs.bounds_by_budget`).
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
         others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.

@@ -14,7 +14,7 @@ from flows.ray_guard import session_processes
 
 DRIVER = """
 import time
-from flows.stage import ray_session
+from flows.ray_jobs import ray_session
 with ray_session(1) as ray:
     ray.get(ray.remote(lambda: 1).remote())
     print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
