@@ -122,6 +122,9 @@ def test_a_new_locked_file_is_never_seen_free(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
     try:
         os.close(descriptor)
+        deadline = time.monotonic() + 20  # the child drops its copy a moment after its start returned here
+        while not locks.is_free(spool) and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert locks.is_free(spool) and spool.exists()
     finally:
         child.kill()
