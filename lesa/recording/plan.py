@@ -18,9 +18,10 @@ from lesa.models.families import TAP
 from lesa.models.fingerprint import base_parameters, fingerprint
 from lesa.params import Workload
 from lesa.recording.prompts import PromptError, read_splits
-from lesa.recording.store import FORMAT, TrajectoryStore, estimate_bytes, trajectory_key
+from lesa.recording.store import TrajectoryStore, estimate_bytes, trajectory_key
 
 RECORDED_SPLITS = ("train", "validation")
+_CONTENT = 1  # version of what is recorded, in every key; how it lies on disk is the store's own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +160,7 @@ def _identity(
         **({"batch_size": batch_size} if batch_size > 1 else {}),
         "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},
         "dtype": workload.model.dtype,
-        "format": FORMAT,
+        "format": _CONTENT,
         "prompt": prompt,
         "seed": seed,
         "tap": TAP,

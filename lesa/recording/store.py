@@ -1,9 +1,9 @@
 """The trajectory store: Zarr v3, one group a trajectory, one shard an array, addressed by what was recorded.
 
     <store>/zarr.json                     version of this format
-    <store>/<key>/zarr.json               commit record: identity, digests, sigmas
-    <store>/<key>/features/c/0/0/0/0      one shard, one inner chunk a step, bfloat16 as uint16
-    <store>/<key>/context/c/0             float32, everything small; its attributes say what lies where
+    <store>/<key>/zarr.json               commit record: identity, digests, sigmas; and the arrays' metadata
+    <store>/<key>/features/c.0.0.0.0      one shard, one inner chunk a step, bfloat16 as uint16
+    <store>/<key>/context/c.0             float32, everything small; its attributes say what lies where
 
 A trajectory is built in `<key>.<pid>.<n>.partial`, synced and renamed: if `<key>` exists it is whole, and its
 key is the hash of everything that determines it, so recording twice changes nothing. The format is closed:
@@ -29,15 +29,9 @@ from lesa.models.families import TAP
 from lesa.recording import store_format as form
 from lesa.recording.store_format import StoreError, read_context, read_features
 
-FORMAT = 1
 _BLOCK = 4096  # bytes; what a file takes on disk is a multiple
 _KEY = re.compile(r"[0-9a-f]{32}")
-_FILES = ("context/c/0", "context/zarr.json", "features/c/0/0/0/0", "features/zarr.json", "zarr.json")
-_ROOT = {
-    "format": FORMAT,
-    "kind": "lesa trajectories",
-    "tap": TAP,
-}
+_ANY_FILES = sorted(set().union(*form.FILES.values()))
 _RECORD = (
     "call_kwargs",
     "digests",
@@ -85,8 +79,12 @@ def estimate_bytes(
 ) -> int:
     """Bytes on disk, to within the metadata's few kilobytes a trajectory."""
     features = form.features_bytes((num_steps, num_branches, num_tokens, channels))
-    metadata = 3 * _BLOCK + num_tokens * 8  # a kept token is a line of the record
+    metadata = 2 * _BLOCK + num_tokens * 8  # a kept token is a line of the record
     return num_trajectories * (_blocks(features) + _blocks(form.context_bytes(context_values)) + metadata)
+
+
+def _root_metadata(format: int) -> dict[str, Any]:
+    return form.group_metadata({"format": format, "kind": "lesa trajectories", "tap": TAP})
 
 
 def _blocks(num_bytes: int) -> int:
@@ -101,12 +99,18 @@ class TrajectoryStore:
 
     @classmethod
     def create(cls, path: str | Path) -> TrajectoryStore:
-        """The store at `path`, made if there is none; an existing one is checked like `open` does."""
+        """The store at `path` to be written to, made if there is none; an existing one is checked like `open` does.
+
+        One of an older format keeps its trajectories and takes new ones beside them: its root then says the newer
+        format, so that older versions refuse it whole.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         root = path / "zarr.json"
-        if not root.exists():
-            atomic.write_json(root, form.group_metadata(_ROOT))
+        if root.exists():
+            cls.open(path)
+        if not root.exists() or form.read_metadata(root) != _root_metadata(form.FORMAT):
+            atomic.write_json(root, _root_metadata(form.FORMAT))
         return cls.open(path)
 
     @classmethod
@@ -118,11 +122,9 @@ class TrajectoryStore:
                 f"{path} is not a trajectory store (it has no zarr.json); run the record stage first"
             )
         got = form.read_metadata(path / "zarr.json")
-        expected = form.group_metadata(_ROOT)
-        if got != expected:
-            raise StoreError(
-                f"{path}: got {form.short(got)}, this version reads {form.short(expected)}; record anew"
-            )
+        if not any(got == _root_metadata(format) for format in form.FILES):
+            newest = form.short(_root_metadata(form.FORMAT))
+            raise StoreError(f"{path}: got {form.short(got)}, this version reads {newest} and older; record anew")
         return cls(path)
 
     def __contains__(self, key: str) -> bool:
@@ -136,7 +138,7 @@ class TrajectoryStore:
         """SHA-256 over size, inode and time of change of every committed file: as long as it stays, so do the bytes."""
         lines = []
         for key in self.keys():
-            for file in _FILES:
+            for file in _ANY_FILES:
                 try:
                     found = (self.path / key / file).lstat()
                 except OSError as error:
@@ -183,7 +185,7 @@ class TrajectoryStore:
         record = {
             "call_kwargs": trajectory.call_kwargs,
             "digests": {"context": form.digest(context), "features": form.digest(features)},
-            "format": FORMAT,
+            "format": form.FORMAT,
             "identity": trajectory.identity,
             "key": key,
             "prompt": trajectory.prompt,
@@ -194,9 +196,7 @@ class TrajectoryStore:
         }
         try:
             with atomic.new_dir(self.path / key, replace=False) as partial:
-                form.write_array(partial / "features", features, form.features_metadata(features.shape))
-                form.write_array(partial / "context", context, form.context_metadata(context.size, layout))
-                (partial / "zarr.json").write_bytes(atomic.json_bytes(form.group_metadata(record)))
+                form.write_group(partial, record, features=features, context=context, layout=layout)
         except OSError as error:
             need = atomic.format_bytes(features.nbytes + context.nbytes)
             raise OSError(
@@ -206,18 +206,18 @@ class TrajectoryStore:
 
     def record(self, key: str) -> dict[str, Any]:
         """The commit record: a mapping with the names in `_RECORD`, its identity checked against the key."""
-        folder = self._folder(key)
-        metadata = form.read_metadata(folder / "zarr.json")
+        format = self._format(key)
+        metadata = form.read_metadata(self.path / key / "zarr.json")
         attributes = metadata.get("attributes")
-        if not isinstance(attributes, dict) or metadata != form.group_metadata(attributes):
+        arrays = form.arrays_of(metadata)
+        if not isinstance(attributes, dict) or metadata != form.group_metadata(attributes, arrays):
             raise StoreError(f"trajectory {key}: its zarr.json is not a Zarr v3 group's")
         if tuple(sorted(attributes)) != _RECORD:
             raise StoreError(f"trajectory {key}: record has {sorted(attributes)}, expected {list(_RECORD)}")
         identity = attributes["identity"]
-        if attributes["format"] != FORMAT:
-            raise StoreError(
-                f"trajectory {key}: format {attributes['format']!r}, this version reads {FORMAT}"
-            )
+        if attributes["format"] != format or (arrays is None) != (format == 1):
+            said = attributes["format"]
+            raise StoreError(f"trajectory {key}: its record says format {said!r}, its files are {format}'s")
         if not isinstance(identity, dict) or trajectory_key(identity) != key or attributes["key"] != key:
             raise StoreError(f"trajectory {key}: its identity does not hash to its key; record it again")
         for name in ("prompt", "seed"):
@@ -236,29 +236,31 @@ class TrajectoryStore:
             record: the trajectory's, where it was read just now.
         """
         record = self.record(key) if record is None else record
-        metadata = self._array_metadata(key, "features")
+        metadata = self._array_metadata(key, "features", record["format"])
         shape = form.positive_shape(key, metadata, 4)
-        form.compare(key, "features", metadata, form.features_metadata(shape))
+        form.compare(key, "features", metadata, form.features_metadata(shape, record["format"]))
         if len(record["timesteps"]) != shape[0]:
             raise StoreError(
                 f"trajectory {key}: {shape[0]} steps of features, {len(record['timesteps'])} timesteps"
             )
-        self._check_size(key, "features/c/0/0/0/0", form.features_bytes(shape))
-        values = read_features(key, self.path / key / "features/c/0/0/0/0", shape)
+        shard = form.SHARDS[record["format"]]["features"]
+        self._check_size(key, shard, form.features_bytes(shape))
+        values = read_features(key, self.path / key / shard, shape)
         form.check_digest(key, "features", values, record)
         return torch.from_numpy(values).view(torch.bfloat16)
 
     def context(self, key: str, record: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """The tensors kept beside the features, in their own shapes and dtypes, verified like them."""
         record = self.record(key) if record is None else record
-        metadata = self._array_metadata(key, "context")
+        metadata = self._array_metadata(key, "context", record["format"])
         (size,) = form.positive_shape(key, metadata, 1)
         layout = metadata.get("attributes")
         if not isinstance(layout, dict):
             raise StoreError(f"trajectory {key}: context has no layout")
-        form.compare(key, "context", metadata, form.context_metadata(size, layout))
-        self._check_size(key, "context/c/0", form.context_bytes(size))
-        values = read_context(key, self.path / key / "context/c/0")
+        form.compare(key, "context", metadata, form.context_metadata(size, layout, record["format"]))
+        shard = form.SHARDS[record["format"]]["context"]
+        self._check_size(key, shard, form.context_bytes(size))
+        values = read_context(key, self.path / key / shard)
         form.check_digest(key, "context", values, record)
         return form.unpack(key, values, layout)
 
@@ -279,8 +281,8 @@ class TrajectoryStore:
                         problems.append(str(error))
         return problems
 
-    def _folder(self, key: str) -> Path:
-        """The trajectory's folder, once it is known to hold its files and nothing else, no links."""
+    def _format(self, key: str) -> int:
+        """The trajectory's format, once its folder is known to hold that one's files and nothing else, no links."""
         if not _KEY.fullmatch(key):
             raise StoreError(f"{key!r} is not a trajectory key (32 hexadecimal digits)")
         folder = self.path / key
@@ -292,14 +294,22 @@ class TrajectoryStore:
             raise StoreError(f"trajectory {key} is not in {self.path}") from None
         except OSError as error:
             raise StoreError(f"trajectory {key}: {error.strerror}: {error.filename}") from None
-        if tuple(found) != _FILES:
-            missing = ", ".join(sorted(set(_FILES) - set(found))) or "nothing"
-            extra = ", ".join(sorted(set(found) - set(_FILES))) or "nothing"
+        # The one it is nearest to: of what is missing or too many, the message names the least there is.
+        format = min(form.FILES, key=lambda format: (len(set(form.FILES[format]) ^ set(found)), -format))
+        if tuple(found) != form.FILES[format]:
+            missing = ", ".join(sorted(set(form.FILES[format]) - set(found))) or "nothing"
+            extra = ", ".join(sorted(set(found) - set(form.FILES[format]))) or "nothing"
             raise StoreError(f"trajectory {key}: {missing} missing, {extra} too many; record it again")
-        return folder
+        return format
 
-    def _array_metadata(self, key: str, name: str) -> dict[str, Any]:
-        return form.read_metadata(self.path / key / name / "zarr.json")
+    def _array_metadata(self, key: str, name: str, format: int) -> dict[str, Any]:
+        if format == 1:
+            return form.read_metadata(self.path / key / name / "zarr.json")
+        arrays = form.arrays_of(form.read_metadata(self.path / key / "zarr.json"))
+        if arrays is None:
+            raise StoreError(f"trajectory {key}: its zarr.json has no metadata of its arrays; record it again")
+        array: dict[str, Any] = arrays[name]
+        return array
 
     def _check_size(self, key: str, file: str, expected: int) -> None:
         got = (self.path / key / file).lstat().st_size

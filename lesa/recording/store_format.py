@@ -1,7 +1,9 @@
 """What lies on disk for one trajectory: the only metadata the store writes, so the only ones it reads.
 
-Everything is checked against them before an array is allocated: format 3, uint16 or float32, one shard, the
-codecs `bytes` and `crc32c` and nothing else. A file's size must be what its shape makes.
+Everything is checked against them before an array is allocated: Zarr format 3, uint16 or float32, one shard, the
+codecs `bytes` and `crc32c` and nothing else. A file's size must be what its shape makes. Two formats are read, the
+second is written: it keeps the arrays' metadata in the group's (Zarr's consolidated metadata) and names a shard
+without folders, three files in three folders instead of five in eight, since DVC looks at each of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,16 @@ from lesa import atomic
 from lesa.errors import LesaError
 from lesa.strict_json import StrictJsonError, parse
 
+FORMAT = 2  # of what is written
+SHARDS = {
+    1: {"context": "context/c/0", "features": "features/c/0/0/0/0"},
+    2: {"context": "context/c.0", "features": "features/c.0.0.0.0"},
+}
+FILES = {
+    1: ("context/c/0", "context/zarr.json", "features/c/0/0/0/0", "features/zarr.json", "zarr.json"),
+    2: ("context/c.0", "features/c.0.0.0.0", "zarr.json"),
+}  # sorted, by format
+_SEPARATORS = {1: "/", 2: "."}
 MAX_METADATA_BYTES = 16 << 20  # of one zarr.json; the largest part is a list of kept tokens
 _AXES = ("step", "branch", "token", "channel")
 _BF16_NAN = 0x7FC0  # fill value: should a chunk ever go missing, it reads as NaN and not as zeros
@@ -104,8 +116,24 @@ def check_digest(key: str, name: str, values: np.ndarray, record: Mapping[str, A
         )
 
 
-def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attributes": dict(attributes), "node_type": "group", "zarr_format": 3}
+def group_metadata(attributes: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A group's zarr.json; with `arrays`, metadata by name, it needs none of their own."""
+    consolidated = {"kind": "inline", "metadata": arrays, "must_understand": False}
+    return {
+        "attributes": dict(attributes),
+        **({} if arrays is None else {"consolidated_metadata": consolidated}),
+        "node_type": "group",
+        "zarr_format": 3,
+    }
+
+
+def arrays_of(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Metadata of the arrays that a group's zarr.json of format 2 has; None where it has another form."""
+    consolidated = metadata.get("consolidated_metadata")
+    arrays = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+    if not isinstance(arrays, dict) or tuple(sorted(arrays)) != tuple(SHARDS[2]):
+        return None
+    return arrays if all(isinstance(array, dict) for array in arrays.values()) else None
 
 
 def _metadata(
@@ -115,11 +143,12 @@ def _metadata(
     codecs: list[Any],
     axes: tuple[str, ...],
     attributes: Any,
+    format: int,
 ) -> dict[str, Any]:
     return {
         "attributes": attributes,
         "chunk_grid": {"configuration": {"chunk_shape": list(shape)}, "name": "regular"},
-        "chunk_key_encoding": {"configuration": {"separator": "/"}, "name": "default"},
+        "chunk_key_encoding": {"configuration": {"separator": _SEPARATORS[format]}, "name": "default"},
         "codecs": codecs,
         "data_type": data_type,
         "dimension_names": list(axes),
@@ -135,7 +164,7 @@ def _plain_codecs() -> list[Any]:
     return [{"configuration": {"endian": "little"}, "name": "bytes"}, {"name": "crc32c"}]
 
 
-def features_metadata(shape: tuple[int, ...]) -> dict[str, Any]:
+def features_metadata(shape: tuple[int, ...], format: int = FORMAT) -> dict[str, Any]:
     sharding = {
         "configuration": {
             "chunk_shape": [1, *shape[1:]],
@@ -145,11 +174,11 @@ def features_metadata(shape: tuple[int, ...]) -> dict[str, Any]:
         },
         "name": "sharding_indexed",
     }
-    return _metadata(shape, "uint16", _BF16_NAN, [sharding], _AXES, {})
+    return _metadata(shape, "uint16", _BF16_NAN, [sharding], _AXES, {}, format)
 
 
-def context_metadata(size: int, layout: Mapping[str, Any]) -> dict[str, Any]:
-    return _metadata((size,), "float32", "NaN", _plain_codecs(), ("value",), dict(layout))
+def context_metadata(size: int, layout: Mapping[str, Any], format: int = FORMAT) -> dict[str, Any]:
+    return _metadata((size,), "float32", "NaN", _plain_codecs(), ("value",), dict(layout), format)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -188,14 +217,28 @@ def short(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def write_array(folder: Path, values: np.ndarray, metadata: dict[str, Any]) -> None:
+def write_group(
+    folder: Path,
+    attributes: Mapping[str, Any],
+    *,
+    features: np.ndarray,  # uint16 [S, R, L, C]
+    context: np.ndarray,  # float32, all values
+    layout: Mapping[str, Any],  # which of them lie where
+) -> None:
+    """Write a trajectory's three files into `folder`, which is empty."""
     import zarr
     from zarr.storage import LocalStore
 
-    folder.mkdir()
-    (folder / "zarr.json").write_bytes(atomic.json_bytes(metadata))
-    array = zarr.open_array(LocalStore(folder), mode="r+", zarr_format=3, config={"write_empty_chunks": True})
-    array[...] = values
+    arrays = {
+        "context": context_metadata(context.size, layout),
+        "features": features_metadata(features.shape),
+    }
+    (folder / "zarr.json").write_bytes(atomic.json_bytes(group_metadata(attributes, arrays)))
+    group = zarr.open_group(LocalStore(folder), mode="r+", zarr_format=3, use_consolidated=True)
+    for name, values in (("context", context), ("features", features)):
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        array.with_config({"write_empty_chunks": True})[...] = values
 
 
 def read_features(key: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:

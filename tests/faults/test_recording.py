@@ -152,8 +152,8 @@ def test_a_kill_at_any_moment_and_a_rerun_end_as_undisturbed(
 def test_a_kill_while_a_trajectory_is_being_written(
     root: Path, undisturbed: str, recorder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    """Killed when the unfinished folder, its arrays or its record appear: never committed, swept."""
-    for number, part in enumerate(("", "/features/zarr.json", "/context/c/0", "/zarr.json")):
+    """Killed when the unfinished folder, its record or its arrays appear: never committed, swept."""
+    for number, part in enumerate(("", "/zarr.json", "/context/c.0", "/features/c.0.0.0.0")):
         store = tmp_path / f"{number}.zarr"
         start(recorder, store, die_at=f"*/{'?' * 32}.*.partial{part}*")
         assert status(recorder) == -signal.SIGKILL

@@ -324,7 +324,7 @@ def test_a_damaged_trajectory_is_named_and_never_trained_on(root: Path, tmp_path
     shutil.copytree(root / "data/trajectories", own / "data/trajectories")
     store = TrajectoryStore.open(own / "data/trajectories/tiny.zarr")
     key = store.keys()[0]
-    shard = store.path / key / "features/c/0/0/0/0"
+    shard = store.path / key / "features/c.0.0.0.0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)

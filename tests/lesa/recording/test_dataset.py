@@ -77,7 +77,7 @@ def test_prompts_without_a_trajectory_are_named(tmp_path: Path) -> None:
 def test_damage_is_never_trained_on(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", {"a": 1})
     (key,) = store.keys()
-    shard = store.path / key / "features/c/0/0/0/0"
+    shard = store.path / key / "features/c.0.0.0.0"
     data = bytearray(shard.read_bytes())
     data[10] ^= 1
     shard.write_bytes(data)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from lesa.recording.store_format import StoreError
 from tests.helpers.digests import tree_digest
 
 STEPS, BRANCHES, TOKENS, CHANNELS = 5, 2, 3, 4
+FEATURES, CONTEXT = "features/c.0.0.0.0", "context/c.0"  # shards of what is written
+FORMAT_1 = Path(__file__).parent / "store_of_format_1"  # written by the version that wrote it: two trajectories
 
 
 def trajectory(seed: int = 0, **changes: Any) -> Trajectory:
@@ -99,7 +102,7 @@ def test_zeros_are_written_like_anything_else(store: TrajectoryStore) -> None:
     zeros = torch.zeros(STEPS, BRANCHES, TOKENS, CHANNELS, dtype=torch.bfloat16)
     key = store.commit(trajectory(features=zeros, context={"zero": torch.zeros(7)}))
     assert torch.equal(store.features(key), zeros)
-    assert (store.path / key / "features/c/0/0/0/0").exists() and (store.path / key / "context/c/0").exists()
+    assert (store.path / key / FEATURES).exists() and (store.path / key / CONTEXT).exists()
 
 
 def test_zarr_itself_reads_the_store(store: TrajectoryStore) -> None:
@@ -173,16 +176,82 @@ def test_open_refuses_what_is_no_store_of_this_version(tmp_path: Path, store: Tr
         TrajectoryStore.open(tmp_path / "nothing.zarr")
     root = store.path / "zarr.json"
     document = json.loads(root.read_text())
-    document["attributes"]["format"] = 2
+    document["attributes"]["format"] = 3
     root.write_text(json.dumps(document))
-    with pytest.raises(StoreError, match=r"'format': 2.*reads.*'format': 1"):
+    with pytest.raises(StoreError, match=r"'format': 3.*reads.*'format': 2.*and older"):
         TrajectoryStore.open(store.path)
+
+
+# Format 1, which an earlier version wrote: read like the other, taken over, never written.
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> TrajectoryStore:
+    return TrajectoryStore.open(shutil.copytree(FORMAT_1, tmp_path / "old.zarr"))
+
+
+def test_a_store_of_format_1_is_read_bit_for_bit(old: TrajectoryStore) -> None:
+    first, second = trajectory(), trajectory(1, token_index=torch.tensor([1, 4, 7]))
+    assert old.verify() == [] and len(old.keys()) == 2
+    for kept in (first, second):
+        key = trajectory_key(kept.identity)
+        assert old.record(key)["format"] == 1 and torch.equal(old.features(key), kept.features)
+        assert all(torch.equal(old.context(key)[name], tensor) for name, tensor in kept.context.items())
+
+
+def test_a_store_of_format_1_keeps_its_trajectories_beside_new_ones(old: TrajectoryStore) -> None:
+    before, state = {key: tree_digest(old.path / key) for key in old.keys()}, old.state()
+    store = TrajectoryStore.create(old.path)
+    assert json.loads((store.path / "zarr.json").read_text())["attributes"]["format"] == 2
+    assert store.commit(trajectory()) in before, "it is there already, in the older format"
+    assert store.state() == state
+    key = store.commit(trajectory(2))
+    assert store.record(key)["format"] == 2 and store.state() != state
+    assert store.verify() == [] and len(store.keys()) == 3
+    assert {other: tree_digest(store.path / other) for other in before} == before
+
+
+@pytest.mark.parametrize("file", ["features/zarr.json", "context/zarr.json", "features/c/0/0/0/0", "zarr.json"])
+def test_a_missing_or_damaged_file_of_format_1_is_an_error(old: TrajectoryStore, file: str) -> None:
+    path = old.path / old.keys()[0] / file
+    text = path.read_bytes()
+    path.write_bytes(text[:-3] + b"   ")
+    assert len(old.verify()) == 1
+    path.unlink()
+    (problem,) = old.verify()
+    assert f"{file} missing, nothing too many; record it again" in problem
+
+
+def test_a_record_of_the_other_format_is_refused(store: TrajectoryStore, old: TrajectoryStore) -> None:
+    for trajectories, other in ((store, 1), (old, 2)):
+        key = trajectories.commit(trajectory())
+        path = trajectories.path / key / "zarr.json"
+        document = json.loads(path.read_text())
+        document["attributes"]["format"] = other
+        path.write_text(json.dumps(document))
+        with pytest.raises(StoreError, match=f"{key}: its record says format {other}, its files are {3 - other}'s"):
+            trajectories.features(key)
+
+
+@pytest.mark.parametrize("arrays", [None, {}, {"features": {}}, {"features": {}, "context": []}, 7])
+def test_a_group_without_its_arrays_is_refused(store: TrajectoryStore, arrays: Any) -> None:
+    key = store.commit(trajectory())
+    path = store.path / key / "zarr.json"
+    document = json.loads(path.read_text())
+    document["consolidated_metadata"]["metadata"] = arrays
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=key):
+        store.record(key)
+    del document["consolidated_metadata"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=f"{key}: its record says format 2, its files are 2's"):
+        store.record(key)
 
 
 # Damage: bytes of a committed trajectory change under us.
 
 
-@pytest.mark.parametrize("file", ["features/c/0/0/0/0", "context/c/0"])
+@pytest.mark.parametrize("file", [FEATURES, CONTEXT])
 def test_a_flipped_byte_anywhere_is_found(store: TrajectoryStore, file: str) -> None:
     key = store.commit(trajectory())
     path = store.path / key / file
@@ -197,7 +266,7 @@ def test_a_flipped_byte_anywhere_is_found(store: TrajectoryStore, file: str) -> 
 
 def test_the_damaged_step_is_named(store: TrajectoryStore) -> None:
     key = store.commit(trajectory())
-    path = store.path / key / "features/c/0/0/0/0"
+    path = store.path / key / FEATURES
     data = bytearray(path.read_bytes())
     chunk = BRANCHES * TOKENS * CHANNELS * 2 + 4
     data[3 * chunk + 5] ^= 1
@@ -208,7 +277,7 @@ def test_the_damaged_step_is_named(store: TrajectoryStore) -> None:
 
 def test_a_damaged_index_or_context_is_named(store: TrajectoryStore) -> None:
     key = store.commit(trajectory())
-    for file, what in (("features/c/0/0/0/0", "features, index of the shard"), ("context/c/0", "context")):
+    for file, what in ((FEATURES, "features, index of the shard"), (CONTEXT, "context")):
         path = store.path / key / file
         good = path.read_bytes()
         path.write_bytes(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])
@@ -223,7 +292,7 @@ def test_an_index_that_points_elsewhere_is_refused(store: TrajectoryStore) -> No
     import google_crc32c
 
     key = store.commit(trajectory())
-    path, steps = store.path / key / "features/c/0/0/0/0", len(trajectory().features)
+    path, steps = store.path / key / FEATURES, len(trajectory().features)
     data = bytearray(path.read_bytes())
     start = len(data) - 16 * steps - 4
     index = bytearray(data[start:-4])
@@ -235,7 +304,7 @@ def test_an_index_that_points_elsewhere_is_refused(store: TrajectoryStore) -> No
             store.features(key)
 
 
-@pytest.mark.parametrize("file", ["features/c/0/0/0/0", "context/c/0"])
+@pytest.mark.parametrize("file", [FEATURES, CONTEXT])
 def test_a_truncated_or_longer_shard_is_refused_before_it_is_read(store: TrajectoryStore, file: str) -> None:
     key = store.commit(trajectory())
     path = store.path / key / file
@@ -246,9 +315,7 @@ def test_a_truncated_or_longer_shard_is_refused_before_it_is_read(store: Traject
         assert key in problem and f"has {size} bytes" in problem and str(len(data)) in problem
 
 
-@pytest.mark.parametrize(
-    "file", ["features/c/0/0/0/0", "features/zarr.json", "context/c/0", "context/zarr.json", "zarr.json"]
-)
+@pytest.mark.parametrize("file", [FEATURES, CONTEXT, "zarr.json"])
 def test_a_missing_file_is_an_error_and_never_zeros(store: TrajectoryStore, file: str) -> None:
     key = store.commit(trajectory())
     (store.path / key / file).unlink()
@@ -263,8 +330,8 @@ def test_a_missing_file_is_an_error_and_never_zeros(store: TrajectoryStore, file
 def test_a_consistent_forgery_of_the_values_needs_the_digest_to_be_found(store: TrajectoryStore) -> None:
     """Another trajectory's features have valid checksums of their own; the record's digest tells."""
     key, other = store.commit(trajectory(0)), store.commit(trajectory(1))
-    source = store.path / other / "features/c/0/0/0/0"
-    (store.path / key / "features/c/0/0/0/0").write_bytes(source.read_bytes())
+    source = store.path / other / FEATURES
+    (store.path / key / FEATURES).write_bytes(source.read_bytes())
     with pytest.raises(StoreError, match=f"{key}: features has digest"):
         store.features(key)
 
@@ -321,11 +388,21 @@ HOSTILE = {
 }
 
 
+def change_array(
+    store: TrajectoryStore, key: str, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Change what a trajectory's zarr.json says of one of its arrays."""
+    path = store.path / key / "zarr.json"
+    document = json.loads(path.read_text())
+    arrays = document["consolidated_metadata"]["metadata"]
+    arrays[name] = change(arrays[name])
+    path.write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_array_metadata_is_refused(store: TrajectoryStore, what: str) -> None:
     key = store.commit(trajectory())
-    path = store.path / key / "features/zarr.json"
-    path.write_text(json.dumps(HOSTILE[what](json.loads(path.read_text()))))
+    change_array(store, key, "features", HOSTILE[what])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(StoreError, match=key):
         store.features(key)
@@ -335,26 +412,27 @@ def test_hostile_array_metadata_is_refused(store: TrajectoryStore, what: str) ->
 def test_a_larger_shape_than_the_file_holds_is_refused_by_size(store: TrajectoryStore) -> None:
     """The document agrees with itself here: what is wrong is that the file is too small for it."""
     key = store.commit(trajectory())
-    path = store.path / key / "features/zarr.json"
-    text = path.read_text().replace(f"    {CHANNELS}\n", f"    {2**30}\n")
-    document = json.loads(text)
-    document["shape"][3] = document["chunk_grid"]["configuration"]["chunk_shape"][3] = 2**30
-    document["codecs"][0]["configuration"]["chunk_shape"][3] = 2**30
-    path.write_text(json.dumps(document))
-    with pytest.raises(StoreError, match=r"features/c/0/0/0/0 has \d+ bytes, its shape makes \d{11}"):
+
+    def enlarge(document: dict[str, Any]) -> dict[str, Any]:
+        document["shape"][3] = document["chunk_grid"]["configuration"]["chunk_shape"][3] = 2**30
+        document["codecs"][0]["configuration"]["chunk_shape"][3] = 2**30
+        return document
+
+    change_array(store, key, "features", enlarge)
+    with pytest.raises(StoreError, match=r"features/c.0.0.0.0 has \d+ bytes, its shape makes \d{11}"):
         store.features(key)
 
 
 def test_a_version_2_array_is_refused(store: TrajectoryStore) -> None:
     key = store.commit(trajectory())
     folder = store.path / key / "features"
-    (folder / "zarr.json").unlink()
+    (store.path / key / FEATURES).unlink()
     (folder / ".zarray").write_text(
         json.dumps(
             {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "filters": [{"id": "pickle"}]}
         )
     )
-    with pytest.raises(StoreError, match=r"features/zarr.json missing, features/.zarray too many"):
+    with pytest.raises(StoreError, match=rf"{FEATURES} missing, features/.zarray too many"):
         store.features(key)
 
 
@@ -375,8 +453,7 @@ def test_a_layout_that_does_not_cover_the_context_is_refused(
     store: TrajectoryStore, layout: dict[str, Any]
 ) -> None:
     key = store.commit(trajectory(context={"temb": torch.randn(7)}))
-    path = store.path / key / "context/zarr.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "attributes": layout}))
+    change_array(store, key, "context", lambda document: {**document, "attributes": layout})
     with pytest.raises(StoreError, match=f"{key}: (layout|temb)"):
         store.context(key)
 
@@ -404,7 +481,7 @@ def test_a_record_that_is_not_strict_json_is_refused(store: TrajectoryStore, tex
     assert len(store.verify()) == 1
 
 
-@pytest.mark.parametrize("file", ["features/c/0/0/0/0", "features/zarr.json", "zarr.json"])
+@pytest.mark.parametrize("file", [FEATURES, "zarr.json"])
 def test_links_and_special_files_are_refused(store: TrajectoryStore, tmp_path: Path, file: str) -> None:
     key = store.commit(trajectory())
     path = store.path / key / file

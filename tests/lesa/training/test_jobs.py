@@ -219,7 +219,7 @@ def test_a_store_is_read_once_a_process_while_it_stays_as_it_is(trained: Trained
     again = dataset.kept_splits(trained.workload)
     assert again[0] is train and again[1] is validation
     assert train.keys == dataset.recorded_splits(trained.workload)[0].keys
-    file = trained.workload.paths.trajectories / train.keys[0] / "features/c/0/0/0/0"
+    file = trained.workload.paths.trajectories / train.keys[0] / "features/c.0.0.0.0"
     good, times = file.read_bytes(), file.stat()
     file.write_bytes(good[:40] + bytes([good[40] ^ 1]) + good[41:])
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
