@@ -6,28 +6,32 @@ python -m flows.publish [--workload NAME]
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.environment import ROOT
+from flows.environment import ROOT, state_folder
 from flows.ray_jobs import kept_workers, run_jobs
 from flows.registry.promotion import Judgement
-from flows.registry.registry import CANDIDATE, Registry
+from flows.registry.registry import CANDIDATE, Registry, RolledBack, Version
 from flows.registry.tags import budget_quality, evaluation_facts, read_metrics, registry_tags
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
 from flows.tracking.client import tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
-from lesa.atomic import write_json
+from lesa.atomic import new_dir, write_json
 from lesa.bundle import Bundle
+from lesa.errors import LesaError
+from lesa.locks import file_lock
 from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import Workload
+from lesa.publishing.bounds import measure_bounds, shared_out
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import measure_bounds, shared_out
-from lesa.pull import redacted
+from lesa.publishing.gate import Decision
+from lesa.pull import pull, redacted
 from lesa.recording.dataset import recorded_elsewhere, recorded_splits
 from lesa.training.jobs import load_predictor
 
@@ -54,15 +58,23 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         root: repository whose registry is used where MLFLOW_TRACKING_URI names none.
 
     Raises:
-        ValueError: something to publish is missing.
+        LesaError: something to publish is missing, or the champion cannot be had: what was registered stays.
+        Locked: another publisher of this workload is at work in this repository.
         mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
     """
-    bundle = build_bundle(workload, log, root)
-    release_memory()  # gigabytes of a real model; the gate's jobs load what they need
-    outcome = register_and_judge(workload, bundle, log, root)
-    write_json(metrics_folder(workload) / "decision.json", outcome)
+    with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"):
+        bundle = build_bundle(workload, log, root)
+        release_memory()  # gigabytes of a real model; the gate's jobs load what they need
+        outcome, obstacle = register_and_judge(workload, bundle, log, root)
+        write_json(metrics_folder(workload) / "decision.json", outcome)
     reasons = "; ".join(outcome["reasons"])
     log.info("gate: version %s %s: %s", outcome["candidate"], registry_word(outcome), reasons)
+    if obstacle:
+        raise LesaError(
+            f"version {outcome['candidate']} is registered and could not be compared with champion "
+            f"{outcome['champion']}: {obstacle}; restore the champion's files, or make another version champion "
+            "(python -m flows.champion --help), then publish again"
+        )
     return {key: outcome[key] for key in ("candidate", "champion", "champion_before", "promote", "reasons")}
 
 
@@ -89,24 +101,42 @@ def build_bundle(workload: Workload, log: Any, root: Path) -> Bundle:
     )
 
 
-def register_and_judge(workload: Workload, bundle: Bundle, log: Any, root: Path) -> dict[str, Any]:
-    """Registers the bundle as candidate and promotes it if the gate says so; what was decided, as it is recorded."""
-    log.info("registry: %s", redacted(tracking_uri(root)))
+def register_and_judge(workload: Workload, bundle: Bundle, log: Any, root: Path) -> tuple[dict[str, Any], str]:
+    """Registers the bundle as candidate and promotes it if the gate says so.
+
+    Returns:
+        what was decided, as it is recorded, and what kept the gate from measuring, if anything.
+    """
+    tracking = tracking_uri(root)
+    log.info("registry: %s", redacted(tracking))
     registry = Registry(experiment_name(workload), root)
     candidate = registry.register(
         bundle.path, tags=registry_tags(bundle.manifest.data), run_tags={"stage": "publish"}
     )
-    judgement = Judgement(workload, bundle, tracking_uri(root), log)
+    judgement = Judgement(workload, bundle, candidate, registry, tracking, log)
     registry.set_alias(CANDIDATE, candidate)
     try:
-        moved, before = registry.promote(candidate, judgement)
+        made, before = registry.promote(candidate, judgement)
+    except RolledBack as error:  # a person's decision, which stands
+        made, before = None, registry.champion(registry.history.entries())
+        judgement.decision = Decision(promote=False, reasons=(str(error),))
     finally:
         registry.drop_alias(CANDIDATE, candidate)
-    outcome = judgement.outcome(candidate, before, moved)
-    gate = "promoted" if moved else "kept out"
-    registry.tag(candidate, {"gate": gate, "gate.reasons": "; ".join(outcome["reasons"])})
-    registry.attach(candidate, outcome)
-    return outcome
+    outcome = judgement.outcome(made, before)
+    if made is not None and made.number != candidate.number:
+        place_published(made, workload.paths.bundle, tracking)
+    gate = {"gate": "promoted" if made is not None else "kept out", "gate.reasons": "; ".join(outcome["reasons"])}
+    for version in {candidate.number: candidate, **({made.number: made} if made is not None else {})}.values():
+        registry.tag(version, gate)
+        registry.attach(version, outcome)
+    return outcome, judgement.obstacle
+
+
+def place_published(version: Version, folder: Path, tracking: str) -> None:
+    """Puts the version that was published, which has fewer budgets than what was built, in the place of that."""
+    pulled = pull(f"models:/{version.name}/{version.number}", tracking_uri=tracking)
+    with new_dir(folder, replace=True) as partial:
+        shutil.copytree(pulled, partial, dirs_exist_ok=True)
 
 
 def measured_bounds(workload: Workload) -> dict[str, list[float | None]]:

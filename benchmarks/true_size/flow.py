@@ -97,8 +97,8 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
     from flows.tracking.revisions import revisions
     from flows.tracking.run import tracked_run
     from lesa.models.pipelines import load_pipeline, sample
+    from lesa.publishing.bounds import bounds_by_budget
     from lesa.publishing.build import make_bundle
-    from lesa.publishing.jobs import bounds_by_budget
     from lesa.recording.dataset import kept_splits
     from lesa.training.jobs import load_predictor
 

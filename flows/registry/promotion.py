@@ -1,112 +1,79 @@
-"""What the gate measures for a promotion: candidate, champion and every peer on the same fresh samples."""
+"""A judgement about the champion of the moment: its bundle fetched, the gate's jobs run, what may be published made."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flows.ray_jobs import run_jobs
-from flows.registry.registry import Version
+from flows.registry.registry import PUBLISHED_FROM, Registry, Version
+from flows.registry.tags import registry_tags
 from flows.tracking.run import Reporter
 from lesa.bundle import Bundle, load_bundle
-from lesa.evaluation.compare import refuse_trained
-from lesa.evaluation.measure import samples
+from lesa.errors import LesaError
 from lesa.params import Workload
-from lesa.peers.tuning import TUNING_SAMPLES
-from lesa.publishing.gate import Decision, decide
-from lesa.publishing.jobs import GateJob, NamedBundle, fresh_offset, measure_budgets, shared_out
+from lesa.publishing.build import with_budgets
+from lesa.publishing.gate import Decision
+from lesa.publishing.judgement import judge_candidate, same_call
 from lesa.pull import pull
-from lesa.recording.prompts import read_splits
-
-CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
 
 
 def measure_and_decide(
-    workload: Workload, candidate: Bundle, champion: Bundle | None
+    workload: Workload, candidate: Bundle, champion: Bundle | None, log: Any
 ) -> tuple[Decision, dict[str, Any]]:
-    """Samples with every method, compares, decides; the budgets are shared out to as many jobs as there are workers.
+    """`judge_candidate` with jobs side by side."""
+    share = workload.resources.publish
+    reporter = Reporter(path=Path(os.devnull), name=f"publish {workload.name}")
 
-    Args:
-        candidate: the bundle as it lies on disk, not what its makers say of it.
-        champion: the champion's bundle if it was made for the same transformer; it runs at the candidate's
-            schedules.
+    def run(work: Callable[..., Any], settings: Workload, jobs: Mapping[str, Any]) -> dict[str, Any]:
+        return run_jobs(work, settings, jobs, share=share, reporter=reporter)
 
-    Returns:
-        The decision, and what it was measured on: prompts, seeds, samples.
-
-    Raises:
-        ValueError: gate seeds or prompts that training or evaluation used too; a champion that cannot serve
-            the candidate's schedules.
-    """
-    splits = read_splits(workload.paths.prompts)
-    chosen = splits["test"][: workload.publish.gate_prompts]
-    bundles = {CANDIDATE: candidate} | ({} if champion is None else {CHAMPION: champion})
-    for bundle in bundles.values():
-        refuse_trained(chosen, bundle.manifest.data["training"])
-    offset = fresh_offset(workload, candidate, champion)
-    prompts, seeds = samples(chosen, workload.evaluate.seeds_per_prompt, offset)
-    tuning_prompts, tuning_seeds = samples(splits["train"][:TUNING_SAMPLES], 1, workload.record.seed_offset)
-    full_steps = {name: float(budget.schedule.num_full) for name, budget in candidate.manifest.budgets.items()}
-    jobs = {
-        " ".join(part): GateJob(
-            budgets=part,
-            bundles=tuple(NamedBundle(name=n, folder=b.path.resolve(), digest=b.digest) for n, b in bundles.items()),
-            prompts=prompts,
-            seeds=seeds,
-            tuning_prompts=tuning_prompts,
-            tuning_seeds=tuning_seeds,
-        )
-        for part in shared_out(full_steps, workload.resources.publish.workers)
-    }
-    measured = run_jobs(
-        measure_budgets,
-        workload,
-        jobs,
-        share=workload.resources.publish,
-        reporter=Reporter(path=Path(os.devnull), name=f"publish {workload.name}"),
-    )
-    by_budget = {budget: methods for part in measured.values() for budget, methods in part.items()}
-    psnr: dict[str, dict[str, Sequence[float]]] = {}
-    for budget in candidate.manifest.budgets:
-        for method, decibels in by_budget[budget].items():
-            psnr.setdefault(method, {})[budget] = decibels
-    groups = [chosen.index(prompt) for prompt in prompts]
-    decision = decide(
-        psnr.get(CANDIDATE, {}),
-        None if champion is None else psnr.get(CHAMPION, {}),
-        {name: values for name, values in psnr.items() if name not in (CANDIDATE, CHAMPION)},
-        groups=groups,
-        default_budget=candidate.manifest.default_budget,
-        tail_tolerance_db=workload.publish.tail_tolerance_db,
-    )
-    return decision, {"prompts": len(chosen), "samples": len(prompts), "first_seed": offset}
+    return judge_candidate(workload, candidate, champion, run, lambda line: log.info("gate: %s", line))
 
 
 class Judgement:
     """Judges a candidate against whatever champion it meets; remembers the last decision."""
 
-    def __init__(self, workload: Workload, candidate: Bundle, registry: str, log: Any) -> None:
-        self.workload, self.candidate = workload, candidate
-        self.registry, self.log = registry, log
-        self.decision = Decision(
-            promote=False, reasons=("nothing to judge: it is the champion already",), numbers={}
-        )
+    def __init__(
+        self, workload: Workload, candidate: Bundle, version: Version, registry: Registry, tracking: str, log: Any
+    ) -> None:
+        self.workload, self.candidate, self.version = workload, candidate, version
+        self.registry, self.tracking, self.log = registry, tracking, log
+        self.decision = Decision(promote=False, reasons=("nothing to judge: it is the champion already",))
         self.measured_on: dict[str, Any] = {}
+        self.obstacle = ""  # why nothing could be measured
 
-    def __call__(self, champion: Version | None) -> bool:
+    def __call__(self, champion: Version | None) -> Version | None:
+        """The version to promote: the candidate, or one without the budgets that failed."""
         try:
             bundle = self._champion_bundle(champion)
-            self.decision, self.measured_on = measure_and_decide(
-                self.workload, self.candidate, bundle
+        except LesaError as error:  # no reason to replace it unseen
+            self.obstacle = str(error)
+            self.decision = Decision(promote=False, reasons=(f"not measured: {error}",))
+            return None
+        self.decision, self.measured_on = measure_and_decide(self.workload, self.candidate, bundle, self.log)
+        if not self.decision.promote:
+            return None
+        if not self.decision.left_out:
+            return self.version
+        for budget, reasons in self.decision.left_out.items():
+            self.log.warning("gate: budget %s is left out: %s", budget, "; ".join(reasons))
+        with tempfile.TemporaryDirectory() as folder:
+            published = with_budgets(
+                self.candidate, self.decision.budgets, self.decision.left_out, Path(folder) / self.workload.name
             )
-        except ValueError as error:
-            # A champion that is broken or cannot be compared is no reason to replace it unseen.
-            self.decision = Decision(promote=False, reasons=(f"not measured: {error}",), numbers={})
-        return self.decision.promote
+            tags = registry_tags(published.manifest.data) | {PUBLISHED_FROM: self.candidate.digest}
+            return self.registry.register(published.path, tags=tags, run_tags={"stage": "publish"})
 
     def _champion_bundle(self, champion: Version | None) -> Bundle | None:
+        """What the candidate is compared with; None where the peers decide alone, and why in the log.
+
+        Raises:
+            LesaError: the champion's files are gone or altered.
+        """
         if champion is None:
             return None
         if champion.fingerprint != self.candidate.manifest.fingerprint:
@@ -115,17 +82,28 @@ class Judgement:
         if champion.is_of_an_older_schema:
             self.log.info("champion %s is of a format not read any more: the peers decide", champion.number)
             return None
-        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.registry)
-        return load_bundle(folder, expected_digest=champion.digest)
+        folder = pull(f"models:/{champion.name}/{champion.number}", tracking_uri=self.tracking)
+        bundle = load_bundle(folder, expected_digest=champion.digest)
+        if not same_call(self.candidate, bundle):
+            self.log.warning(
+                "champion %s was made for another call (%s): the peers decide", champion.number, bundle.manifest.call
+            )
+            return None
+        return bundle
 
-    def outcome(self, candidate: Version, before: Version | None, moved: bool) -> dict[str, Any]:
-        """What is recorded: decision.json and the files of the registered version's run."""
-        after = candidate if moved else before
+    def outcome(self, made: Version | None, before: Version | None) -> dict[str, Any]:
+        """What is recorded: decision.json and the files of the registered version's run.
+
+        Args:
+            made: the version that is champion by this judgement, None where it is another's.
+            before: the champion it was judged against.
+        """
+        after = before if made is None else made
         return {
             **self.decision.to_dict(),
-            "promote": moved and (before is None or before.number != candidate.number),
-            "candidate": candidate.number,
-            "manifest_sha256": candidate.digest,
+            "promote": made is not None and (before is None or before.number != made.number),
+            "candidate": self.version.number,
+            "manifest_sha256": self.version.digest,
             "champion_before": before.number if before else None,
             "champion": after.number if after else None,
             "measured_on": self.measured_on,

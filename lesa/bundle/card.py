@@ -52,6 +52,10 @@ def card(manifest: Manifest) -> str:
             + " |"
         )
     lines += [
+        f"\nBudget {name} is left out: {'; '.join(map(str, reasons))}."
+        for name, reasons in (data["evaluation"].get("left_out") or {}).items()
+    ]
+    lines += [
         "",
         "PSNR in dB against the same model without acceleration, held-out prompts and seeds.",
         "",

@@ -28,6 +28,7 @@ from lesa.strict_json import StrictJsonError, parse
 
 MANIFEST, README = "manifest.json", "README.md"
 MAX_MANIFEST = MAX_README = 1 << 20  # bytes
+WRITTEN = ("schema", "channels", "step_range", "predictor", "files")  # keys of a manifest that `write_bundle` adds
 _FILES = (MANIFEST, README, WEIGHTS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,8 +74,7 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
 
     Args:
         folder: where it goes; a bundle that is there is replaced only by one that loads.
-        manifest: as in lesa.bundle.manifest, without `schema`, `predictor`, `channels`, `step_range` and `files`, which
-            follow.
+        manifest: as in lesa.bundle.manifest, without the keys in `WRITTEN`, which follow.
         predictor: what the sampler runs.
 
     Raises:

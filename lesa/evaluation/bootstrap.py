@@ -6,6 +6,7 @@ samples would be too narrow. Within a prompt that was drawn, its seeds are drawn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ def interval(
     groups: ArrayLike,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Mean of `values` with its percentile interval.
 
@@ -39,9 +41,10 @@ def interval(
         groups: [N] prompt of each sample, any integers.
         resamples: bootstrap resamples, >= 1.
         seed: of the resampling; the same seed gives the same interval.
+        confidence: of the interval.
 
     Returns:
-        mean over all samples, and the ends of the 95% interval.
+        mean over all samples, and the ends of the interval.
 
     Raises:
         ValueError: for no values, values that are not finite, or groups of another length.
@@ -49,7 +52,7 @@ def interval(
     numbers, members = checked(values, groups)
     check_resamples(resamples)
     means = resampled_means(numbers, members, resamples, np.random.default_rng(seed))
-    return around(float(numbers.mean()), means)
+    return around(float(numbers.mean()), means, confidence)
 
 
 def paired_interval(
@@ -58,14 +61,80 @@ def paired_interval(
     groups: ArrayLike,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """`interval` of the differences a - b of samples that share prompt and noise."""
+    first, second = _paired(a, b)
+    return interval(first - second, groups, resamples, seed, confidence)
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise LesaError(
             f"paired values have {first.size} and {second.size} samples: pairs need the same samples"
         )
-    return interval(first - second, groups, resamples, seed)
+    return first, second
+
+
+class Resamples:
+    """Resamples of samples in groups, drawn once, for many paired intervals of the same samples.
+
+    Args:
+        groups: [N] prompt of each sample.
+        resamples: how many, >= 1.
+        seed: of the draws, which are those of `interval`.
+    """
+
+    def __init__(self, groups: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> None:
+        labels = np.asarray(groups)
+        _, members = checked(np.zeros(labels.shape), labels)
+        check_resamples(resamples)
+        places, counted = drawn(members, resamples, np.random.default_rng(seed))
+        flat = places + labels.size * np.arange(resamples)[:, None, None]
+        counts = np.bincount(flat[counted], minlength=resamples * labels.size)
+        self.counts = counts.reshape(resamples, labels.size).astype(np.int32)  # how often each sample counts
+        self.sizes = self.counts.sum(axis=1)
+
+    def mean_difference(self, a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
+        """As `paired_interval`."""
+        first, second = self._checked(a, b)
+        difference = first - second
+        return around(float(difference.mean()), self.counts @ difference / self.sizes, confidence)
+
+    def percentile_difference(
+        self, a: ArrayLike, b: ArrayLike, percentile: float, confidence: float = CONFIDENCE
+    ) -> Interval:
+        """The percentile of `a` less that of `b`, both of the same resampled samples."""
+        first, second = self._checked(a, b)
+        resampled = self._percentiles(first, percentile) - self._percentiles(second, percentile)
+        return around(
+            float(np.percentile(first, percentile) - np.percentile(second, percentile)), resampled, confidence
+        )
+
+    def _checked(self, a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        first, second = _paired(a, b)
+        if first.shape != self.counts.shape[1:]:
+            raise LesaError(f"bootstrap: groups name {self.counts.shape[1]} samples, values are {first.size}")
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise LesaError("bootstrap: values are not finite")
+        return first, second
+
+    def _percentiles(self, numbers: NDArray[np.float64], percentile: float) -> NDArray[np.float64]:
+        """[resamples], linear between order statistics as numpy's."""
+        place = (self.sizes - 1) * (percentile / 100)
+        below = np.floor(place).astype(np.int64)
+        above = np.minimum(below + 1, self.sizes - 1)
+        order = np.argsort(numbers, kind="stable")
+        for share in (3 * percentile / 100, 1.0):  # the lowest values are enough for nearly every draw
+            lowest = order[: math.ceil(min(share, 1.0) * len(order))]
+            passed = self.counts[:, lowest].cumsum(axis=1)  # values of the resample up to and with this one
+            if (passed[:, -1] > above).all():
+                break
+        lower = numbers[lowest][(passed <= below[:, None]).sum(axis=1)]
+        upper = numbers[lowest][(passed <= above[:, None]).sum(axis=1)]
+        result: NDArray[np.float64] = lower + (upper - lower) * (place - below)
+        return result
 
 
 def check_resamples(resamples: int) -> None:
@@ -73,8 +142,8 @@ def check_resamples(resamples: int) -> None:
         raise LesaError(f"resamples must be at least 1, got {resamples}")
 
 
-def around(mean: float, resampled: NDArray[np.float64]) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
+def around(mean: float, resampled: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval:
+    tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return Interval(mean, float(low), float(high))
 

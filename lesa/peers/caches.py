@@ -17,7 +17,7 @@ from lesa.models.families import blocks, family_of
 from lesa.models.pipelines import sample
 from lesa.params import CallParams, Report
 from lesa.peers.method import Method
-from lesa.peers.tuning import EVERYTHING, Bench, CacheSearch, Trial, best_trial, bisect_threshold, tune_caches
+from lesa.peers.tuning import EVERYTHING, Bench, CacheSearch, Cost, Trial, best_trial, bisect_threshold, tune_caches
 
 
 def diffusers_cache_method(
@@ -116,6 +116,7 @@ def tuned_caches(
     batch_size: int,
     repeats: int = 3,
     caches: Sequence[str] = CACHES,
+    cost: Cost = "seconds",
     report: Report | None = None,
 ) -> list[Method]:
     """FirstBlockCache and MagCache, tuned for every budget.
@@ -129,6 +130,7 @@ def tuned_caches(
         batch_size: samples a pipeline call.
         repeats: timed runs of each kind; their median counts.
         caches: those of `CACHES` that are wanted.
+        cost: as `lesa.peers.tuning.tune_caches` takes it.
         report: called after each search.
 
     Returns:
@@ -158,7 +160,7 @@ def tuned_caches(
             CacheSearch(name="mag_cache", eager=eager, search=partial(_search_mag_cache, ratios)),
         ]
         wanted = [each for each in searches if each.name in caches]
-        return tune_caches(bench, ours, wanted, repeats=repeats, report=report)
+        return tune_caches(bench, ours, wanted, repeats=repeats, cost=cost, report=report)
 
 
 def magnitude_ratios(

@@ -14,11 +14,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lesa import metrics
+from lesa.models.flops import count_transformer
 from lesa.models.pipelines import sample, timed_sample
 from lesa.models.probe import probe
 from lesa.params import CallParams, Report
@@ -26,6 +27,7 @@ from lesa.peers.method import Method
 
 TUNING_SAMPLES = 16  # training prompts that peers with a threshold are tuned on, a sample each
 
+Cost = Literal["seconds", "operations"]
 EVERYTHING = 1e9  # a threshold that skips all a cache can skip
 
 
@@ -99,6 +101,7 @@ def tune_caches(
     searches: Sequence[CacheSearch],
     *,
     repeats: int = 3,
+    cost: Cost = "seconds",
     report: Report | None = None,
 ) -> list[Method]:
     """Every cache at its best setting for every budget; where equal time alone would mean another one, that too.
@@ -108,14 +111,18 @@ def tune_caches(
         ours: the predictor's method at each budget, whose time is the measure.
         searches: what is tuned; of several with one name the best image counts.
         repeats: timed runs of each kind; their median counts.
+        cost: what time is measured by. "operations" gives the same settings on a busy machine and on every machine.
         report: called after each search.
 
     Returns:
         the same names at every budget; `settings` says what the tuning saw.
     """
-    seconds = _seconds(bench, [*ours.values(), *(each.eager for each in searches)], repeats)
-    plain, of_ours, of_eager = seconds[0], seconds[1 : 1 + len(ours)], seconds[1 + len(ours) :]
     trials = [[bench.trial(each.eager)] for each in searches]
+    if cost == "seconds":
+        costs = _seconds(bench, [*ours.values(), *(each.eager for each in searches)], repeats)
+    else:
+        costs = _operations(bench, list(ours.values()), [eager for (eager,) in trials])
+    plain, of_ours, of_eager = costs[0], costs[1 : 1 + len(ours)], costs[1 + len(ours) :]
     chosen: list[Method] = []
     done = 0
     for cache in dict.fromkeys(each.name for each in searches):
@@ -234,3 +241,16 @@ def _seconds(bench: Bench, methods: Sequence[Method], repeats: int) -> list[floa
                 call = method.call(bench.call)
                 values.append(timed_sample(bench.pipe, *arguments, call, bench.batch_size)[1])
     return [statistics.median(values) for values in taken]
+
+
+def _operations(bench: Bench, ours: Sequence[Method], eager: Sequence[Trial]) -> list[float]:
+    """Operations of the plain run and of each method's, a sample and branch."""
+    with probe(bench.pipe, deep=True) as trace:
+        sample(bench.pipe, bench.prompts[:1], bench.seeds[:1], bench.call, batch_size=1)
+    assert trace.shapes.call is not None, "the plain run calls the transformer"
+    model = count_transformer(bench.pipe.transformer, *trace.shapes.call)
+    return [
+        bench.call.num_inference_steps * model.total,
+        *(method.flops(model, _num_full(method), bench.sigmas) for method in ours),
+        *(trial.method.flops(model, trial.computed, bench.sigmas) for trial in eager),
+    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa.bundle import Bundle, write_bundle
+from lesa.bundle.format import WRITTEN
 from lesa.models.families import FAMILIES, TAP
 from lesa.models.fingerprint import fingerprint
 from lesa.params import ModelParams, Workload
@@ -36,7 +37,7 @@ def make_bundle(
         folder: where; an existing bundle is replaced.
         pipe: the loaded pipeline: class, scheduler and fingerprint are read from it.
         quality: what was measured, for each budget (psnr_mean, psnr_p5 in dB, ...).
-        error_bounds: of each budget, by full step (`lesa.publishing.jobs.bounds_by_budget`).
+        error_bounds: of each budget, by full step (`lesa.publishing.bounds.bounds_by_budget`).
         evaluation: how it was measured (prompt digest, counts, seeds).
         created_from: revisions of the code and the data.
         others: trajectories of further numbers of steps that it was trained on; of `train`'s prompts and noise.
@@ -71,6 +72,27 @@ def make_bundle(
         "base_license": None,
     }
     return write_bundle(folder, manifest, predictor)
+
+
+def with_budgets(
+    bundle: Bundle, budgets: Sequence[str], left_out: Mapping[str, Sequence[str]], folder: Path
+) -> Bundle:
+    """The bundle with some of its budgets, written to `folder`; its manifest and card name the others and why.
+
+    Args:
+        budgets: those that stay, the default one among them.
+        left_out: the reasons for each other one.
+    """
+    data = {key: value for key, value in bundle.manifest.data.items() if key not in WRITTEN}
+    return write_bundle(
+        folder,
+        {
+            **data,
+            "budgets": {name: data["budgets"][name] for name in budgets},
+            "evaluation": data["evaluation"] | {"left_out": {name: list(why) for name, why in left_out.items()}},
+        },
+        bundle.predictor,
+    )
 
 
 def _model(model: ModelParams, pipe: Any) -> dict[str, Any]:

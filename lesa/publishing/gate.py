@@ -1,126 +1,255 @@
-"""The gate: may this candidate become champion? A pure function over what was measured for this decision.
+"""The gate: may this candidate become champion, and with which of its budgets?
 
-Two conditions, against the champion and against every peer, on the same samples:
-  at the default budget the lower end of the paired 95% interval of the mean PSNR difference is above zero;
-  at no budget is the 5th percentile lower by more than the tolerance.
-Whatever is missing, not finite or not comparable speaks against the candidate.
+It asks two questions of every budget and opponent, both of the same samples, by paired intervals over prompts:
+  mean   at the default budget, and against peers at every one, the candidate's mean PSNR is higher; against the
+         champion at another budget it is not lower by more than the tolerance;
+  tail   its 5th percentile is not lower by more than the tolerance.
+A question is answered when its interval lies on one side of what it asks for. While any is open, more samples are
+drawn, up to a stated number; each look has its share of the 5% (`look_levels`), so that the promise of the intervals
+is that of the whole judgement. What is open in the end is not answered with yes. The default budget decides for the
+candidate; another budget that fails is left out of what is published. Whatever is missing, not finite or not
+comparable speaks against the candidate. A pure function of what is measured for this decision.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
+from lesa.evaluation.bootstrap import Resamples
 
-from lesa.evaluation.bootstrap import paired_interval
+CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
+ERROR = 0.05  # of a two-sided interval, over all looks
+RESAMPLES = 4000  # the first look's ends are far out
+TAIL = 5.0  # percentile
 
-Psnr = Mapping[str, Sequence[float]]  # budget -> decibels, one a sample, in the order of the samples
+Answer = Literal["yes", "no", "open"]
+Measured = Mapping[str, Mapping[str, Sequence[float]]]  # budget -> method -> PSNR in dB, one a sample
+# (budget -> opponents to measure beside the candidate, first sample, end) -> what was measured of those samples
+Measure = Callable[[Mapping[str, Sequence[str]], int, int], Measured]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Question(NamedTuple):
+    """Whether the candidate's mean or tail lies above an opponent's less a margin."""
+
+    budget: str
+    opponent: str
+    about: Literal["mean", "tail"]
+    margin: float  # dB that the candidate may be lower
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What the samples so far say to a question."""
+
+    answer: Answer
+    difference: float  # dB, candidate less opponent
+    low: float
+    high: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "answer": self.answer,
+            "difference": self.difference,
+            "low": self.low,
+            "high": self.high,
+            "samples": self.samples,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """What was decided and why; `to_dict` is what is recorded."""
 
     promote: bool
-    reasons: tuple[str, ...]  # every reason against, or the one for
-    numbers: dict[str, Any]  # per opponent and budget: means, paired interval, 5th percentiles
+    reasons: tuple[str, ...]  # every reason against the candidate, or the one for it
+    budgets: tuple[str, ...] = ()  # that may be published
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # other budgets: why not
+    numbers: Mapping[str, Any] = field(default_factory=dict)  # opponent -> budget -> question -> finding
+    samples: int = 0  # the most that any question took
 
     def to_dict(self) -> dict[str, Any]:
-        return {"promote": self.promote, "reasons": list(self.reasons), "numbers": self.numbers}
+        return {
+            "promote": self.promote,
+            "reasons": list(self.reasons),
+            "budgets": list(self.budgets),
+            "left_out": {budget: list(reasons) for budget, reasons in self.left_out.items()},
+            "numbers": dict(self.numbers),
+            "samples": self.samples,
+        }
 
 
-def decide(
-    candidate: Psnr,
-    champion: Psnr | None,
-    peers: Mapping[str, Psnr],
+def look_sizes(first: int, most: int) -> tuple[int, ...]:
+    """Numbers of samples at which the gate looks: `first`, then twice as many each time, `most` at the end."""
+    sizes = [first]
+    while sizes[-1] * 2 <= most:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes)
+
+
+def look_levels(looks: int) -> tuple[float, ...]:
+    """Error of each look's intervals: they sum to `ERROR`, so that it holds over all looks (Bonferroni).
+
+    Most of it is kept for the last one, which small differences need; a large one is beyond any doubt at the first.
+    """
+    weights = [1.0, *(2.0**look for look in range(looks - 1))]
+    return tuple(ERROR * weight / sum(weights) for weight in weights)
+
+
+def judge(
+    opponents: Mapping[str, Sequence[str]],
+    measure: Measure,
     *,
-    groups: Sequence[int],
     default_budget: str,
-    tail_tolerance_db: float = 0.5,
+    groups: Sequence[int],
+    looks: Sequence[int],
+    tolerance_db: float,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Decision:
-    """Judges a candidate.
+    """Draws samples until every question is answered or there are no more of them.
 
     Args:
-        candidate: PSNR of the candidate at each of its budgets.
-        champion: PSNR of the champion on the same samples and schedules; None when there is none, or when it
-            was made for another transformer and so cannot run here.
-        peers: PSNR of every peer, by name, at the budgets where it exists: not every peer's rule can make
-            every number of full steps. At every budget there must be one.
-        groups: the prompt of each sample; the interval resamples prompts, not samples.
-        default_budget: the budget that must win.
-        tail_tolerance_db: how much lower the 5th percentile may be.
+        opponents: of each budget of the candidate; `CHAMPION` among them where it has one of as many full steps.
+        measure: samples with the candidate and the opponents named.
+        default_budget: the condition for all.
+        groups: the prompt of each sample, of as many as the last look takes; the intervals resample prompts.
+        looks: numbers of samples, rising.
+        tolerance_db: how much lower the 5th percentile may be, and the mean where it need not be higher.
+        log: told after each look what is still open.
 
     Returns:
-        promote is True only if every comparison was made and won.
+        promote is True only if every question of the default budget was answered with yes.
     """
-    reasons: list[str] = []
-    numbers: dict[str, Any] = {}
-    if default_budget not in candidate:
-        reasons.append(f"candidate: not measured at the default budget {default_budget}")
-    for budget, values in candidate.items():
-        reasons += _defects("candidate", budget, values, groups)
-    for budget in candidate:
-        if not any(budget in measured for measured in peers.values()):
-            reasons.append(f"peers: none was measured at budget {budget}")
-    opponents = {**({"champion": champion} if champion is not None else {}), **peers}
-    if reasons:
-        return Decision(promote=False, reasons=tuple(reasons), numbers=numbers)
-    for name, theirs in opponents.items():
-        numbers[name] = {}
-        for budget, ours in candidate.items():
-            if budget not in theirs and name != "champion":
+    asked, failed = {}, {}
+    for budget, names in opponents.items():
+        asked[budget] = _questions(budget, names, budget == default_budget, tolerance_db)
+        if not {*names} - {CHAMPION}:
+            failed[budget] = [f"peers: none was measured at budget {budget}"]
+    if default_budget not in opponents:
+        failed[default_budget] = [f"the candidate was not measured at the default budget {default_budget}"]
+    findings: dict[Question, Finding] = {}
+    psnr: dict[str, dict[str, list[float]]] = {budget: {} for budget in opponents}
+    first = 0
+    for end, error in zip(looks, look_levels(len(looks)), strict=True):
+        wanted = _still_open(asked, findings, failed)
+        if default_budget in failed or not wanted:
+            break
+        resamples = _resamples(tuple(groups[:end]))
+        named = {budget: sorted({question.opponent for question in open_}) for budget, open_ in wanted.items()}
+        measured = measure(named, first, end)
+        for budget, open_ in wanted.items():
+            needed = {CANDIDATE, *(question.opponent for question in open_)}
+            if defects := _extend(psnr[budget], measured.get(budget, {}), needed, budget, end - first):
+                failed[budget] = defects
                 continue
-            if budget not in theirs:
-                reasons.append(f"{name}: not measured at budget {budget}")
-                continue
-            defects = _defects(name, budget, theirs[budget], groups)
-            if defects:
-                reasons += defects
-                continue
-            compared = _compare(ours, theirs[budget], groups)
-            numbers[name][budget] = compared
-            reasons += _losses(name, budget, compared, budget == default_budget, tail_tolerance_db)
-    if not reasons:
-        return Decision(promote=True, reasons=(f"better than {', '.join(opponents)}",), numbers=numbers)
-    return Decision(promote=False, reasons=tuple(reasons), numbers=numbers)
+            for question in open_:
+                finding = _ask(question, psnr[budget], resamples, 1 - error)
+                findings[question] = finding
+                if finding.answer == "no":
+                    failed.setdefault(budget, []).append(_sentence(question, finding))
+        left = _still_open(asked, findings, failed)
+        log(f"{end} samples: {sum(map(len, left.values()))} of {sum(map(len, asked.values()))} questions open")
+        first = end
+    return _decision(asked, findings, failed, default_budget)
 
 
-def _defects(name: str, budget: str, values: Sequence[float], groups: Sequence[int]) -> list[str]:
-    if len(values) != len(groups) or not len(values):
-        return [f"{name}: {len(values)} samples at budget {budget}, expected {len(groups)}"]
-    bad = sum(not math.isfinite(value) for value in values)
-    return [f"{name}: {bad} samples at budget {budget} are not finite"] if bad else []
+def _questions(budget: str, opponents: Sequence[str], is_default: bool, tolerance: float) -> list[Question]:
+    questions = []
+    for name in opponents:
+        margin = 0.0 if is_default or name != CHAMPION else tolerance
+        questions += [Question(budget, name, "mean", margin), Question(budget, name, "tail", tolerance)]
+    return questions
 
 
-def _compare(ours: Sequence[float], theirs: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
-    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    mean, low, high = paired_interval(a, b, np.asarray(groups))
-    return {
-        "mean": float(a.mean()),
-        "opponent_mean": float(b.mean()),
-        "difference": float(mean),
-        "low": float(low),
-        "high": float(high),
-        "p5": float(np.percentile(a, 5)),
-        "opponent_p5": float(np.percentile(b, 5)),
+def _still_open(
+    asked: Mapping[str, Sequence[Question]], findings: Mapping[Question, Finding], failed: Mapping[str, object]
+) -> dict[str, list[Question]]:
+    """Questions without an answer of the budgets that can still pass, where there are any."""
+    open_ = {
+        budget: [q for q in questions if q not in findings or findings[q].answer == "open"]
+        for budget, questions in asked.items()
+        if budget not in failed
     }
+    return {budget: questions for budget, questions in open_.items() if questions}
 
 
-def _losses(
-    name: str, budget: str, numbers: dict[str, float], is_default: bool, tolerance: float
+def _extend(
+    have: dict[str, list[float]], new: Mapping[str, Sequence[float]], names: set[str], budget: str, count: int
 ) -> list[str]:
-    losses = []
-    if is_default and not numbers["low"] > 0:
-        losses.append(
-            f"{name}: at the default budget {budget} the mean difference is {numbers['difference']:+.3f} dB "
-            f"[{numbers['low']:+.3f}, {numbers['high']:+.3f}], its lower end must be above zero"
-        )
-    if not numbers["p5"] >= numbers["opponent_p5"] - tolerance:
-        losses.append(
-            f"{name}: at budget {budget} the 5th percentile is {numbers['p5']:.3f} dB against "
-            f"{numbers['opponent_p5']:.3f} dB, more than {tolerance:g} dB lower"
-        )
-    return losses
+    """Adds the samples; what is wrong with them, in sentences."""
+    defects = []
+    for name in sorted(names):
+        values = new.get(name, ())
+        bad = sum(not math.isfinite(value) for value in values)
+        if len(values) != count:
+            defects.append(f"{name}: {len(values)} samples at budget {budget}, expected {count}")
+        elif bad:
+            defects.append(f"{name}: {bad} samples at budget {budget} are not finite")
+        else:
+            have.setdefault(name, []).extend(map(float, values))
+    return defects
+
+
+@lru_cache(maxsize=8)
+def _resamples(groups: tuple[int, ...]) -> Resamples:
+    return Resamples(groups, RESAMPLES)
+
+
+def _ask(
+    question: Question, psnr: Mapping[str, Sequence[float]], resamples: Resamples, confidence: float
+) -> Finding:
+    ours, theirs = psnr[CANDIDATE], psnr[question.opponent]
+    if question.about == "mean":
+        found = resamples.mean_difference(ours, theirs, confidence)
+    else:
+        found = resamples.percentile_difference(ours, theirs, TAIL, confidence)
+    answer: Answer = "open"
+    if found.low > -question.margin:
+        answer = "yes"
+    elif found.high <= -question.margin:
+        answer = "no"
+    return Finding(
+        answer=answer, difference=float(found.mean), low=float(found.low), high=float(found.high), samples=len(ours)
+    )
+
+
+def _sentence(question: Question, finding: Finding) -> str:
+    what = "the mean" if question.about == "mean" else "the 5th percentile"
+    bound = "must be above zero" if not question.margin else f"must be above {-question.margin:g} dB"
+    doubt = "" if finding.answer == "no" else " and is not known to be"
+    return (
+        f"{question.opponent}: at budget {question.budget} the difference of {what} is {finding.difference:+.3f} dB "
+        f"[{finding.low:+.3f}, {finding.high:+.3f}] on {finding.samples} samples, it {bound}{doubt}"
+    )
+
+
+def _decision(
+    asked: Mapping[str, Sequence[Question]],
+    findings: Mapping[Question, Finding],
+    failed: Mapping[str, Sequence[str]],
+    default_budget: str,
+) -> Decision:
+    against = {budget: list(reasons) for budget, reasons in failed.items()}
+    if default_budget not in failed:  # else what is open was never to be answered
+        for budget, questions in _still_open(asked, findings, failed).items():
+            against[budget] = [_sentence(question, findings[question]) for question in questions]
+    numbers: dict[str, Any] = {}
+    for question, finding in findings.items():
+        numbers.setdefault(question.opponent, {}).setdefault(question.budget, {})[question.about] = finding.to_dict()
+    samples = max((finding.samples for finding in findings.values()), default=0)
+    if default_budget in against:
+        return Decision(promote=False, reasons=tuple(against[default_budget]), numbers=numbers, samples=samples)
+    kept = tuple(budget for budget in asked if budget not in against)
+    names = sorted({question.opponent for question in asked[default_budget]}, key=lambda name: (name != CHAMPION, name))
+    return Decision(
+        promote=True,
+        reasons=(f"better than {', '.join(names)}",),
+        budgets=kept,
+        left_out={budget: tuple(reasons) for budget, reasons in against.items()},
+        numbers=numbers,
+        samples=samples,
+    )

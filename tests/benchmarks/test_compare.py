@@ -22,8 +22,8 @@ from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.peers.lineup import load_searched, save_searched
+from lesa.publishing.bounds import bounds_by_budget
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import PromptError
 from lesa.training.experts import untrained_predictor

@@ -36,7 +36,8 @@ print("ready", flush=True)
 while True:
     order.shuffle(versions)
     for candidate in versions:
-        registry.promote(candidate, lambda champion: champion is None or score(candidate) > score(champion))
+        is_better = lambda champion: champion is None or score(candidate) > score(champion)
+        registry.promote(candidate, lambda champion: candidate if is_better(champion) else None)
         print(candidate.tags["score"], flush=True)
 """
 
@@ -140,7 +141,7 @@ def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):
         raise MlflowException("connection reset by peer")
 
     monkeypatch.setattr(registry.client, "set_registered_model_alias", cut_off)
-    assert registry.promote(version, lambda champion: True) == (True, None)
+    assert registry.promote(version, lambda champion: version) == (version, None)
     assert registry.alias(CHAMPION) == version
 
     def refused(*arguments: object) -> None:
@@ -149,8 +150,11 @@ def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):
     monkeypatch.setattr(registry.client, "set_registered_model_alias", refused)
     other = registry.register(bundle(tmp_path, "c"), tags=tags, run_tags={})
     with pytest.raises(MlflowException, match="server error"):
-        registry.promote(other, lambda champion: True)
+        registry.promote(other, lambda champion: other)
     assert registry.alias(CHAMPION) == version
+    monkeypatch.undo()
+    assert registry.promote(other, lambda champion: None) == (other, other), "recorded before the alias was refused"
+    assert registry.alias(CHAMPION) == other
 
 
 def test_publishing_without_a_registry_fails_clearly_and_in_time(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from flows.environment import state_folder
 from flows.publish import publish_bundle
 from flows.registry import promotion
 from flows.registry.promotion import measure_and_decide
@@ -20,12 +22,14 @@ from flows.tracking.client import connect
 from lesa.atomic import write_json
 from lesa.bundle import load_bundle
 from lesa.bundle.manifest import READ
+from lesa.errors import LesaError
+from lesa.locks import Locked, file_lock
 from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.predictor.predictor import Predictor
 from lesa.publishing.gate import Decision
-from lesa.publishing.jobs import fresh_offset
+from lesa.publishing.judgement import fresh_offset
 from lesa.recording.dataset import recorded_splits
 from lesa.training.experts import untrained_predictor
 from lesa.training.jobs import expert_design, save_predictor
@@ -83,12 +87,10 @@ def decisions(monkeypatch, *answers: bool) -> list[str | None]:
     asked: list[str | None] = []
     left = list(answers)
 
-    def decide(workload, candidate, champion):
+    def decide(workload, candidate, champion, log):
         asked.append(champion.digest if champion else None)
         promote = left.pop(0)
-        return Decision(promote=promote, reasons=("better" if promote else "worse",), numbers={}), {
-            "samples": 4
-        }
+        return Decision(promote=promote, reasons=("better" if promote else "worse",)), {"samples": 4}
 
     monkeypatch.setattr(promotion, "measure_and_decide", decide)
     return asked
@@ -152,7 +154,7 @@ def test_a_better_one_takes_over(workload, monkeypatch):
     assert recorded_decision()["champion_before"] == "1"
 
 
-def test_a_champion_that_cannot_be_measured_stays(workload, monkeypatch):
+def test_a_champion_that_cannot_be_measured_stays_and_the_stage_fails(workload, monkeypatch):
     """Its files are gone, or altered: the candidate is not measured against it, so it does not win."""
     decisions(monkeypatch, True)
     go(workload)
@@ -160,9 +162,63 @@ def test_a_champion_that_cannot_be_measured_stays(workload, monkeypatch):
     for weights in Path("mlartifacts").rglob("weights.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     write_predictor(workload, 1e-3)
-    outcome = go(workload)
+    with pytest.raises(LesaError, match="could not be compared with champion 1: .*flows.champion"):
+        go(workload)
+    outcome = recorded_decision()
     assert outcome["champion"] == "1" and not outcome["promote"]
     assert "not measured" in outcome["reasons"][0] and "weights.safetensors" in outcome["reasons"][0]
+
+
+def test_a_champion_for_another_call_is_not_compared(workload, monkeypatch):
+    asked = decisions(monkeypatch, True, True)
+    go(workload)
+    monkeypatch.setattr(promotion, "same_call", lambda candidate, champion: False)
+    write_predictor(workload, 1e-3)
+    assert go(workload)["champion"] == "2"
+    assert asked == [None, None]
+
+
+def test_what_a_person_took_back_is_not_promoted_again(workload, monkeypatch):
+    asked = decisions(monkeypatch, True, True)
+    go(workload)
+    write_predictor(workload, 1e-3)
+    go(workload)
+    registry = Registry("lesa-tiny", Path.cwd())
+    registry.make_champion(registry.version("1"), "blurs hands")
+    outcome = go(workload)
+    assert not outcome["promote"] and outcome["champion"] == "1" and len(asked) == 2
+    assert "rolled back (blurs hands)" in outcome["reasons"][0] and registry.alias(CHAMPION).number == "1"
+
+
+def test_a_budget_that_fails_is_left_out_of_what_is_published(workload, monkeypatch):
+    """The registered candidate has it, the champion has not, nor has the folder; publishing again changes nothing."""
+    answer = Decision(promote=True, reasons=("better",), budgets=("2x",), left_out={"4x": ("its tail is worse",)})
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["workloads"]["tiny"]["schedule"]["budgets"]["4x"] = {"full_steps": [0, 1, 2, 3, 4]}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    settings = load_params()
+    write_predictor(settings, 0.0)
+    metrics = {"budgets": {name: {"lesa": {"psnr": QUALITY}} for name in settings.schedule.budgets}}
+    write_json(settings.paths.report / "metrics.json", metrics)
+    monkeypatch.setattr(promotion, "measure_and_decide", lambda *_: (answer, {}))
+    for _ in range(2):
+        outcome = go(settings)
+        assert outcome["candidate"] == "1" and outcome["champion"] == "2"
+        published = load_bundle(settings.paths.bundle)
+        assert list(published.manifest.budgets) == ["2x"]
+        assert published.manifest.data["evaluation"]["left_out"] == {"4x": ["its tail is worse"]}
+        assert "Budget 4x is left out: its tail is worse." in (settings.paths.bundle / "README.md").read_text()
+    registry = Registry("lesa-tiny", Path.cwd())
+    assert registry.alias(CHAMPION).digest == published.digest
+    assert registry.version("1").tags["budgets"] == "2x,4x" and registry.alias(CHAMPION).tags["budgets"] == "2x"
+    assert [entry.version for entry in registry.history.entries()] == ["2"]
+
+
+def test_one_publisher_at_a_time(workload, monkeypatch):
+    decisions(monkeypatch, True)
+    with file_lock(state_folder(Path.cwd()) / "lesa-tiny.publish.lock"), pytest.raises(Locked, match=str(os.getpid())):
+        go(workload)
+    assert not workload.paths.bundle.exists()
 
 
 def test_after_the_model_was_trained_anew_the_peers_decide(workload, monkeypatch):
@@ -218,10 +274,10 @@ def test_the_gate_measures_for_itself(workload, monkeypatch):
     decisions(monkeypatch, True)
     go(workload)
     bundle = load_bundle(workload.paths.bundle)
-    decision, measured_on = measure_and_decide(workload, bundle, bundle)
+    decision, measured_on = measure_and_decide(workload, bundle, bundle, LOG)
     assert not decision.promote
-    equal = decision.numbers["champion"]["2x"]
-    assert equal["difference"] == equal["low"] == equal["high"] == 0.0
+    equal = decision.numbers["champion"]["2x"]["mean"]
+    assert equal["difference"] == equal["low"] == equal["high"] == 0.0 and equal["answer"] == "no"
     assert {"reuse", "taylor1", "taylor2", "euler", "mag_cache", "first_block_cache"} <= set(decision.numbers)
     assert measured_on["samples"] == 4
     assert measured_on["first_seed"] == fresh_offset(workload, bundle, bundle)
@@ -241,4 +297,4 @@ def test_prompts_that_were_trained_on_judge_nothing(workload, monkeypatch):
     splits["train"].write_text(test)
     splits["test"].write_text(train)
     with pytest.raises(ValueError, match="were trained on"):
-        measure_and_decide(workload, bundle, None)
+        measure_and_decide(workload, bundle, None, LOG)

@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
         "bootstrap": 100,
         "wall_clock_repeats": 1,
     },
-    "publish": {"gate_prompts": 4},
+    "publish": {"gate_prompts": 4, "gate_max_samples": 8},
     "resources": {
         "device": "cpu",
         "record": {"actors": 1, "timeout_s": 60},

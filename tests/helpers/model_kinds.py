@@ -22,8 +22,8 @@ from lesa.params import (
     ScheduleParams,
     Workload,
 )
+from lesa.publishing.bounds import bounds_by_budget
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.training.jobs import finish, list_ground_truth_jobs, run_closed_loop_job, run_ground_truth_job
 from tests.helpers import tiny, tiny_hunyuan, tiny_qwen

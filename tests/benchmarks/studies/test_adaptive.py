@@ -17,8 +17,8 @@ from benchmarks.studies.adaptive import Runs, blind, figures, traffic
 from lesa.bundle import load_bundle
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
+from lesa.publishing.bounds import bounds_by_budget
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.training.experts import untrained_predictor

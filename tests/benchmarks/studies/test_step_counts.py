@@ -16,8 +16,8 @@ from lesa.bundle import load_bundle
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.predictor.spec import MIXED_VARIANT
+from lesa.publishing.bounds import bounds_by_budget
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording.dataset import noise_levels, recorded_elsewhere, recorded_splits
 from lesa.recording.prompts import PromptError
 from lesa.training.experts import untrained_predictor

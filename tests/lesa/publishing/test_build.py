@@ -19,9 +19,9 @@ from lesa.models.fingerprint import fingerprint
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
+from lesa.publishing.bounds import bounds_by_budget, measure_bounds
 from lesa.publishing.build import make_bundle
 from lesa.publishing.calibration import bounds_of, calibrated_bounds, meter_errors
-from lesa.publishing.jobs import bounds_by_budget, measure_bounds
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests
 from lesa.sampling.binding import LazyPredictor

@@ -23,8 +23,8 @@ from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import History
 from lesa.predictor.spec import MIXED, MIXED_VARIANT, PredictorSpec
+from lesa.publishing.bounds import bounds_by_budget
 from lesa.publishing.build import make_bundle
-from lesa.publishing.jobs import bounds_by_budget
 from lesa.recording import dataset
 from lesa.recording.dataset import Splits, noise_levels
 from lesa.sampling.checks import MismatchError
