@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lesa.errors import LesaError
 
 PSNR_CAP_DB = 80.0  # identical pictures would be infinite, and one of them would swallow a mean
+OUTLIER_DB = 30.0  # a run further than this from the plain one drew another picture
 SSIM_WINDOW = 7  # pixels a side; small enough for 16 x 16 pictures
 _K1, _K2 = 0.01, 0.03  # stabilisers of Wang et al. 2004, for a data range of 1
 

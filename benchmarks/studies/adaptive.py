@@ -25,11 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 import lesa
-from benchmarks.intervals import percentile_gain
 from benchmarks.results_files import keep
 from lesa.bundle import Bundle, load_bundle
 from lesa.bundle.budgets import slower_budget
-from lesa.evaluation.bootstrap import paired_interval
+from lesa.evaluation.bootstrap import Resamples
 from lesa.evaluation.compare import refuse_trained
 from lesa.metrics import psnr
 from lesa.models.pipelines import load_pipeline, sample
@@ -181,8 +180,8 @@ def study(
             "slow": measure(pipe, bundle, texts, noise, plain, budget=slower),
         }
         parts[strength] = runs
-        gain = paired_interval(runs["adaptive"].psnr, runs["fast"].psnr, groups)
-        tail = percentile_gain(runs["adaptive"].psnr, runs["fast"].psnr, groups)
+        both, resamples = (runs["adaptive"].psnr, runs["fast"].psnr), Resamples(groups)
+        gain, tail = resamples.mean_difference(*both), resamples.percentile_difference(*both, 5.0)
         rows.append(
             {
                 "strength": strength,

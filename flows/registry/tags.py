@@ -12,7 +12,14 @@ from lesa.recording.prompts import prompts_digest, read_splits
 from lesa.strict_json import StrictJsonError, parse
 
 MAX_METRICS = 16 << 20  # bytes of metrics.json
-QUALITY = {"psnr_mean": "mean", "psnr_p5": "p5", "psnr_low": "low", "psnr_high": "high"}
+QUALITY = {
+    "psnr_mean": ("psnr", "mean"),
+    "psnr_p5": ("psnr", "p5"),
+    "psnr_low": ("psnr", "low"),
+    "psnr_high": ("psnr", "high"),
+    "outlier_share": ("outlier_share", "mean"),
+    "outlier_share_high": ("outlier_share", "high"),
+}  # key in the manifest -> keys in metrics.json
 
 
 def read_metrics(workload: Workload) -> dict[str, Any]:
@@ -35,8 +42,8 @@ def budget_quality(workload: Workload, metrics: Mapping[str, Any]) -> dict[str, 
     quality, missing = {}, []
     for budget in workload.schedule.budgets:
         try:
-            psnr = metrics["budgets"][budget]["lesa"]["psnr"]
-            quality[budget] = {name: float(psnr[key]) for name, key in QUALITY.items()}
+            ours = metrics["budgets"][budget]["lesa"]
+            quality[budget] = {name: float(ours[group][key]) for name, (group, key) in QUALITY.items()}
         except (KeyError, TypeError):
             missing.append(budget)
     if missing:
@@ -72,4 +79,5 @@ def registry_tags(manifest: Mapping[str, Any]) -> dict[str, str]:
     for name, budget in budgets.items():
         tags[f"ratio.{name}"] = f"{steps / len(budget['full_steps']):.2f}"
         tags[f"psnr.{name}"] = f"{budget['quality'].get('psnr_mean', math.nan):.3f}"
+        tags[f"outliers.{name}"] = f"{budget['quality'].get('outlier_share', math.nan):.4f}"
     return tags | {f"created_from.{key}": str(value) for key, value in manifest["created_from"].items()}

@@ -8,7 +8,7 @@ from lesa.bundle.manifest import Manifest
 from lesa.errors import LesaError
 from lesa.schedule import Schedule, least_full
 
-_CHOICES = ("interval", "full_steps", "budget", "min_psnr", "max_loss_db")
+_CHOICES = ("interval", "full_steps", "budget", "min_psnr", "max_loss_db", "max_outlier_share")
 
 
 def choose_schedule(
@@ -19,6 +19,7 @@ def choose_schedule(
     budget: str | None = None,
     min_psnr: float | None = None,
     max_loss_db: float | None = None,
+    max_outlier_share: float | None = None,
     num_steps: int | None = None,  # of the run; None: the bundle's own, which budgets and qualities are stated at
 ) -> tuple[Schedule, str]:
     """The schedule asked for, and its name for people.
@@ -33,6 +34,7 @@ def choose_schedule(
         "budget": budget,
         "min_psnr": min_psnr,
         "max_loss_db": max_loss_db,
+        "max_outlier_share": max_outlier_share,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     if len(asked) > 1:
@@ -50,6 +52,8 @@ def choose_schedule(
         return Schedule.uniform(steps, interval), f"interval {interval}"
     if min_psnr is not None or max_loss_db is not None:
         name = _cheapest_budget(manifest, min_psnr, max_loss_db)
+    elif max_outlier_share is not None:
+        name = _fewest_outliers(manifest, max_outlier_share)
     else:
         name = manifest.default_budget if budget is None else budget
     if name not in manifest.budgets:
@@ -88,3 +92,24 @@ def slower_budget(manifest: Manifest, name: str) -> str:
     if not slower:
         raise LesaError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
     return min(slower, key=full.__getitem__)
+
+
+def _fewest_outliers(manifest: Manifest, most: float) -> str:
+    """The budget with the fewest full steps that gives another picture in at most this share of its runs.
+
+    The upper end of the measured interval is what must not be more: what was not seen among a few is not proved absent.
+    """
+    if not 0 <= most <= 1:
+        raise LesaError(f"max_outlier_share: must be from 0 to 1, got {most}")
+    shares = {
+        name: float(known.quality["outlier_share_high"])
+        for name, known in manifest.budgets.items()
+        if isinstance(known.quality.get("outlier_share_high"), int | float)
+    }
+    if not shares:
+        raise LesaError("max_outlier_share: the bundle does not say how often it gives another picture: make it anew")
+    good = [name for name, share in shares.items() if share <= most]
+    if not good:
+        known = ", ".join(f"{name}: up to {share:.1%}" for name, share in shares.items())
+        raise LesaError(f"max_outlier_share: no budget is known to stay within {most:.1%} ({known})")
+    return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, shares[name]))

@@ -44,7 +44,7 @@ def card(manifest: Manifest) -> str:
     ]
     for name, budget in manifest.budgets.items():
         mark = " (default)" if name == manifest.default_budget else ""
-        cells = [_number(budget.quality.get(measure)) for measure in _measures(manifest)]
+        cells = [_number(measure, budget.quality.get(measure)) for measure in _measures(manifest)]
         schedule = budget.schedule
         lines.append(
             f"| {name}{mark} | {schedule.num_full} of {schedule.num_steps} | {schedule.ratio:.2f}x | "
@@ -57,7 +57,8 @@ def card(manifest: Manifest) -> str:
     ]
     lines += [
         "",
-        "PSNR in dB against the same model without acceleration, held-out prompts and seeds.",
+        "PSNR in dB against the same model without acceleration, held-out prompts and seeds. `outlier_share`: share of",
+        "results below 30 dB, which are another picture; `outlier_share_high` is the upper end of its interval.",
         "",
         f"Licence of the predictor: {data['license'] or 'not stated'}; "
         f"of the base model: {data['base_license'] or 'not stated'}.",
@@ -82,5 +83,7 @@ def _plain(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _number(value: Any) -> str:
-    return f"{value:.2f}" if _plain(value) else "-"
+def _number(measure: str, value: Any) -> str:
+    if not _plain(value):
+        return "-"
+    return f"{value:.1%}" if "share" in measure else f"{value:.2f}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lesa import metrics
+from lesa.evaluation.bootstrap import share_interval
 from lesa.evaluation.measure import BY_BATCH, PLAIN, Measured, MeasuredPart, converged_indices
 from lesa.evaluation.results import Estimate, Results, Row, Samples, estimate
 from lesa.models.flops import ModelFlops
@@ -133,6 +134,7 @@ def _row(
         computed_steps=computed,
         step_ratio=num_steps / computed,
         psnr=psnr,
+        outliers=share_interval(values["psnr"] < metrics.OUTLIER_DB, groups, settings.bootstrap),
         ssim=ssim,
         agreement=estimated("agreement"),
         converged_psnr=estimated("converged_psnr"),

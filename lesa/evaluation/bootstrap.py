@@ -55,6 +55,23 @@ def interval(
     return around(float(numbers.mean()), means, confidence)
 
 
+def share_interval(
+    is_counted: ArrayLike,
+    groups: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Share of samples that are counted, with its interval.
+
+    Resampling what has none says that there never is one. So the upper end is at least the share of prompts that would
+    leave no trace in so many of them with a probability of 5%: 4.6% for 64 prompts, 1.2% for 256.
+    """
+    found = interval(np.asarray(is_counted, dtype=np.float64), groups, resamples, seed)
+    prompts = len(np.unique(np.asarray(groups)))
+    unseen = 1.0 - (1.0 - CONFIDENCE) ** (1.0 / prompts)
+    return Interval(found.mean, found.low, max(found.high, unseen))
+
+
 def paired_interval(
     a: ArrayLike,
     b: ArrayLike,

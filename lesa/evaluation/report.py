@@ -19,6 +19,7 @@ from lesa.evaluation import plots
 from lesa.evaluation.exports import write_exports
 from lesa.evaluation.results import Results, Row
 from lesa.evaluation.table import format_bytes
+from lesa.metrics import OUTLIER_DB
 
 GRID_ROWS = 6  # prompts in the grids of methods
 PROMPT_IMAGES = 32  # images in the grid of prompts
@@ -61,7 +62,7 @@ def _image_figures(results: Results) -> list[Figure]:
     figures = []
     for budget in results.budgets:
         methods = [row.method for row in sorted(results.at(budget), key=_grid_order)]
-        section, slug = f"Pictures at {budget}", budget.replace(".", "_")
+        section, slug = f"Images at {budget}", budget.replace(".", "_")
         grid = partial(plots.method_grid, results, budget, methods, indices[:GRID_ROWS])
         figures += [
             Figure(
@@ -77,7 +78,7 @@ def _image_figures(results: Results) -> list[Figure]:
     is_scored = "agreement" in results.samples["", "plain"]
     scored = "; green where the scorer reads what was asked for, red where it does not." if is_scored else "."
     prompts = partial(plots.prompt_grid, results, indices[:PROMPT_IMAGES])
-    caption = f"Plain-run pictures with their prompts{scored}"
+    caption = f"Images of the plain run with their prompts{scored}"
     return [*figures, Figure("What the model draws", "prompts.png", caption, prompts)]
 
 
@@ -135,6 +136,7 @@ def _page(results: Results, figures: Sequence[Figure]) -> str:
     )
     source = resources.files("lesa.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
+        outlier_db=OUTLIER_DB,
         title=f"LESA on {results.about.get('workload', 'a bundle')}",
         leads=_leads(results),
         facts=_facts(results),

@@ -47,6 +47,7 @@ class Row:
     computed_steps: float  # steps at which every block ran; a mean for adaptive caches
     step_ratio: float  # plain run's steps over computed steps
     psnr: Estimate  # to the plain run
+    outliers: Interval  # share of samples below `lesa.metrics.OUTLIER_DB`: another picture
     ssim: Estimate
     agreement: Estimate | None  # share of images that the scorer reads as prompted
     converged_psnr: Estimate | None  # to the converged run
@@ -70,6 +71,7 @@ class Row:
             "computed_steps": self.computed_steps,
             "step_ratio": self.step_ratio,
             "psnr": self.psnr.to_dict(),
+            "outlier_share": self.outliers._asdict(),
             "ssim": self.ssim.to_dict(),
             "agreement": self.agreement.to_dict() if self.agreement else None,
             "converged_psnr": self.converged_psnr.to_dict() if self.converged_psnr else None,
@@ -201,6 +203,7 @@ def _row_metrics(row: Row) -> dict[str, Any]:
     return {
         "computed_steps": row.computed_steps,
         "psnr": row.psnr.to_dict(),
+        "outlier_share": row.outliers._asdict(),
         "ssim": row.ssim.mean,
         "agreement": row.agreement.mean if row.agreement else None,
         "converged_psnr": row.converged_psnr.mean if row.converged_psnr else None,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lesa.evaluation.results import Estimate, Results, Row
+from lesa.metrics import OUTLIER_DB
 
 _COLUMNS = (
     "method",
     "steps",
     "PSNR dB [95%]",
     "p5",
+    "other",
     "LESA minus",
     "SSIM",
     "to conv.",
@@ -42,6 +44,7 @@ def format_table(results: Results) -> str:
                     _number(row.computed_steps, 1).removesuffix(".0"),
                     f"{row.psnr.mean:.2f} [{row.psnr.low:.2f}, {row.psnr.high:.2f}]",
                     f"{row.psnr.p5:.2f}",
+                    f"{row.outliers.mean:.1%}",
                     f"{gain.mean:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]" if gain else "",
                     f"{row.ssim.mean:.4f}",
                     _mean(row.converged_psnr, 2),
@@ -53,6 +56,7 @@ def format_table(results: Results) -> str:
                 ]
             )
         lines += ["", f"budget {budget} ({_steps(rows)})", *_aligned(headings, cells)]
+    lines += ["", f"other: share below {OUTLIER_DB:g} dB, another picture; LESA's is {_outliers(results)}"]
     plain = results.estimate("", "plain", "converged_psnr")
     if plain is not None:
         lines += [
@@ -64,6 +68,11 @@ def format_table(results: Results) -> str:
     if asked is not None:
         lines.append(f"as prompted: share that the scorer reads as prompted; plain run {asked.mean:.3f}")
     return "\n".join(lines)
+
+
+def _outliers(results: Results) -> str:
+    ours = [row for row in results.rows if row.method == "lesa"]
+    return ", ".join(f"{row.outliers.mean:.1%} (up to {row.outliers.high:.1%}) at {row.budget}" for row in ours) or "-"
 
 
 def _steps(rows: Sequence[Row]) -> str:

@@ -38,7 +38,10 @@ from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_flux, tiny_repository
 
 LOG = logging.getLogger("tests")
-QUALITY = {"mean": 30.0, "low": 29.0, "high": 31.0, "p5": 25.0}
+QUALITY = {
+    "psnr": {"mean": 30.0, "low": 29.0, "high": 31.0, "p5": 25.0},
+    "outlier_share": {"mean": 0.01, "low": 0.0, "high": 0.05},
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def workload(made, tmp_path, monkeypatch) -> Workload:
     monkeypatch.setenv("LESA_CACHE", str(tmp_path / "cache"))
     settings = load_params()
     write_predictor(settings, 0.0)
-    metrics = {"budgets": {name: {"lesa": {"psnr": QUALITY}} for name in settings.schedule.budgets}}
+    metrics = {"budgets": {name: {"lesa": QUALITY} for name in settings.schedule.budgets}}
     settings.paths.report.mkdir(parents=True)
     write_json(settings.paths.report / "metrics.json", metrics)
     return settings
@@ -116,6 +119,7 @@ def test_the_first_good_candidate_becomes_champion(workload, monkeypatch):
     assert champion.fingerprint == bundle.manifest.fingerprint
     assert champion.tags["pipeline_class"] == "FluxPipeline"
     assert champion.tags["budgets"] == "2x" and champion.tags["psnr.2x"] == "30.000"
+    assert champion.tags["outliers.2x"] == "0.0100" and "5.0%" in (bundle.path / "README.md").read_text()
     assert champion.tags["gate"] == "promoted" and champion.tags["schema"] == "4"
     assert registry.alias(CANDIDATE) is None
     assert registry.alias(fingerprint_alias(champion.fingerprint)) == champion
@@ -198,7 +202,7 @@ def test_a_budget_that_fails_is_left_out_of_what_is_published(workload, monkeypa
     Path("params.yaml").write_text(yaml.safe_dump(params))
     settings = load_params()
     write_predictor(settings, 0.0)
-    metrics = {"budgets": {name: {"lesa": {"psnr": QUALITY}} for name in settings.schedule.budgets}}
+    metrics = {"budgets": {name: {"lesa": QUALITY} for name in settings.schedule.budgets}}
     write_json(settings.paths.report / "metrics.json", metrics)
     monkeypatch.setattr(promotion, "measure_and_decide", lambda *_: (answer, {}))
     for _ in range(2):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.intervals import percentile_gain, unpaired_interval
-from lesa.evaluation.bootstrap import interval, paired_interval
+from benchmarks.intervals import unpaired_interval
+from lesa.evaluation.bootstrap import Resamples, interval, paired_interval, share_interval
 
 
 def test_a_constant_has_no_width() -> None:
@@ -80,17 +80,50 @@ def test_without_pairs_both_sides_widen_the_interval() -> None:
         unpaired_interval([3.0], [0], [1.0], [0], 0)
 
 
-def test_the_gain_of_a_tail_is_that_of_the_samples_it_has() -> None:
+def test_the_difference_of_a_tail_is_that_of_the_samples_it_has() -> None:
     rng = np.random.default_rng(7)
     b = rng.normal(size=600)
     lifted = np.maximum(b, -1.0)  # the tail alone
-    groups = np.arange(600) // 2
-    found = percentile_gain(lifted, b, groups, 5.0, 1000)
+    resamples = Resamples(np.arange(600) // 2, 1000)
+    found = resamples.percentile_difference(lifted, b, 5.0)
     assert found.mean == pytest.approx(np.percentile(lifted, 5) - np.percentile(b, 5))
     assert 0.4 < found.low < found.mean < found.high < 1.0
-    assert percentile_gain(b, b, groups, 5.0, 50) == (0.0, 0.0, 0.0)
-    shifted = percentile_gain(b + 2, b, groups, 50.0, 50)
+    assert resamples.percentile_difference(b, b, 5.0) == (0.0, 0.0, 0.0)
+    shifted = resamples.percentile_difference(b + 2, b, 50.0)
     assert shifted.low == pytest.approx(2.0) and shifted.high == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("percentile", [1.0, 5.0, 50.0, 100.0])
+def test_percentiles_of_resamples_are_numpys(percentile: float) -> None:
+    rng = np.random.default_rng(3)
+    values, groups = rng.normal(size=40), np.arange(40) // 4
+    resamples = Resamples(groups, 50, seed=4)
+    zeros = np.zeros(40)
+    expected = [np.percentile(np.repeat(values, counts), percentile) for counts in resamples.counts]
+    ends = np.percentile(expected, [2.5, 97.5])
+    found = resamples.percentile_difference(values, zeros, percentile)
+    assert (found.low, found.high) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
+
+
+def test_resamples_drawn_once_give_the_paired_interval() -> None:
+    rng = np.random.default_rng(5)
+    a, b, groups = rng.normal(size=60), rng.normal(size=60), np.repeat(np.arange(20), 3)
+    shared = Resamples(groups, 300)
+    for confidence in (0.95, 0.8):
+        expected = paired_interval(a, b, groups, 300, confidence=confidence)
+        assert shared.mean_difference(a, b, confidence) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="groups name 60 samples, values are 59"):
+        shared.mean_difference(a[:-1], b[:-1])
+    with pytest.raises(ValueError, match="not finite"):
+        shared.mean_difference(np.where(a > 1, np.nan, a), b)
+
+
+def test_a_share_that_was_never_seen_is_not_proved_absent() -> None:
+    groups = np.arange(128) // 2
+    none = share_interval(np.zeros(128, bool), groups)
+    assert (none.mean, none.low) == (0.0, 0.0) and none.high == pytest.approx(1 - 0.05 ** (1 / 64))
+    some = share_interval(np.arange(128) % 8 == 0, groups)
+    assert some.mean == 0.125 and some.low < 0.125 < some.high == interval(np.arange(128) % 8 == 0, groups).high
 
 
 @pytest.mark.parametrize(

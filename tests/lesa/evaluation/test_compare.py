@@ -102,6 +102,9 @@ def test_json_is_plain_and_complete() -> None:
     assert PEERS <= against
     metrics = json.loads(json.dumps(found.metrics(), allow_nan=False))
     assert metrics["budgets"]["1.67x"]["lesa"]["psnr"]["p5"] == found.row("1.67x", "lesa").psnr.p5
+    for row in found.rows:
+        share = float((found.values(row.budget, row.method) < 30.0).mean())
+        assert metrics["budgets"][row.budget][row.method]["outlier_share"]["mean"] == share == row.outliers.mean
     assert metrics["budgets"]["1.67x"]["lesa"]["psnr_gain"]["reuse"]["low"] is not None
 
 
