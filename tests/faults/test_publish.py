@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from lesa.atomic import sha256_file
 pytestmark = pytest.mark.slow
 FINGERPRINT = "sha256:" + "a" * 64
 NUM_CANDIDATES = 24
+ROUNDS = int(os.environ.get("LESA_FAULT_ROUNDS", "3"))  # of two racers each; `make faults` asks for more
 
 # Promotes candidates in a random order, for ever; better means a higher score.
 RACER = """
@@ -76,28 +81,72 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
-def test_racing_publishers_that_get_killed_leave_the_best_as_champion(root, tmp_path):
-    """The champion's score never falls, whoever dies where, and the best candidate ends on top."""
-    registry = Registry("lesa-race", root)
-    for score in range(NUM_CANDIDATES):
-        tags = {"fingerprint": FINGERPRINT, "score": str(score)}
-        registry.register(bundle(tmp_path, f"b{score}"), tags=tags, run_tags={})
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """A real MLflow server on loopback, with a database and artifacts in `folder`; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    folder.mkdir()
+    arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    arguments += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    arguments += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *arguments], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.mark.parametrize("where", ["one database", "a server and two machines"])
+def test_racing_publishers_that_get_killed_leave_the_best_as_champion(where, tmp_path, monkeypatch):
+    """The champion's score never falls, whoever dies where, and the best candidate ends on top.
+
+    Behind a server, publishers share neither database nor folder, as on two machines.
+    """
+    with contextlib.ExitStack() as stack:
+        roots = [tmp_path / "root"] * 2
+        if where != "one database":
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", stack.enter_context(mlflow_server(tmp_path / "server")))
+            roots = [tmp_path / "root", tmp_path / "other"]
+        for root in set(roots):
+            root.mkdir()
+            connect(root)
+        registry = Registry("lesa-race", roots[0])
+        for score in range(NUM_CANDIDATES):
+            tags = {"fingerprint": FINGERPRINT, "score": str(score)}
+            registry.register(bundle(tmp_path, f"b{score}"), tags=tags, run_tags={})
+        race(registry, roots)
+
+
+def race(registry: Registry, roots: list[Path]) -> None:
+    """Rounds of two racers, killed at random, and one that ends its work."""
     seen, dice = [-1], random.Random(0)
 
     def look() -> None:
-        champion = registry.alias(CHAMPION)
+        champion = registry.champion(registry.history.entries())
         seen.append(int(champion.tags["score"]) if champion else -1)
         assert seen[-1] >= seen[-2], f"the champion got worse: {seen}"
 
-    for number in range(3):
-        racers = [start(RACER, registry.name, root, 2 * number + side) for side in range(2)]
+    for number in range(ROUNDS):
+        racers = [start(RACER, registry.name, root, 2 * number + side) for side, root in enumerate(roots)]
         for racer in racers:
             for _ in range(8):
                 time.sleep(dice.uniform(0, 0.05))
                 look()
             racer.send_signal(signal.SIGKILL)
             racer.wait()
-    survivor = start(RACER, registry.name, root, 99)
+    survivor = start(RACER, registry.name, roots[1], 99)
     assert survivor.stdout is not None
     rounds = [survivor.stdout.readline() for _ in range(NUM_CANDIDATES)]
     survivor.kill()
@@ -105,6 +154,11 @@ def test_racing_publishers_that_get_killed_leave_the_best_as_champion(root, tmp_
     assert len({*rounds}) == NUM_CANDIDATES
     look()
     assert seen[-1] == NUM_CANDIDATES - 1
+    champion = registry.champion(registry.settled())
+    assert champion is not None and registry.alias(CHAMPION) == champion, "the alias follows"
+    promoted = [entry.version for entry in registry.history.entries()]
+    scores = [int(registry.version(version).tags["score"]) for version in promoted]
+    assert scores == sorted(set(scores)), "every promotion was of a better one"
 
 
 def test_a_publisher_killed_while_registering_leaves_no_second_version(root, tmp_path):
@@ -158,8 +212,6 @@ def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):
 
 
 def test_publishing_without_a_registry_fails_clearly_and_in_time(tmp_path, monkeypatch):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
