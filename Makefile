@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test lint retrain-local clean
+.PHONY: help install repro test faults lint retrain-local clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -34,6 +34,9 @@ repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, i
 test: $(STAMP)  ## all tests: the quick ones two files at a time, then those with real servers and actors
 	python -m pytest -n 2 --dist loadfile -m "not slow"
 	python -m pytest -m slow
+
+faults: $(STAMP)  ## the tests of every fault, the races longer; writes docs/faults.md
+	python -m tests.faults --write
 
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .

@@ -1,0 +1,377 @@
+"""The faults that the project survives: how each is caused, what happens then, and the tests that show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RECORDING = "tests/faults/test_recording.py"
+TRAINING = "tests/faults/test_training.py"
+PUBLISHING = "tests/faults/test_publish.py"
+TRACKING = "tests/faults/test_tracking.py"
+STORE = "tests/lesa/recording/test_store.py"
+RECORD = "tests/lesa/recording/test_record.py"
+DATASET = "tests/lesa/recording/test_dataset.py"
+PROMPTS = "tests/lesa/recording/test_prompts.py"
+CHECKPOINT = "tests/lesa/training/test_checkpoint.py"
+LOOP = "tests/lesa/training/test_loop.py"
+BUNDLE = "tests/lesa/bundle/test_format.py"
+PULL = "tests/lesa/test_pull.py"
+PARAMS = "tests/lesa/test_params.py"
+ATOMIC = "tests/lesa/test_atomic.py"
+HOOK = "tests/lesa/sampling/test_hook.py"
+ENABLE = "tests/lesa/sampling/test_enable.py"
+GATE = "tests/lesa/publishing/test_gate.py"
+REGISTRY = "tests/flows/test_registry.py"
+ENVIRONMENT = "tests/flows/test_environment.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One fault."""
+
+    fault: str
+    caused: str
+    happens: str
+    tests: tuple[str, ...]  # path::function
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    cases: tuple[Case, ...]
+
+
+def case(fault: str, caused: str, happens: str, *tests: str) -> Case:
+    return Case(fault=fault, caused=caused, happens=happens, tests=tests)
+
+
+CRASHES = Group(
+    "Crashes",
+    (
+        case(
+            "a recorder dies in the middle of a trajectory",
+            "SIGKILL at seeded moments, of a plain recorder and of a Ray actor",
+            "the trajectory is recorded again; keys and bytes are those of an undisturbed run",
+            f"{RECORDING}::test_a_kill_at_any_moment_and_a_rerun_end_as_undisturbed",
+            f"{RECORDING}::test_a_killed_flow_a_killed_actor_and_a_hung_one",
+        ),
+        case(
+            "a recorder dies between data and commit",
+            "SIGKILL when a named file appears, and anywhere inside commits",
+            "a trajectory is whole or absent; a repeated one changes nothing",
+            f"{RECORDING}::test_a_kill_while_a_trajectory_is_being_written",
+            f"{RECORDING}::test_commits_killed_at_every_point_of_time_are_whole_or_absent",
+        ),
+        case(
+            "the driver dies while recording",
+            "SIGKILL of the flow",
+            "the next one records what is missing; no Ray process is left",
+            f"{RECORDING}::test_a_killed_flow_a_killed_actor_and_a_hung_one",
+            "tests/flows/test_ray_guard.py::test_nothing_of_a_killed_session_is_left",
+        ),
+        case(
+            "a trainer dies at any step, also while it saves",
+            "SIGKILL at iterations and inside a checkpoint, again and again, in both trainings",
+            "it goes on from the newest whole checkpoint; the final weights are those of an undisturbed run",
+            f"{TRAINING}::test_killed_at_an_iteration",
+            f"{TRAINING}::test_killed_inside_a_checkpoint",
+            f"{TRAINING}::test_killed_again_and_again",
+            f"{TRAINING}::test_a_torn_newest_checkpoint_costs_two_iterations",
+        ),
+        case(
+            "what a dead process left half written",
+            "partial folders of dead and of living processes",
+            "swept under the lock, never counted, never in DVC's hash",
+            f"{ATOMIC}::test_partials_of_dead_processes_are_swept_and_those_of_the_living_stay",
+            f"{STORE}::test_unfinished_work_counts_as_absent_and_strangers_are_named",
+            f"{CHECKPOINT}::test_what_a_dead_process_left_is_swept",
+        ),
+        case(
+            "a publisher dies while it registers, or between the record and the aliases",
+            "SIGKILL at seeded moments; an exception at each alias",
+            "no second version; the next publisher sets the aliases after what was recorded",
+            f"{PUBLISHING}::test_a_publisher_killed_while_registering_leaves_no_second_version",
+            f"{REGISTRY}::test_a_publisher_that_died_between_record_and_aliases_is_made_good",
+        ),
+        case(
+            "SIGTERM and Ctrl-C",
+            "signals to a stage and to `make repro`",
+            "one line, 143 or 130, and everything that was committed stays",
+            f"{ENVIRONMENT}::test_sigterm_ends_a_stage_with_143",
+            "tests/flows/test_repro.py::test_an_interrupt_takes_dvc_and_its_stage_along",
+        ),
+        case(
+            "power fails before writes are on disk",
+            "the order of writes, syncs and renames is recorded and checked",
+            "everything is synced before the rename that commits it",
+            f"{RECORDING}::test_everything_is_synced_before_the_rename_that_commits_it",
+        ),
+        case(
+            "two recorders on one store",
+            "two processes at once",
+            "the second is told the first one's pid; a dead one's lock is taken over",
+            f"{RECORDING}::test_the_second_recorder_is_told_who_the_first_is",
+            f"{RECORDING}::test_two_writers_of_one_trajectory_make_one",
+        ),
+        case(
+            "an actor hangs",
+            "SIGSTOP",
+            "replaced after its time; given up by name after several",
+            f"{RECORDING}::test_a_killed_flow_a_killed_actor_and_a_hung_one",
+            "tests/flows/test_record.py::test_a_trajectory_that_never_ends_is_given_up_by_name",
+        ),
+        case(
+            "an accelerated run breaks in its middle",
+            "an exception in a step",
+            "the next run is that of a fresh process",
+            f"{HOOK}::test_state_is_reset_after_an_exception",
+            f"{ENABLE}::test_a_broken_run_does_not_reach_the_next",
+        ),
+        case(
+            "two retrainings overlap",
+            "a second one while the first holds the lock",
+            "one at a time; the second says who is at work",
+            "tests/flows/test_repro.py::test_one_at_a_time",
+        ),
+    ),
+)
+BYTES = Group(
+    "Disk and bytes",
+    (
+        case(
+            "the disk is full",
+            "a small tmpfs and /dev/full, for trajectory and checkpoint",
+            "an error with path and need; nothing is committed; afterwards the same bytes",
+            f"{RECORDING}::test_a_full_disk_surfaces_and_leaves_nothing_committed",
+            f"{TRAINING}::test_a_full_disk_says_so_and_keeps_what_was_saved",
+            f"{RECORD}::test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded",
+        ),
+        case(
+            "a flipped byte or a truncated shard of a committed trajectory",
+            "every seventeenth byte, every boundary",
+            "named by key and step; never trained on",
+            f"{STORE}::test_a_flipped_byte_anywhere_is_found",
+            f"{STORE}::test_a_truncated_or_longer_shard_is_refused_before_it_is_read",
+            f"{TRAINING}::test_a_damaged_trajectory_is_named_and_never_trained_on",
+        ),
+        case(
+            "a lost file of a committed trajectory",
+            "each file deleted",
+            "an error that names it, never zeros",
+            f"{STORE}::test_a_missing_file_is_an_error_and_never_zeros",
+        ),
+        case(
+            "metadata that does not fit its record, or is hostile",
+            "other shapes and types, 10^15 values, chunks of a terabyte, an index that points elsewhere",
+            "refused from the document, before anything is allocated",
+            f"{STORE}::test_hostile_array_metadata_is_refused",
+            f"{STORE}::test_a_larger_shape_than_the_file_holds_is_refused_by_size",
+            f"{STORE}::test_an_index_that_points_elsewhere_is_refused",
+        ),
+        case(
+            "another Zarr format, or a codec that runs code",
+            "version 2 arrays, pickle filters, unknown codecs",
+            "refused unread",
+            f"{STORE}::test_a_version_2_array_is_refused",
+            f"{STORE}::test_hostile_array_metadata_is_refused",
+        ),
+        case(
+            "links, FIFOs and devices in a store or bundle",
+            "each put in a file's place",
+            "refused",
+            f"{STORE}::test_links_and_special_files_are_refused",
+            f"{BUNDLE}::test_attack",
+        ),
+        case(
+            "a folder that cannot be written",
+            "no permission",
+            "one clear error, nothing half written",
+            f"{RECORDING}::test_a_store_that_cannot_be_written_is_one_clear_error",
+        ),
+        case(
+            "other orders, other numbers of workers",
+            "the same work in other orders",
+            "the same bytes and weights",
+            f"{RECORD}::test_bytes_do_not_depend_on_order_or_history",
+            f"{STORE}::test_two_stores_of_the_same_trajectories_are_the_same_bytes",
+            "tests/flows/test_record.py::test_the_stage_records_what_a_plain_process_records",
+        ),
+    ),
+)
+BUNDLES = Group(
+    "Bundles",
+    (
+        case(
+            "truncated or flipped weights",
+            "cut at every place, bits flipped",
+            "refused by digest or by the parser",
+            f"{BUNDLE}::test_weights_cut_anywhere_are_refused",
+            f"{BUNDLE}::test_any_flipped_bit_is_refused",
+        ),
+        case(
+            "forged weights",
+            "other tensors with a manifest that vouches for them",
+            "refused by shape; a consistent forgery by a pinned digest alone",
+            f"{BUNDLE}::test_attack",
+            f"{BUNDLE}::test_a_consistent_forgery_needs_a_pinned_digest",
+        ),
+        case(
+            "code in disguise",
+            "pickles, archives, classes given by path, extra files",
+            "refused; no canary file appears",
+            f"{BUNDLE}::test_attack",
+        ),
+        case(
+            "a bundle for another model, scheduler, call or tap",
+            "each enabled on a pipeline that it was not made for",
+            "refused with every difference; the pipeline is as it was",
+            f"{ENABLE}::test_another_model_is_refused_with_every_difference",
+            f"{ENABLE}::test_a_call_that_the_bundle_was_not_made_for_is_refused_before_anything_is_computed",
+        ),
+        case(
+            "names that could be paths",
+            "dots, slashes, percent signs, NUL, look-alikes, 300 characters",
+            "refused before they are joined to anything",
+            f"{BUNDLE}::test_names_that_could_be_paths_are_no_names",
+        ),
+        case(
+            "a hostile manifest",
+            "double and unknown keys, NaN, 1e999, deep nesting, a gigabyte",
+            "refused with the key; size before parsing",
+            f"{BUNDLE}::test_attack",
+            f"{BUNDLE}::test_no_single_change_of_a_manifest_is_more_than_a_refusal",
+        ),
+        case(
+            "numbers that are none, and inputs beyond what was trained on",
+            "NaN weights, features that explode",
+            "load refused; a full step instead, counted",
+            f"{HOOK}::test_an_unusable_prediction_becomes_a_full_step_and_is_counted",
+            f"{BUNDLE}::test_attack",
+        ),
+        case(
+            "another schema",
+            "newer and older ones",
+            "newer: refused with both numbers; older: read, or the peers decide",
+            f"{BUNDLE}::test_attack",
+            "tests/flows/test_publish.py::test_after_the_format_has_changed_the_peers_decide",
+        ),
+    ),
+)
+INPUT = Group(
+    "Parameters and data",
+    (
+        case(
+            "wrong settings",
+            "unknown, misspelt, double, of another type; bombs; tags that name code",
+            "every problem by its path, before anything starts",
+            f"{PARAMS}::test_one_wrong_value",
+            f"{PARAMS}::test_hostile_yaml",
+            f"{PARAMS}::test_all_problems_come_together",
+        ),
+        case(
+            "impossible schedules",
+            "histories too long, no steps, intervals that do not fit",
+            "refused with the inequality written out; an interval of one is plain sampling",
+            "tests/lesa/test_schedule.py::test_refusals",
+            f"{HOOK}::test_interval_one_is_plain_sampling_bit_for_bit",
+        ),
+        case(
+            "NaN in recorded features",
+            "one step poisoned",
+            "refused by key and step; nothing is committed",
+            f"{RECORD}::test_poisoned_features_are_refused_by_key_and_step",
+        ),
+        case(
+            "a loss that is not finite",
+            "NaN and infinity in loss, gradient, validation",
+            "training stops before the update; the last checkpoint is whole",
+            f"{LOOP}::test_a_loss_that_is_not_finite_stops_before_the_update",
+            f"{LOOP}::test_a_gradient_that_is_not_finite_stops_too",
+        ),
+        case(
+            "too little data, or data that is judged on",
+            "no trajectories, overlapping splits",
+            "refused with the prompts named",
+            f"{DATASET}::test_prompts_without_a_trajectory_are_named",
+            f"{PROMPTS}::test_a_prompt_in_two_splits_is_refused",
+        ),
+        case(
+            "odd prompts",
+            "empty, long, other scripts, joined characters, double lines",
+            "kept exactly, or refused with the line",
+            f"{PROMPTS}::test_a_bad_file_is_refused",
+            f"{STORE}::test_any_prompt_that_a_set_may_hold_is_read_back",
+        ),
+        case(
+            "another model or code behind an old store",
+            "weights, scheduler, encoders changed",
+            "other keys: recorded again, the old is not used",
+            f"{RECORD}::test_whatever_determines_the_bytes_is_in_the_key",
+            f"{RECORD}::test_the_source_changes_with_weights_scheduler_and_encoders",
+        ),
+    ),
+)
+OPERATIONS = Group(
+    "Tracking, registry, security",
+    (
+        case(
+            "MLflow is down, slow, or answers nonsense while training",
+            "a server that refuses, hangs, lies",
+            "training goes on; what was not taken is kept and sent once later",
+            f"{TRACKING}::test_training_does_not_wait_for_a_broken_server",
+            "tests/flows/test_tracking.py::test_sending_twice_doubles_nothing",
+        ),
+        case(
+            "two publishers race for the champion",
+            "rounds of two that are killed, on one database and on two machines behind a server",
+            "the champion never gets worse, the best ends on top, every promotion was of a better one",
+            f"{PUBLISHING}::test_racing_publishers_that_get_killed_leave_the_best_as_champion",
+            f"{REGISTRY}::test_of_two_that_judged_against_the_same_champion_one_is_promoted",
+        ),
+        case(
+            "a candidate that is worse, equal, or measured wrongly",
+            "worse and equal ones, NaN, missing samples, figures that its makers claim",
+            "never promoted; the gate measures for itself",
+            f"{GATE}::test_worse_stays_out_at_the_first_look",
+            f"{GATE}::test_a_copy_of_the_champion_stays_out",
+            f"{GATE}::test_what_is_not_finite_speaks_against",
+            "tests/flows/test_publish.py::test_the_gate_measures_for_itself",
+        ),
+        case(
+            "an answer that was lost",
+            "the alias was set, the reply cut off",
+            "what is read back counts",
+            f"{PUBLISHING}::test_a_lost_answer_is_not_a_lost_race",
+        ),
+        case(
+            "the champion's files are gone or altered",
+            "a byte changed in the registry's store",
+            "refused by digest; the stage fails and says how to go back",
+            f"{PULL}::test_a_bundle_changed_in_the_store_is_refused_and_not_kept",
+            "tests/flows/test_publish.py::test_a_champion_that_cannot_be_measured_stays_and_the_stage_fails",
+        ),
+        case(
+            "a rollback, and then the same bundle again",
+            "a person's decision, then publishing",
+            "kept out until it is lifted",
+            f"{REGISTRY}::test_what_was_rolled_back_stays_out_until_it_is_lifted",
+            "tests/flows/test_publish.py::test_what_a_person_took_back_is_not_promoted_again",
+        ),
+        case(
+            "code in the base model",
+            "indices that name other code, files beside the weights, weights as pickle",
+            "never run, refused",
+            "tests/lesa/models/test_pipelines.py::test_an_index_that_names_other_code_is_refused",
+            "tests/lesa/models/test_pipelines.py::test_code_beside_the_weights_is_never_run",
+            "tests/lesa/models/test_pipelines.py::test_weights_as_pickle_are_refused",
+        ),
+        case(
+            "folders that others can write",
+            "a cache with open permissions",
+            "refused; ours are private",
+            f"{PULL}::test_a_cache_that_others_can_write_is_refused",
+            "tests/flows/test_tracking.py::test_state_is_private",
+        ),
+    ),
+)
+GROUPS = (CRASHES, BYTES, BUNDLES, INPUT, OPERATIONS)
