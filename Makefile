@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test faults lint retrain-local clean
+.PHONY: help install repro test faults lint audit retrain-local clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -41,6 +41,11 @@ faults: $(STAMP)  ## the tests of every fault, the races longer; writes docs/fau
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .
 	mypy
+
+audit: $(STAMP)  ## known faults of the pinned versions, as far as the public lists can be reached
+	test -x $(VENV)/audit/bin/pip-audit || { $(VENV)/bin/python -m venv $(VENV)/audit \
+		&& $(VENV)/audit/bin/python -m pip install --quiet pip-audit; }
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 retrain-local: $(STAMP)  ## Prefect server, pool, worker and the scheduled retraining on this machine, until Ctrl-C
 	python -m flows.retrain_local
