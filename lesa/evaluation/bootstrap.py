@@ -109,15 +109,19 @@ class Resamples:
         check_resamples(resamples)
         places, counted = drawn(members, resamples, np.random.default_rng(seed))
         flat = places + labels.size * np.arange(resamples)[:, None, None]
-        counts = np.bincount(flat[counted], minlength=resamples * labels.size)
-        self.counts = counts.reshape(resamples, labels.size).astype(np.int32)  # how often each sample counts
-        self.sizes = self.counts.sum(axis=1)
+        counts = np.bincount(flat[counted], minlength=resamples * labels.size).reshape(resamples, labels.size)
+        self.sizes = counts.sum(axis=1)
+        self.counts = np.ascontiguousarray(counts.T, dtype=np.int32)  # [N, resamples], how often each sample counts
+        self._weights = (counts / self.sizes[:, None]).astype(np.float32)
 
     def mean_difference(self, a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
         """As `paired_interval`."""
         first, second = self._checked(a, b)
         difference = first - second
-        return around(float(difference.mean()), self.counts @ difference / self.sizes, confidence)
+        mean = float(difference.mean())
+        # Single precision is exact to a millionth of what is left, and a resample is one pass over memory.
+        resampled = mean + (self._weights @ (difference - mean).astype(np.float32)).astype(np.float64)
+        return around(mean, resampled, confidence)
 
     def percentile_difference(
         self, a: ArrayLike, b: ArrayLike, percentile: float, confidence: float = CONFIDENCE
@@ -131,8 +135,8 @@ class Resamples:
 
     def _checked(self, a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         first, second = _paired(a, b)
-        if first.shape != self.counts.shape[1:]:
-            raise LesaError(f"bootstrap: groups name {self.counts.shape[1]} samples, values are {first.size}")
+        if first.shape != self.counts.shape[:1]:
+            raise LesaError(f"bootstrap: groups name {self.counts.shape[0]} samples, values are {first.size}")
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
             raise LesaError("bootstrap: values are not finite")
         return first, second
@@ -145,11 +149,11 @@ class Resamples:
         order = np.argsort(numbers, kind="stable")
         for share in (3 * percentile / 100, 1.0):  # the lowest values are enough for nearly every draw
             lowest = order[: math.ceil(min(share, 1.0) * len(order))]
-            passed = self.counts[:, lowest].cumsum(axis=1)  # values of the resample up to and with this one
-            if (passed[:, -1] > above).all():
+            passed = self.counts[lowest].cumsum(axis=0)  # values of each resample up to and with this one
+            if (passed[-1] > above).all():
                 break
-        lower = numbers[lowest][(passed <= below[:, None]).sum(axis=1)]
-        upper = numbers[lowest][(passed <= above[:, None]).sum(axis=1)]
+        lower = numbers[lowest][(passed <= below).sum(axis=0)]
+        upper = numbers[lowest][(passed <= above).sum(axis=0)]
         result: NDArray[np.float64] = lower + (upper - lower) * (place - below)
         return result
 
