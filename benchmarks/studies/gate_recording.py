@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=4, help="noise seeds of each test prompt (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=None, help="default: benchmarks/results/judgement-WORKLOAD.json")
     arguments = parser.parse_args(argv)
-    workload = load_params(name=arguments.workload)
+    workload = load_params(workload=arguments.workload)
     champion, candidate = load_bundle(arguments.champion), load_bundle(arguments.candidate)
     test = read_splits(workload.paths.prompts)["test"]
     for bundle in (champion, candidate):
