@@ -4,7 +4,7 @@ python -m benchmarks.studies.gate [JUDGEMENT.json] [--runs 1000]
 
 Each run draws prompts of a recorded judgement (`benchmarks.studies.gate_recording`), with replacement, and of each some
 of its recorded samples. The candidate has the recorded difference to the champion, sample by sample, moved so that its
-mean and its 5th percentile differ from the champion's by what is planted; then the gate decides as it does for real.
+mean and its worst tenth differ from the champion's by what is planted; then the gate decides as it does for real.
 Noise, resemblance within a prompt and tails are those recorded.
 """
 
@@ -25,13 +25,19 @@ from numpy.typing import NDArray
 
 from benchmarks.results_files import keep
 from lesa.params import PublishParams
-from lesa.publishing.gate import CANDIDATE, CHAMPION, TAIL, Measured, judge, look_sizes
+from lesa.publishing.gate import CANDIDATE, CHAMPION, WORST, Measured, judge, look_sizes
 
 Values = NDArray[np.float64]
 DIFFERENCES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3)  # dB, of the mean
-TAILS = {"worse": -1.5, "equal": 0.0, "better": 1.5}  # dB, of the 5th percentile
-LOWEST = 15.0  # percentile below which the tail is bent
+TAILS = {"worse": -1.5, "equal": 0.0, "better": 1.5}  # dB, of the worst tenth's mean
+BENT = 0.2  # share whose values are moved to get there, the lowest most
 PEER = "peer"  # far behind: it never decides
+
+
+def worst(values: Values) -> float:
+    """Mean of the worst tenth."""
+    ordered = np.sort(values, axis=None)
+    return float(ordered[: round(WORST * len(ordered))].mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +49,20 @@ class Population:
 
     @classmethod
     def planted(cls, champion: Values, candidate: Values, difference: float, tail: float) -> Population:
-        """The recorded candidate, bent below its 15th percentile and shifted, until both are what is wanted."""
+        """The recorded candidate, its lowest fifth bent and all of it shifted, until both are what is wanted."""
         base = candidate - candidate.mean() + champion.mean()
-        edge = np.percentile(base, LOWEST)
-        depth = np.clip((edge - base) / (edge - np.percentile(base, TAIL)), 0.0, None)  # 1 at the 5th percentile
-        wanted = np.percentile(champion, TAIL) + tail
+        edge = np.quantile(base, BENT)
+        depth = np.clip((edge - base) / (edge - np.quantile(base, WORST / 2)), 0.0, 1.0)
+        wanted = worst(champion) + tail
 
         def bent(amount: float) -> Values:
-            values = base + amount * np.minimum(depth, 1.0)
+            values = base + amount * depth
             return np.asarray(values - values.mean() + champion.mean() + difference)
 
         low, high = -20.0, 20.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if np.percentile(bent(middle), TAIL) < wanted else (low, middle)
+            low, high = (middle, high) if worst(bent(middle)) < wanted else (low, middle)
         return cls(champion=champion, candidate=bent((low + high) / 2))
 
     def drawn(self, prompts: int, seeds: int, rng: np.random.Generator) -> tuple[Values, Values]:
@@ -183,8 +189,8 @@ def main(argv: list[str] | None = None) -> None:
             "samples": int(champion.size),
             "difference_mean": float((candidate - champion).mean()),
             "difference_deviation": float((candidate - champion).std()),
-            "champion_p5": float(np.percentile(champion, TAIL)),
-            "candidate_p5": float(np.percentile(candidate, TAIL)),
+            "champion_worst_tenth": worst(champion),
+            "candidate_worst_tenth": worst(candidate),
         },
         "rows": rows,
     }  # fmt: skip

@@ -133,6 +133,18 @@ class Resamples:
             float(np.percentile(first, percentile) - np.percentile(second, percentile)), resampled, confidence
         )
 
+    def worst_difference(self, a: ArrayLike, b: ArrayLike, share: float, confidence: float = CONFIDENCE) -> Interval:
+        """Mean of the lowest `share` of `a` less that of `b` (expected shortfall), of the same resampled samples.
+
+        The last sample counts with the part that the share has of it.
+        """
+        first, second = self._checked(a, b)
+        once = np.ones((len(first), 1), dtype=np.int32)
+        whole = _worst(first, once, share) - _worst(second, once, share)
+        return around(
+            float(whole[0]), _worst(first, self.counts, share) - _worst(second, self.counts, share), confidence
+        )
+
     def _checked(self, a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         first, second = _paired(a, b)
         if first.shape != self.counts.shape[:1]:
@@ -156,6 +168,23 @@ class Resamples:
         upper = numbers[lowest][(passed <= above).sum(axis=0)]
         result: NDArray[np.float64] = lower + (upper - lower) * (place - below)
         return result
+
+
+def _worst(
+    numbers: NDArray[np.float64], counts: NDArray[np.int32], share: float
+) -> NDArray[np.float64]:
+    """[resamples] means of the lowest share of samples that count so often, [N, resamples]."""
+    order = np.argsort(numbers, kind="stable")
+    wanted = counts.sum(axis=0) * share
+    for part in (min(2 * share, 1.0), 1.0):  # the lowest values are enough for nearly every draw
+        lowest = order[: math.ceil(part * len(order))]
+        often = counts[lowest]
+        before = often.cumsum(axis=0) - often
+        if (before[-1] + often[-1] >= wanted).all():
+            break
+    taken = np.clip(wanted - before, 0.0, often)
+    result: NDArray[np.float64] = numbers[lowest] @ taken / wanted
+    return result
 
 
 def check_resamples(resamples: int) -> None:

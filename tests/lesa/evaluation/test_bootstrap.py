@@ -105,6 +105,25 @@ def test_percentiles_of_resamples_are_numpys(percentile: float) -> None:
     assert (found.low, found.high) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
 
 
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.33, 1.0])
+def test_the_worst_of_resamples_by_hand(share: float) -> None:
+    rng = np.random.default_rng(3)
+    values, groups = rng.normal(size=40), np.arange(40) // 4
+    resamples = Resamples(groups, 50, seed=4)
+
+    def by_hand(samples: np.ndarray) -> float:
+        ordered, wanted = np.sort(samples), share * len(samples)
+        whole = int(wanted)
+        part = (wanted - whole) * ordered[whole] if whole < len(ordered) else 0.0
+        return float((ordered[:whole].sum() + part) / wanted)
+
+    expected = [by_hand(np.repeat(values, counts)) for counts in resamples.counts.T]
+    found = resamples.worst_difference(values, np.zeros(40), share)
+    assert found.mean == pytest.approx(by_hand(values))
+    assert [found.low, found.high] == pytest.approx(np.percentile(expected, [2.5, 97.5]).tolist())
+    assert resamples.worst_difference(values, values, share) == (0.0, 0.0, 0.0)
+
+
 def test_resamples_drawn_once_give_the_paired_interval() -> None:
     rng = np.random.default_rng(5)
     a, b, groups = rng.normal(size=60), rng.normal(size=60), np.repeat(np.arange(20), 3)
