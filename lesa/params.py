@@ -182,7 +182,7 @@ class PublishParams:
     gate_max_samples: int = setting(2048, low=2, high=1 << 16)  # the most it draws while questions are open
     gate_seed_offset: int = setting(30_000, low=0, high=MAX_SEED)  # never the evaluation's seeds
     bound_samples: int = setting(256, low=0)  # training runs that error bounds rest on, beside all validation runs
-    tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the worst tenth may be, or another budget's mean
+    tail_tolerance_db: float = setting(0.5, low=0.0)  # how much lower the worst fifth may be, or another budget's mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ python -m benchmarks.studies.gate [JUDGEMENT.json] [--runs 1000]
 
 Each run draws prompts of a recorded judgement (`benchmarks.studies.gate_recording`), with replacement, and of each some
 of its recorded samples. The candidate has the recorded difference to the champion, sample by sample, moved so that its
-mean and its worst tenth differ from the champion's by what is planted; then the gate decides as it does for real.
+mean and its worst fifth differ from the champion's by what is planted; then the gate decides as it does for real.
 Noise, resemblance within a prompt and tails are those recorded.
 """
 
@@ -29,13 +29,13 @@ from lesa.publishing.gate import CANDIDATE, CHAMPION, WORST, Measured, judge, lo
 
 Values = NDArray[np.float64]
 DIFFERENCES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3)  # dB, of the mean
-TAILS = {"worse": -1.5, "equal": 0.0, "better": 1.5}  # dB, of the worst tenth's mean
-BENT = 0.2  # share whose values are moved to get there, the lowest most
+TAILS = {"worse": -1.5, "equal": 0.0, "better": 1.5}  # dB, of the worst fifth's mean
+BENT = 0.4  # share whose values are moved to get there, the lowest most
 PEER = "peer"  # far behind: it never decides
 
 
 def worst(values: Values) -> float:
-    """Mean of the worst tenth."""
+    """Mean of the lowest share that the gate looks at."""
     ordered = np.sort(values, axis=None)
     return float(ordered[: round(WORST * len(ordered))].mean())
 
@@ -49,7 +49,7 @@ class Population:
 
     @classmethod
     def planted(cls, champion: Values, candidate: Values, difference: float, tail: float) -> Population:
-        """The recorded candidate, its lowest fifth bent and all of it shifted, until both are what is wanted."""
+        """The recorded candidate, its lower part bent and all of it shifted, until both are what is wanted."""
         base = candidate - candidate.mean() + champion.mean()
         edge = np.quantile(base, BENT)
         depth = np.clip((edge - base) / (edge - np.quantile(base, WORST / 2)), 0.0, 1.0)
@@ -189,8 +189,8 @@ def main(argv: list[str] | None = None) -> None:
             "samples": int(champion.size),
             "difference_mean": float((candidate - champion).mean()),
             "difference_deviation": float((candidate - champion).std()),
-            "champion_worst_tenth": worst(champion),
-            "candidate_worst_tenth": worst(candidate),
+            "champion_worst_fifth": worst(champion),
+            "candidate_worst_fifth": worst(candidate),
         },
         "rows": rows,
     }  # fmt: skip

@@ -3,8 +3,8 @@
 It asks two questions of every budget and opponent, both of the same samples, by paired intervals over prompts:
   mean   at the default budget, and against peers at every one, the candidate's mean PSNR is higher; against the
          champion at another budget it is not lower by more than the tolerance;
-  tail   the mean of its worst tenth is not lower by more than the tolerance. (A percentile says nothing of what lies
-         beneath it, and takes half as many prompts again to be told apart.)
+  tail   the mean of its worst fifth is not lower by more than the tolerance. (A percentile says nothing of what lies
+         beneath it, and a tail of fewer samples takes more prompts than there are to be told from an equal one.)
 A question is answered when its interval lies on one side of what it asks for. While any is open, more samples are
 drawn, up to a stated number; each look has its share of the 5% (`look_levels`), so that the promise of the intervals
 is that of the whole judgement. What is open in the end is not answered with yes. The default budget decides for the
@@ -25,7 +25,7 @@ from lesa.evaluation.bootstrap import Resamples
 CANDIDATE, CHAMPION = "lesa", "champion"  # names of the two among the methods; all others are peers
 ERROR = 0.05  # of a two-sided interval, over all looks
 RESAMPLES = 4000  # the first look's ends are far out
-WORST = 0.1  # of the samples, whose mean is the tail
+WORST = 0.2  # of the samples, whose mean is the tail
 
 Answer = Literal["yes", "no", "open"]
 Measured = Mapping[str, Mapping[str, Sequence[float]]]  # budget -> method -> PSNR in dB, one a sample
@@ -119,7 +119,7 @@ def judge(
         default_budget: the condition for all.
         groups: the prompt of each sample, of as many as the last look takes; the intervals resample prompts.
         looks: numbers of samples, rising.
-        tolerance_db: how much lower the worst tenth may be, and the mean where it need not be higher.
+        tolerance_db: how much lower the worst fifth may be, and the mean where it need not be higher.
         log: told after each look what is still open.
 
     Returns:
@@ -219,7 +219,7 @@ def _ask(
 
 
 def _sentence(question: Question, finding: Finding) -> str:
-    what = "the mean" if question.about == "mean" else "the worst tenth's mean"
+    what = "the mean" if question.about == "mean" else "the worst fifth's mean"
     bound = "must be above zero" if not question.margin else f"must be above {-question.margin:g} dB"
     doubt = "" if finding.answer == "no" else " and is not known to be"
     return (

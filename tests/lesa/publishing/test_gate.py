@@ -126,7 +126,7 @@ def test_a_budget_with_a_worse_tail_is_left_out_and_the_others_are_published() -
     decision, _ = run(candidate, champion=psnr(0.0))
     assert decision.promote and decision.budgets == ("5x",)
     assert all("6.25x" in reason for reason in decision.left_out["6.25x"])
-    assert any("worst tenth" in reason for reason in decision.left_out["6.25x"])
+    assert any("worst fifth" in reason for reason in decision.left_out["6.25x"])
 
 
 def test_a_worse_tail_at_the_default_budget_is_the_end_of_it() -> None:
@@ -135,7 +135,7 @@ def test_a_worse_tail_at_the_default_budget_is_the_end_of_it() -> None:
     candidate["5x"][::8] -= 4  # the mean still wins
     decision, _ = run(candidate, champion=psnr(0.0))
     assert not decision.promote and decision.numbers["champion"]["5x"]["mean"]["answer"] == "yes"
-    assert all("worst tenth" in reason for reason in decision.reasons)
+    assert all("worst fifth" in reason for reason in decision.reasons)
 
 
 def test_a_budget_may_be_lower_than_the_champions_by_the_tolerance_and_never_than_a_peers() -> None:
