@@ -53,7 +53,7 @@ class PrunedTrajectories:
         moved = [key for key in present if key not in keep]
         if moved:
             most = sum(_size(self._store.path / key) for key in present)
-            self.path.mkdir(exist_ok=True)
+            atomic.make_dirs(self.path)
             for key in moved:
                 if (self.path / key).exists():
                     atomic.remove_dir(self.path / key)

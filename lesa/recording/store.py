@@ -112,7 +112,7 @@ class TrajectoryStore:
         format, so that older versions refuse it whole.
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        atomic.make_dirs(path)
         root = path / "zarr.json"
         found = _readable(root)
         if found is not None:
