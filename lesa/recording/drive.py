@@ -109,7 +109,7 @@ def drive(
 
     Raises:
         lesa.locks.Locked: another recorder is at work on this store.
-        OSError: the disk cannot hold what is missing; nothing was recorded then.
+        OSError: the disk cannot hold what is missing, or does not let a trajectory be read; nothing was recorded then.
         StoreError: trajectories were damaged while the others were recorded.
         Exception: what recording a trajectory raised; what is committed stays.
     """
@@ -119,12 +119,12 @@ def drive(
         if swept:
             log.info("removed %d unfinished trajectories of a recorder that was killed", len(swept))
         ledger, pruned = Ledger(store), PrunedTrajectories(store)
-        pruned.drop_old()
         with recorders as pool:
             source, size = pool.describe()
             plan = plan_recording(workload, source)
             every = {item.key for item in plan}
             restored = pruned.restore(every)
+            pruned.drop_old()
             if restored:
                 log.info("%d trajectories that were pruned are taken back instead of recorded again", len(restored))
             damaged = _drop_damaged(store, every, ledger, log)
@@ -153,6 +153,7 @@ def _drop_damaged(store: TrajectoryStore, planned: set[str], ledger: Ledger, log
     if unread:
         log.info("reading %d trajectories that are new here or were touched: is all as it was recorded?", len(unread))
     damaged = ledger.verify(unread)
+    store.require_readable(damaged)
     for problem in damaged.values():
         log.warning("damaged, recorded anew: %s", problem)
     store.remove(damaged)

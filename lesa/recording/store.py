@@ -13,6 +13,7 @@ promise: who wrote it. Shapes: S steps, R branches, L tokens, C channels.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -31,6 +32,7 @@ from lesa.recording.store_format import StoreError, read_context, read_features
 
 _BLOCK = 4096  # bytes; what a file takes on disk is a multiple
 _KEY = re.compile(r"[0-9a-f]{32}")
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP)  # gone, or something else in its place
 _RECORD = (
     "call_kwargs",
     "digests",
@@ -162,6 +164,22 @@ class TrajectoryStore:
     def sweep(self) -> list[str]:
         """Delete what dead writers left unfinished; names. Under the writer lock."""
         return atomic.sweep_partials(self.path)
+
+    def require_readable(self, keys: Iterable[str]) -> None:
+        """Refuse to call damaged what the disk or this user's rights keep from being read: OSError naming the file."""
+        for key in keys:
+            try:
+                for name in atomic.regular_files(self.path / key):
+                    atomic.sha256_file(self.path / key / name)
+            except OSError as error:
+                if error.errno in _DAMAGE:
+                    continue
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}; trajectory {key} is not recorded again as long as it may be whole: see to the "
+                    "disk and to this user's rights, or delete its folder",
+                    error.filename,
+                ) from error
 
     def remove(self, keys: Iterable[str]) -> None:
         """Delete trajectories, and what only has the name of one. Under the writer lock."""

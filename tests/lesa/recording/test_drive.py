@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from lesa import atomic
 from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -119,6 +121,27 @@ def test_a_damaged_trajectory_is_recorded_anew(
     assert f"damaged, recorded anew: trajectory {key}" in caplog.text
     again = record(workload, pipe, store)
     assert (again["recorded"], again["repaired"]) == (0, 0)
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(
+    workload: Workload, pipe: FluxPipeline, store: TrajectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that is not mounted whole, rights that were taken away: nothing that may be good is deleted."""
+    before, shard = tree_digest(store.path), store.path / store.keys()[0] / SHARD
+    true = atomic.open_regular
+
+    def refuse(path: str | Path) -> Any:
+        if Path(path) == shard:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return true(path)
+
+    shard.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "open_regular", refuse)
+        with pytest.raises(OSError, match="Input/output error; trajectory .* is not recorded again"):
+            record(workload, pipe, store)
+    assert tree_digest(store.path) == before
+    assert record(workload, pipe, store)["recorded"] == 0
 
 
 def test_without_a_ledger_everything_is_read(workload: Workload, pipe: FluxPipeline, store: TrajectoryStore) -> None:
