@@ -1,17 +1,15 @@
 """A recorder to be killed: loads everything once, then forks a fresh recording for every line it is given.
 
-    python -m tests.faults.forking_recorder ROOT      a line of stdin: the store to fill, a pattern, a limit
+    python -m tests.faults.forking_recorder ROOT      a line of stdin: the store to fill, and a pattern or nothing
 
 Answers `pid N` when the recording starts and `ended STATUS` (its wait status) once it is over. So a sweep of kills
 costs one start-up, and every recording still is a process of its own that dies as processes die. With a pattern
-(a tab before it) it kills itself as it is about to open or make the first path that matches it; with a limit (another)
-it gets no more than so many bytes of memory beside what it has.
+(a tab before it) it kills itself as it is about to open or make the first path that matches it.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from fnmatch import fnmatch
@@ -36,12 +34,6 @@ def die_at(pattern: str) -> None:
     sys.addaudithook(watch)
 
 
-def limit_memory(num_bytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + num_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 def main() -> None:
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
@@ -49,15 +41,13 @@ def main() -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     print("ready", flush=True)
     for line in sys.stdin:
-        store, pattern, limit = [*line.rstrip("\n").split("\t"), "", ""][:3]
+        store, _, pattern = line.rstrip("\n").partition("\t")
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 if pattern:
                     die_at(pattern)
-                if limit:
-                    limit_memory(int(limit))
                 record(workload, pipe, TrajectoryStore.create(Path(store)))
                 code = 0
             finally:

@@ -86,9 +86,9 @@ def recorder(root: Path) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def start(recorder: subprocess.Popen[str], store: Path, die_at: str = "", memory: str = "") -> int:
+def start(recorder: subprocess.Popen[str], store: Path, die_at: str = "") -> int:
     assert recorder.stdin is not None
-    recorder.stdin.write(f"{store}\t{die_at}\t{memory}\n")
+    recorder.stdin.write(f"{store}\t{die_at}\n")
     recorder.stdin.flush()
     return int(answer(recorder, "pid"))
 
@@ -273,23 +273,6 @@ def test_two_writers_of_one_trajectory_make_one(tmp_path: Path) -> None:
     for seed in range(20):
         single.commit(trajectory(seed))
     assert tree_digest(path) == tree_digest(single.path)
-
-
-def test_out_of_memory_is_an_error_and_leaves_nothing_half_done(
-    root: Path, undisturbed: str, recorder: subprocess.Popen[str], tmp_path: Path
-) -> None:
-    """The kernel refuses memory (the one that kills instead is the kill above): the recording ends, and is taken up."""
-    ended = []
-    for number, more in enumerate((0, 1 << 20, 4 << 20, 16 << 20)):
-        store = tmp_path / f"{number}.zarr"
-        start(recorder, store, memory=str(more))
-        ended.append(status(recorder))
-        assert (ended[-1] == 0) == (len(committed(store)) == 6)
-        assert not store.exists() or TrajectoryStore.create(store).verify() == []
-        start(recorder, store)
-        assert status(recorder) == 0
-        assert list(store.glob("*.partial")) == [] and tree_digest(store) == undisturbed
-    assert ended[0] not in (0, -signal.SIGKILL)  # an error of its own, not a machine that ran out
 
 
 DISK = """
