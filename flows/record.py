@@ -24,7 +24,7 @@ from lesa.recording.store import TrajectoryStore
 
 @flow(name="record")
 def record(workload: str | None = None) -> dict[str, Any]:
-    """Record what the workload's plan names and the store does not hold; then drop what it does not name."""
+    """Record what the workload's plan names and the store does not hold whole; then set aside what it does not name."""
     settings = read_workload(workload)
     recorded_prompts(settings)  # unusable prompt files are refused before anything starts
     return record_trajectories(settings)

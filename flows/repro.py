@@ -16,8 +16,9 @@ from pathlib import Path
 import yaml
 
 from flows.environment import ROOT, state_folder
+from flows.preflight import check_repository
 from flows.registry.registry import CHAMPION, Registry
-from flows.stage import experiment_name, metrics_folder, read_workload
+from flows.stage import experiment_name, is_refusal, metrics_folder, read_workload
 from lesa.errors import LesaError
 from lesa.locks import Locked, file_lock
 from lesa.params import Workload
@@ -52,12 +53,14 @@ def dvc_repro(target: str, show: Callable[[str], object] = print, root: Path = R
 
     Raises:
         lesa.locks.Locked: another one of ours is at work; its process is named.
+        LesaError: something stands in the way (`flows.preflight`); nothing was started.
     """
     environment = dict(os.environ)
     # The stages' `python` must be the one we run on, whatever is on the path.
     environment["PYTHONUNBUFFERED"] = "1"  # people watch: what a stage says is shown when it says it
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with file_lock(state_folder(root) / "repro.lock"):
+        check_repository(root)
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "repro", target],
             cwd=root, env=environment, text=True, errors="replace", start_new_session=True,
@@ -138,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
             if code != 0:
                 return code
         return show_outcome(workload)
-    except (ValueError, FileNotFoundError, Locked) as error:
+    except (ValueError, OSError, Locked) as error:
+        if not is_refusal(error) and not isinstance(error, ValueError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -20,6 +20,15 @@ from typing import BinaryIO, NoReturn
 from lesa.locks import process_alive
 
 PARTIAL = ".partial"
+_NO_RIGHT = "this user may not write there: have the folder's owner or mode changed, or write elsewhere"
+_NO_SPACE = "make room and run again: what is committed stays"
+_REMEDIES = {
+    errno.EACCES: _NO_RIGHT,
+    errno.EPERM: _NO_RIGHT,
+    errno.EROFS: "the file system is mounted read-only: mount it writable, or write elsewhere",
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+}
 _COUNTER = itertools.count()  # two threads of one process must not share a temporary name
 _BLOCK = 1 << 20  # bytes read at a time when hashing
 
@@ -31,7 +40,13 @@ def write_bytes(path: str | Path, data: bytes, *, mode: int = 0o666) -> None:
         mode: of the file, less the umask; 0o600 for a secret.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_COUNTER)}{PARTIAL}")
+    with explained(path, len(data)):
+        _write_aside(path, data, mode)
+        fsync_dir(path.parent)
+
+
+def _write_aside(path: Path, data: bytes, mode: int) -> None:
+    aside = path.with_name(partial_name(path.name))
     try:
         # O_EXCL and O_NOFOLLOW: a link planted under the temporary name is an error, not a way out.
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -40,14 +55,29 @@ def write_bytes(path: str | Path, data: bytes, *, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException as error:
+    except BaseException:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(
-                error.errno, f"{error.strerror} while writing {len(data)} bytes", str(path)
-            ) from error
         raise
-    fsync_dir(path.parent)
+
+
+@contextmanager
+def explained(path: str | Path, num_bytes: int | None = None) -> Iterator[None]:
+    """What the disk refuses the block, as the same kind of OSError with a path and a remedy.
+
+    Args:
+        path: what is written; named where the error names no file.
+        num_bytes: how much of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        is_explained = error.filename is not None and remedy in str(error.strerror)
+        if error.errno is None or is_explained:
+            raise
+        size = f" while writing {num_bytes} bytes" if error.filename is None and num_bytes is not None else ""
+        said = f"{error.strerror}{size}" + (f"; {remedy}" if remedy else "")
+        raise OSError(error.errno, said, error.filename or str(path)) from error
 
 
 def write_json(path: str | Path, value: object, *, sort_keys: bool = True, mode: int = 0o666) -> None:
@@ -120,6 +150,16 @@ def fsync_dir(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+def make_dirs(folder: str | Path) -> None:
+    """Make a folder and those above it that are missing, their names durable; nothing to do for one that is there."""
+    folder = Path(folder).absolute()
+    with explained(folder):
+        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)  # another process may make it at the same time
+            fsync_dir(path.parent)
+
+
 def fsync_tree(folder: str | Path) -> None:
     """Make everything under `folder` durable: files first, then the folders that name them, deepest first."""
     for root, _, files in os.walk(folder, topdown=False, onerror=_raise):
@@ -140,16 +180,17 @@ def new_dir(final: str | Path, *, replace: bool) -> Iterator[Path]:
     """
     final = Path(final)
     partial = final.with_name(partial_name(final.name))
-    partial.mkdir()
-    try:
-        yield partial
-        if replace:
-            replace_dir(partial, final)
-        else:
-            _commit_first(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with explained(final):
+        partial.mkdir()
+        try:
+            yield partial
+            if replace:
+                replace_dir(partial, final)
+            else:
+                _commit_first(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _commit_first(partial: Path, final: Path) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lesa.doctor.machine import DISTRIBUTION, INSTALL, INSTALL_PIPELINE
+from lesa.locks import Locked
+
 _EXAMPLES = """\
   lesa sample "a thin seven" --bundle models:/lesa-flux-digits@champion --out images
   lesa compare --bundle data/bundles/flux-digits --seeds 8
@@ -23,12 +26,24 @@ _EXAMPLES = """\
 """
 
 
+# What `pip install .` brings, by import name; what else a command may miss comes with the extra `pipeline`.
+_CORE = {
+    "PIL", "accelerate", "diffusers", "jinja2", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers",
+    "yaml",
+}  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 1 when a check failed, 2 for bad input."""
     arguments = _parser().parse_args(argv)
     try:
         return int(getattr(importlib.import_module("lesa.commands"), arguments.run)(arguments))
-    except (ValueError, OSError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        missing = (error.name or str(error)).split(".")[0]
+        remedy = INSTALL if missing in _CORE else INSTALL_PIPELINE
+        print(f"lesa {arguments.command}: needs {missing}, which is not installed: {remedy}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, ImportError, Locked) as error:
         print(f"lesa {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -52,8 +67,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    from lesa.doctor.machine import DISTRIBUTION
-
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -77,6 +90,7 @@ def _add_sample(commands: Any) -> None:
     _schedule_choice(parser)
     parser.add_argument("--seed", type=int, default=0, help="noise of the first image; the next has the next")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files (default: here)")
+    parser.add_argument("--overwrite", action="store_true", help="replace images of the same name in that folder")
     parser.add_argument("--steps", type=int, help="sampler steps, in the bundle's range (default: the bundle's own)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a pipeline call")
     parser.add_argument(
@@ -167,11 +181,16 @@ def _add_bundle(commands: Any) -> None:
 
 
 def _add_store(commands: Any) -> None:
-    examples = "  lesa store verify data/trajectories/flux-digits.zarr\n"
-    store = _command(commands, "store", "verify a trajectory store", examples)
+    verify = "  lesa store verify data/trajectories/flux-digits.zarr\n"
+    drop = "  lesa store drop-pruned data/trajectories/flux-digits.zarr\n"
+    store = _command(commands, "store", "verify a trajectory store, or delete what was pruned from it", verify + drop)
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = _command(actions, "verify", "check every trajectory against its digests", examples, run="store_verify")
-    verify.add_argument("store", type=Path, help="a .zarr folder")
+    for name, help_text, examples in (
+        ("verify", "check every trajectory against its digests", verify),
+        ("drop-pruned", "delete the pruned trajectories that are kept beside the store", drop),
+    ):
+        action = _command(actions, name, help_text, examples, run=f"store_{name.replace('-', '_')}")
+        action.add_argument("store", type=Path, help="a .zarr folder")
 
 
 def _add_doctor(commands: Any) -> None:

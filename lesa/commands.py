@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lesa.errors import LesaError
+from lesa.locks import Locked
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lesa.bundle import Bundle
     from lesa.bundle.manifest import Manifest
     from lesa.params import CallParams, ModelParams
+    from lesa.recording.store import TrajectoryStore
     from lesa.schedule import Schedule
 
 
@@ -31,6 +33,10 @@ def sample(arguments: argparse.Namespace) -> int:
         raise LesaError("give at least one prompt")
     bundle = _load_bundle(arguments.bundle)
     call = _call_of(bundle.manifest, arguments)
+    seeds = [arguments.seed + index for index in range(len(prompts))]
+    names = [f"{index:03d}-seed{seed}-{_kind_of(bundle.manifest, arguments)}" for index, seed in enumerate(seeds)]
+    if not arguments.overwrite:
+        _refuse_existing(arguments.out, names)
     from lesa.models.pipelines import sample as draw
     from lesa.sampling.enable import enable, summary
 
@@ -47,14 +53,42 @@ def sample(arguments: argparse.Namespace) -> int:
             allow=arguments.allow,
             adaptive=arguments.adaptive,
         )
-    seeds = [arguments.seed + index for index in range(len(prompts))]
     images = draw(pipe, prompts, seeds, call, batch_size=arguments.batch_size)
-    for path in save_images(images, seeds, arguments.out):
+    for path in save_images(images, names, arguments.out):
         print(path, file=sys.stderr if arguments.json else sys.stdout)
     if not arguments.plain:
         statistics = summary(pipe)
         print(json.dumps(statistics.to_dict(), indent=2) if arguments.json else f"\n{statistics}")
     return 0
+
+
+def _kind_of(manifest: Manifest, arguments: argparse.Namespace) -> str:
+    """How a sample is drawn, for its file's name: `plain`, `5x`, `interval7`, `full10`, `5x-28steps`, `5x-adaptive`."""
+    from lesa.bundle.budgets import choose_schedule
+
+    if arguments.plain:
+        kind = "plain"
+    elif arguments.full_steps is not None:
+        kind = f"full{len(set(arguments.full_steps))}"
+    elif arguments.interval is not None:
+        kind = f"interval{arguments.interval}"
+    else:
+        wish = {name: getattr(arguments, name) for name in ("budget", "min_psnr", "max_loss_db")}
+        _, kind = choose_schedule(manifest, **wish)
+    steps = f"-{arguments.steps}steps" if arguments.steps is not None else ""
+    return kind + steps + ("-adaptive" if arguments.adaptive and not arguments.plain else "")
+
+
+def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
+    """Before anything is loaded: files that the samples of these names would replace."""
+    patterns = [f"{name}{suffix}.png" for name in names for suffix in ("", "-frame*")]
+    there = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        raise LesaError(
+            f"{folder} has {', '.join(there[:3])}{more} already: give another folder (--out), another --seed, "
+            "or --overwrite"
+        )
 
 
 def _call_of(manifest: Manifest, arguments: argparse.Namespace) -> CallParams:
@@ -67,12 +101,12 @@ def _call_of(manifest: Manifest, arguments: argparse.Namespace) -> CallParams:
     return dataclasses.replace(manifest.call, num_inference_steps=arguments.steps)
 
 
-def save_images(images: torch.Tensor, seeds: Sequence[int], folder: Path) -> list[Path]:
-    """Write `000-seed<seed>.png` (videos: one file a frame) and return the paths.
+def save_images(images: torch.Tensor, names: Sequence[str], folder: Path) -> list[Path]:
+    """Write `<name>.png` (videos: `<name>-frame<number>.png`, one a frame) and return the paths.
 
     Args:
         images: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1].
-        seeds: the noise seed of each.
+        names: of the files, one each.
         folder: made if it is not there; files of the same name are replaced.
     """
     import torch
@@ -80,11 +114,11 @@ def save_images(images: torch.Tensor, seeds: Sequence[int], folder: Path) -> lis
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for index, (image, seed) in enumerate(zip(images, seeds, strict=True)):
+    for image, name in zip(images, names, strict=True):
         frames = image if image.ndim == 4 else image[None]
         for number, frame in enumerate(frames):
             suffix = f"-frame{number:04d}" if image.ndim == 4 else ""
-            path = folder / f"{index:03d}-seed{seed}{suffix}.png"
+            path = folder / f"{name}{suffix}.png"
             array = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             Image.fromarray(array).save(path)
             written.append(path)
@@ -225,14 +259,46 @@ def bundle_verify(arguments: argparse.Namespace) -> int:
 
 def store_verify(arguments: argparse.Namespace) -> int:
     """Check every trajectory of a store against its digests; 1 where one is damaged."""
+    from lesa.recording.ledger import Ledger
     from lesa.recording.store import TrajectoryStore
 
     store = TrajectoryStore.open(arguments.store)
-    problems = store.verify()
+    damaged = Ledger(store).verify(store.keys())
+    problems = [*store.strangers(), *damaged.values()]
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{arguments.store}: {len(store.keys())} trajectories, {len(problems)} problem(s)")
+    if damaged:
+        _note_damage(store, damaged)
     return 1 if problems else 0
+
+
+def _note_damage(store: TrajectoryStore, keys: Iterable[str]) -> None:
+    """The next recording reads these again, also where size and times of their files tell nothing."""
+    from lesa.recording.ledger import Ledger
+
+    try:
+        with store.writer_lock():
+            ledger = Ledger(store)
+            ledger.forget(keys)
+            ledger.save()
+    except (OSError, Locked) as error:
+        print(f"not noted for the record stage: {error}", file=sys.stderr)
+    print("the record stage records damaged ones anew: dvc repro --force --single-item record, or the workload's own")
+
+
+def store_drop_pruned(arguments: argparse.Namespace) -> int:
+    """Delete the trajectories that were pruned from a store and are kept beside it."""
+    from lesa.atomic import format_bytes
+    from lesa.recording.pruned import PrunedTrajectories
+    from lesa.recording.store import TrajectoryStore
+
+    store = TrajectoryStore.open(arguments.store)
+    with store.writer_lock():
+        pruned = PrunedTrajectories(store)
+        size = format_bytes(pruned.size(pruned.keys()))
+        print(f"{pruned.path}: {len(pruned.drop())} trajectories deleted, {size}")
+    return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ noticed only where the expected digest comes from elsewhere (registry tag, DVC l
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,14 @@ from lesa import atomic
 from lesa.bundle.card import card
 from lesa.bundle.manifest import SCHEMA, WEIGHTS, BundleError, Manifest
 from lesa.predictor.predictor import Predictor
+from lesa.predictor.spec import PredictorSpec
 from lesa.strict_json import StrictJsonError, parse
 
 MANIFEST, README = "manifest.json", "README.md"
 MAX_MANIFEST = MAX_README = 1 << 20  # bytes
 WRITTEN = ("schema", "channels", "step_range", "predictor", "files")  # keys of a manifest that `write_bundle` adds
+_VALUE_BYTES = 4  # of the widest of _DTYPES
+_NAME_BYTES = 512  # of a tensor's line in the header of the weights; it takes some 150
 _FILES = (MANIFEST, README, WEIGHTS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +69,10 @@ def load_bundle(folder: str | Path, expected_digest: str | None = None) -> Bundl
             raise BundleError(folder, [f"{MANIFEST}: {error}"]) from None
         manifest = Manifest.from_dict(document, folder)
         _read_file(folder, descriptor, README, MAX_README)  # for people; held to the same rules
+        most = _most_bytes(manifest.predictor)
+        if manifest.weights_bytes > most:  # before they are read: a file may claim terabytes that it does not take
+            said = f"{WEIGHTS}: {manifest.weights_bytes} bytes by the manifest, its predictor has at most {most}"
+            raise BundleError(folder, [said])
         weights = _read_file(folder, descriptor, WEIGHTS, manifest.weights_bytes)
     return Bundle(manifest, _predictor(folder, manifest, weights), digest, folder)
 
@@ -91,7 +99,7 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
         "predictor": predictor.spec.to_dict(),
         "files": {WEIGHTS: {"bytes": len(weights), "sha256": atomic.sha256_bytes(weights)}},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    atomic.make_dirs(folder.parent)
     with atomic.new_dir(folder, replace=True) as partial:
         try:
             atomic.write_json(partial / MANIFEST, document)
@@ -102,6 +110,12 @@ def write_bundle(folder: str | Path, manifest: Mapping[str, Any], predictor: Pre
         atomic.write_bytes(partial / README, card(checked).encode())
         load_bundle(partial)
     return load_bundle(folder)
+
+
+def _most_bytes(spec: PredictorSpec) -> int:
+    """What the weights of a predictor can take at most: its values, and a header that names its tensors."""
+    shapes = Predictor.tensor_shapes(spec).values()
+    return sum(math.prod(shape) * _VALUE_BYTES + _NAME_BYTES for shape in shapes) + _NAME_BYTES
 
 
 def _predictor(folder: Path, manifest: Manifest, weights: bytes) -> Predictor:

@@ -13,10 +13,11 @@ promise: who wrote it. Shapes: S steps, R branches, L tokens, C channels.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from lesa.recording.store_format import StoreError, read_context, read_features
 
 _BLOCK = 4096  # bytes; what a file takes on disk is a multiple
 _KEY = re.compile(r"[0-9a-f]{32}")
-_ANY_FILES = sorted(set().union(*form.FILES.values()))
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP)  # gone, or something else in its place
 _RECORD = (
     "call_kwargs",
     "digests",
@@ -87,6 +88,14 @@ def _root_metadata(format: int) -> dict[str, Any]:
     return form.group_metadata({"format": format, "kind": "lesa trajectories", "tap": TAP})
 
 
+def _readable(metadata: Path) -> dict[str, Any] | None:
+    """What a zarr.json says; None where there is none, or none that can be read."""
+    try:
+        return form.read_metadata(metadata)
+    except StoreError:
+        return None
+
+
 def _blocks(num_bytes: int) -> int:
     return -(-num_bytes // _BLOCK) * _BLOCK
 
@@ -105,11 +114,12 @@ class TrajectoryStore:
         format, so that older versions refuse it whole.
         """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        atomic.make_dirs(path)
         root = path / "zarr.json"
-        if root.exists():
+        found = _readable(root)
+        if found is not None:
             cls.open(path)
-        if not root.exists() or form.read_metadata(root) != _root_metadata(form.FORMAT):
+        if found != _root_metadata(form.FORMAT):  # also where it cannot be read: it says nothing but the format
             atomic.write_json(root, _root_metadata(form.FORMAT))
         return cls.open(path)
 
@@ -124,7 +134,10 @@ class TrajectoryStore:
         got = form.read_metadata(path / "zarr.json")
         if not any(got == _root_metadata(format) for format in form.FILES):
             newest = form.short(_root_metadata(form.FORMAT))
-            raise StoreError(f"{path}: got {form.short(got)}, this version reads {newest} and older; record anew")
+            raise StoreError(
+                f"{path}: got {form.short(got)}, this version reads {newest} and older; upgrade, or where "
+                "its zarr.json alone is damaged delete that file: the record stage writes it anew"
+            )
         return cls(path)
 
     def __contains__(self, key: str) -> bool:
@@ -135,17 +148,12 @@ class TrajectoryStore:
         return sorted(entry.name for entry in os.scandir(self.path) if _KEY.fullmatch(entry.name))
 
     def state(self) -> str:
-        """SHA-256 over size, inode and time of change of every committed file: as long as it stays, so do the bytes."""
-        lines = []
-        for key in self.keys():
-            for file in _ANY_FILES:
-                try:
-                    found = (self.path / key / file).lstat()
-                except OSError as error:
-                    lines.append(f"{key}/{file} {error.errno}")
-                else:
-                    lines.append(f"{key}/{file} {found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}")
-        return atomic.sha256_bytes("\n".join(lines).encode())
+        """SHA-256 over the states of all trajectories: as long as it stays, so do their bytes."""
+        return atomic.sha256_bytes("\n".join(f"{key} {self.state_of(key)}" for key in self.keys()).encode())
+
+    def state_of(self, key: str) -> str:
+        """SHA-256 over name, size, inode and times of change of a trajectory's files, none of which is read."""
+        return atomic.sha256_bytes("\n".join(_file_states(self.path / key)).encode())
 
     @contextmanager
     def writer_lock(self) -> Iterator[None]:
@@ -157,17 +165,30 @@ class TrajectoryStore:
         """Delete what dead writers left unfinished; names. Under the writer lock."""
         return atomic.sweep_partials(self.path)
 
-    def prune(self, keep: set[str]) -> list[str]:
-        """Remove every trajectory not in `keep`, once all of `keep` exist; their keys. Under the lock."""
-        missing = sorted(keep - set(self.keys()))
-        if missing:
-            raise StoreError(
-                f"{self.path}: {len(missing)} keys to keep are not recorded, e.g. {missing[0]}; not pruned"
-            )
-        removed = [key for key in self.keys() if key not in keep]
-        for key in removed:
-            atomic.remove_dir(self.path / key)
-        return removed
+    def require_readable(self, keys: Iterable[str]) -> None:
+        """Refuse to call damaged what the disk or this user's rights keep from being read: OSError naming the file."""
+        for key in keys:
+            try:
+                for name in atomic.regular_files(self.path / key):
+                    atomic.sha256_file(self.path / key / name)
+            except OSError as error:
+                if error.errno in _DAMAGE:
+                    continue
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}; trajectory {key} is not recorded again as long as it may be whole: see to the "
+                    "disk and to this user's rights, or delete its folder",
+                    error.filename,
+                ) from error
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete trajectories, and what only has the name of one. Under the writer lock."""
+        for key in keys:
+            folder = self.path / key
+            if folder.is_dir() and not folder.is_symlink():
+                atomic.remove_dir(folder)
+            else:
+                folder.unlink()
 
     def commit(self, trajectory: Trajectory) -> str:
         """Write a trajectory durably and return its key; nothing happens if it is there already.
@@ -266,19 +287,27 @@ class TrajectoryStore:
 
     def verify(self) -> list[str]:
         """Every problem of every trajectory, one line each; an empty list means all is as it was recorded."""
-        problems = []
-        for entry in sorted(os.scandir(self.path), key=lambda item: item.name):
-            if entry.name == "zarr.json" or entry.name.endswith(atomic.PARTIAL):
-                continue  # opened already; unfinished work counts as absent
-            if not _KEY.fullmatch(entry.name):
-                problems.append(f"{entry.name}: does not belong in a trajectory store")
-                continue
-            for read in (self.features, self.context):
-                try:
-                    read(entry.name)
-                except (StoreError, OSError) as error:
-                    if str(error) not in problems:
-                        problems.append(str(error))
+        return self.strangers() + [problem for key in self.keys() for problem in self.problems(key)]
+
+    def strangers(self) -> list[str]:
+        """A line for everything in the folder that is not the store's; unfinished work counts as absent."""
+        names = sorted(entry.name for entry in os.scandir(self.path))
+        own = {"zarr.json", *self.keys()}
+        return [
+            f"{name}: does not belong in a trajectory store"
+            for name in names
+            if name not in own and not name.endswith(atomic.PARTIAL)
+        ]
+
+    def problems(self, key: str) -> list[str]:
+        """What is wrong with a trajectory, once every byte of it is read; nothing where it is as it was recorded."""
+        problems: list[str] = []
+        for read in (self.features, self.context):
+            try:
+                read(key)
+            except (StoreError, OSError) as error:
+                if str(error) not in problems:
+                    problems.append(str(error))
         return problems
 
     def _format(self, key: str) -> int:
@@ -317,6 +346,23 @@ class TrajectoryStore:
             raise StoreError(
                 f"trajectory {key}: {file} has {got} bytes, its shape makes {expected}; record it again"
             )
+
+
+def _file_states(folder: Path, prefix: str = "") -> list[str]:
+    """A line for everything under `folder` but folders: what tells that a file was written or replaced."""
+    lines: list[str] = []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                lines += _file_states(Path(entry.path), f"{prefix}{entry.name}/")
+                continue
+            found = entry.stat(follow_symlinks=False)
+            changed = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+            lines.append(f"{prefix}{entry.name} {found.st_mode} {found.st_size} {found.st_ino} {changed}")
+    except OSError as error:  # gone or unreadable: reading the trajectory says more
+        lines.append(f"{prefix} {error.errno}")
+    return lines
 
 
 def _check_trajectory(key: str, trajectory: Trajectory) -> None:

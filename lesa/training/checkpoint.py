@@ -46,7 +46,7 @@ def save_checkpoint(
         folder: of this training run alone.
         key: identity of the run (settings and data); a checkpoint of another is never resumed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_dirs(folder)
     tensors = {f"module/{name}": tensor.contiguous() for name, tensor in module.state_dict().items()}
     tensors |= {f"best/{name}": tensor.contiguous() for name, tensor in state.best.items()}
     tensors |= _optimizer_tensors(optimizer)

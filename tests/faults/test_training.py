@@ -185,12 +185,12 @@ def test_killed_at_an_iteration(
     assert done["figures"] == undisturbed[step, gate]["figures"]
 
 
-# Eleven acts: sync, rename and sync the folder for two files, sync the tree (three), rename the folder, sync its
-# parent. The third commit also removes the first, in two.
-WRITES = [*range(1, 12), 12, 21, 32, 34, 35]
+# Three acts: sync the parents of new folders. Then eleven a commit: sync, rename and sync the folder for two files,
+# sync the tree (three), rename the folder, sync its parent. The third commit also removes the first, in two.
+WRITES = [*range(1, 15), 15, 24, 35, 37, 38]
 
 
-@pytest.mark.parametrize(("step", "writes"), [("ground_truth", WRITES), ("closed_loop", [4, 10, 21, 34])])
+@pytest.mark.parametrize(("step", "writes"), [("ground_truth", WRITES), ("closed_loop", [4, 10, 13, 24, 37])])
 def test_killed_inside_a_checkpoint(
     root: Path, undisturbed: Any, tmp_path: Path, step: str, writes: list[int]
 ) -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lesa import cli
 from lesa.bundle import load_bundle
 from lesa.cli import main
 from lesa.peers.lineup import Searched, SearchedPeers, save_searched
+from lesa.recording.ledger import Ledger, ledger_of
 from lesa.recording.prompts import prompt_digests
+from lesa.recording.pruned import PrunedTrajectories
+from lesa.recording.store import TrajectoryStore
 from tests.helpers.bundles import make_bundle
 from tests.helpers.tiny import tiny_flux
+from tests.lesa.recording.test_store import trajectory
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +84,7 @@ def test_arguments_that_cannot_be_parsed(capsys):
 COMMANDS = ["sample", "compare", "schedule", "flops", "bundle", "bundle show", "bundle verify", "store"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "store verify", "doctor"])
+@pytest.mark.parametrize("command", [*COMMANDS, "store verify", "store drop-pruned", "doctor"])
 def test_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
@@ -104,8 +111,8 @@ def test_sample_writes_pictures_and_shows_the_run(place, tmp_path, capsys):
     assert main(["sample", "a thin seven", "a bold two", *base, "--seed", "4", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "6 full of 10: 1.67x" in printed and "budget: 1.67x" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["000-seed4.png", "001-seed5.png"]
-    assert Image.open(out / "000-seed4.png").size == (16, 16)
+    assert sorted(path.name for path in out.iterdir()) == ["000-seed4-1.67x.png", "001-seed5-1.67x.png"]
+    assert Image.open(out / "000-seed4-1.67x.png").size == (16, 16)
 
     again = tmp_path / "again"
     arguments = ["sample", "--prompt", "a thin seven", *base, "--seed", "4", "--json", "--out", str(again)]
@@ -114,7 +121,26 @@ def test_sample_writes_pictures_and_shows_the_run(place, tmp_path, capsys):
     plain, one = tmp_path / "plain", tmp_path / "one"
     assert main(["sample", "a thin seven", *base, "--plain", "--out", str(plain)]) == 0
     assert main(["sample", "a thin seven", *base, "--interval", "1", "--out", str(one)]) == 0
-    assert (plain / "000-seed0.png").read_bytes() == (one / "000-seed0.png").read_bytes()
+    assert (plain / "000-seed0-plain.png").read_bytes() == (one / "000-seed0-interval1.png").read_bytes()
+
+
+def test_samples_drawn_otherwise_have_other_names_and_none_is_overwritten_unasked(place, tmp_path, capsys):
+    base = ["--bundle", str(place / "bundle"), "--base", str(place / "pipeline"), "--device", "cpu"]
+    base += ["--out", str(tmp_path)]
+    ways = [[], ["--plain"], ["--interval", "2"], ["--full-steps", "0,1,2,3,5"], ["--budget", "1.43x"]]
+    for way in ways:
+        assert main(["sample", "a thin seven", *base, *way]) == 0
+    kinds = ["1.43x", "1.67x", "full5", "interval2", "plain"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"000-seed0-{kind}.png" for kind in kinds]
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    # The default once more, chosen by another name.
+    for way in ([], ["--plain"], ["--budget", "1.67x"]):
+        assert main(["sample", "a bold two", *base, *way]) == 2
+        assert "already: give another folder (--out), another --seed, or --overwrite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main(["sample", "a bold two", *base, "--plain", "--overwrite"]) == 0
+    assert (tmp_path / "000-seed0-plain.png").read_bytes() != before[tmp_path / "000-seed0-plain.png"]
 
 
 def test_sample_refuses_steps_that_the_bundle_does_not_serve(place, tmp_path, capsys):
@@ -155,11 +181,15 @@ def test_bundle_show_and_verify(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [["bundle", "verify"], ["bundle", "show"], ["schedule", "--bundle"]])
-def test_reading_a_bundle_imports_no_pipeline(place, command):
-    code = "import sys; from lesa.cli import main; main(sys.argv[1:]); print('diffusers' in sys.modules)"
+def test_reading_a_bundle_imports_torch_and_nothing_else_that_takes_long(place, command):
+    """A bundle is read with torch, numpy and safetensors: importing these is the whole wait."""
+    code = "import sys; from lesa.cli import main; main(sys.argv[1:]); print(*{n.split('.')[0] for n in sys.modules})"
     arguments = [sys.executable, "-c", code, *command, str(place / "bundle")]
     done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert {"torch", "lesa"} <= loaded, done.stderr
+    slow = {"diffusers", "transformers", "accelerate", "mlflow", "zarr", "pandas", "scipy", "sklearn", "kan", "ray"}
+    assert loaded.isdisjoint(slow)
 
 
 def test_schedule_of_a_bundle(place, capsys):
@@ -250,3 +280,61 @@ def test_flops_leaves_no_argument_out(capsys, place):
     assert full_steps("flux-schnell", "--steps", "8") == [0, 3, 6]  # the model's own rule, as without arguments
     assert main(["flops", "flux-dev", "--bundle", str(place / "bundle"), "--budget", "x", "--interval", "7"]) == 2
     assert "give --budget, or --interval, --steps and --warmup" in capsys.readouterr().err
+
+
+def test_a_store_is_verified_and_what_is_damaged_is_told_to_the_recording(tmp_path, capsys):
+    path = tmp_path / "set.zarr"
+    store = TrajectoryStore.create(path)
+    good, bad = (store.commit(trajectory(seed)) for seed in (0, 1))
+    ledger = Ledger(store)
+    ledger.verify([good, bad])
+    ledger.save()
+    assert main(["store", "verify", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 2 trajectories, 0 problem(s)\n"
+    shard = path / bad / "features/c.0.0.0.0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    (path / "note.txt").touch()
+    forged = json.loads(ledger_of(path).read_text())
+    forged["trajectories"][bad]["state"] = store.state_of(bad)  # a disk that lost a bit leaves no trace
+    ledger_of(path).write_text(json.dumps(forged))
+    assert main(["store", "verify", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert f"trajectory {bad}: features" in printed.err and "note.txt: does not belong" in printed.err
+    assert "2 problem(s)" in printed.out and "records damaged ones anew" in printed.out
+    assert Ledger(store).unread([good, bad]) == [bad]
+
+
+def test_what_was_pruned_is_deleted_on_request(tmp_path, capsys):
+    path = tmp_path / "set.zarr"
+    store = TrajectoryStore.create(path)
+    kept, _ = (store.commit(trajectory(seed)) for seed in (0, 1))
+    PrunedTrajectories(store).prune({kept})
+    with store.writer_lock():
+        assert main(["store", "drop-pruned", str(path)]) == 2
+    assert f"held by process {os.getpid()}" in capsys.readouterr().err
+    assert main(["store", "drop-pruned", str(path)]) == 0
+    assert "1 trajectories deleted, " in capsys.readouterr().out and not (tmp_path / "set.zarr.pruned").exists()
+    assert main(["store", "drop-pruned", str(path)]) == 0 and store.keys() == [kept]
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "remedy"),
+    [
+        ("google_crc32c", ["store", "verify", "STORE"], "pip install '.[pipeline]' in the repository"),
+        ("safetensors", ["bundle", "show", "BUNDLE"], "pip install . in the repository"),
+    ],
+)
+def test_what_is_not_installed_is_one_line_with_the_remedy(place, tmp_path, missing, command, remedy):
+    TrajectoryStore.create(tmp_path / "set.zarr")
+    folders = {"STORE": str(tmp_path / "set.zarr"), "BUNDLE": str(place / "bundle")}
+    code = f"import sys; sys.modules[{missing!r}] = None; from lesa.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, *(folders.get(word, word) for word in command)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert done.stderr == f"lesa {command[0]}: needs {missing}, which is not installed: {remedy}\n"
+
+
+def test_every_dependency_of_the_core_is_known_as_such():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in declared}
+    assert {{"pillow": "PIL", "pyyaml": "yaml"}.get(name, name) for name in names} == cli._CORE

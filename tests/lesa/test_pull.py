@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
+import signal
+import socket
 import sqlite3
+import stat
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,6 +159,138 @@ def test_a_cache_that_others_can_write_is_refused(registry, tmp_path):
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     with pytest.raises(PullError, match="can be written by others"):
+        pull("models:/lesa-tiny@champion", tracking_uri=registry[0])
+
+
+@pytest.fixture
+def served(registry, tmp_path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A registry over http, and the process that serves it."""
+    pytest.importorskip("mlflow")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    database = tmp_path / "served.db"
+    shutil.copyfile(registry[0].removeprefix("sqlite:///"), database)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--default-artifact-root", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([*command, "--workers", "1"], stdout=quiet, stderr=quiet, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5):
+                break
+        except OSError:
+            assert time.monotonic() < deadline and process.poll() is None, "the server does not come up"
+            time.sleep(0.2)
+    yield uri, process
+    for number in (signal.SIGCONT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_cached_champion_is_served_while_the_registry_hangs_or_is_gone(served, registry, caplog, monkeypatch):
+    monkeypatch.setattr("lesa.pull.ANSWER_SECONDS", 60.0)  # while it is up, on a machine that is busy
+    uri, process = served
+    champion = "models:/lesa-tiny@champion"
+    folder = pull(champion, tracking_uri=uri, cached_days=1)
+    assert folder.name == registry[2] and not caplog.records
+    os.killpg(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr("lesa.pull.ANSWER_SECONDS", 2.0)
+    started = time.monotonic()
+    assert pull(champion, tracking_uri=uri, cached_days=1) == folder
+    assert time.monotonic() - started < 15  # MLflow's own patience with it is a minute
+    assert "no answer within 2 s; taken from the cache: the bundle that it named " in caplog.text
+    os.killpg(process.pid, signal.SIGCONT)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    monkeypatch.setattr("lesa.pull.ANSWER_SECONDS", 60.0)
+    caplog.clear()
+    assert pull(champion, tracking_uri=uri, cached_days=1) == folder
+    assert "taken from the cache" in caplog.text and f" ago, {folder.name}" in caplog.text
+    with pytest.raises(PullError, match="from http://127.0.0.1"):  # where the caller does not allow it
+        pull(champion, tracking_uri=uri)
+    with pytest.raises(PullError, match="it never answered for models:/lesa-tiny/1 on this machine"):
+        pull("models:/lesa-tiny/1", tracking_uri=uri, cached_days=1)
+
+
+class Gone:
+    """A client whose registry is down."""
+
+    error: Exception = ConnectionError("connection refused")
+
+    def __init__(self, **_: str) -> None:
+        raise self.error
+
+
+@pytest.fixture
+def gone(registry, monkeypatch) -> str:
+    """A registry that answered once and is down since."""
+    pull("models:/lesa-tiny@champion", tracking_uri=registry[0])
+    monkeypatch.setattr("lesa.pull._client_class", lambda: Gone)
+    return registry[0]
+
+
+def test_an_answer_that_is_too_old_or_whose_bundle_is_spoiled_is_not_served(gone, registry, tmp_path):
+    def ask(days: float) -> Path:
+        return pull("models:/lesa-tiny@champion", tracking_uri=gone, cached_days=days)
+
+    folder = ask(1)
+    (noted,) = (tmp_path / "cache" / "answers").iterdir()
+    assert stat.S_IMODE(noted.stat().st_mode) == 0o600 and "sqlite" not in noted.read_text()
+    answer = json.loads(noted.read_text())
+    noted.write_text(json.dumps({**answer, "at": time.time() - 3.1 * 86400}))
+    assert ask(4) == folder
+    with pytest.raises(PullError, match="connection refused; its last answer is 3 days old, cached_days allows 2"):
+        ask(2)
+    noted.write_text("{")
+    with pytest.raises(PullError, match="it never answered"):
+        ask(4)
+    noted.write_text(json.dumps(answer))
+    (folder / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(PullError, match="is not in .* any more"):
+        ask(4)
+    noted.write_text(json.dumps({**answer, "digest": "../../elsewhere"}))
+    with pytest.raises(PullError, match="is not in .* any more"):
+        ask(4)
+
+
+def test_a_registry_that_answers_is_believed(gone, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    monkeypatch.setattr(Gone, "error", MlflowException("no such alias", error_code=RESOURCE_DOES_NOT_EXIST))
+    with pytest.raises(PullError, match="no such alias"):
+        pull("models:/lesa-tiny@champion", tracking_uri=gone, cached_days=30)
+
+
+def test_a_registry_that_moved_with_its_files_is_read_and_one_without_them_says_where_it_looked(registry, tmp_path):
+    old = Path(registry[0].removeprefix("sqlite:///")).parent
+    away = old.with_name("away")
+    old.rename(away)
+    try:
+        new = tmp_path / "new"
+        shutil.copytree(away, new)
+        uri = f"sqlite:///{new / 'mlflow.db'}"
+        assert pull("models:/lesa-tiny@champion", tracking_uri=uri).name == registry[2]
+        shutil.rmtree(tmp_path / "cache")
+        shutil.rmtree(new / "artifacts")
+        with pytest.raises(PullError) as caught:
+            pull("models:/lesa-tiny@champion", tracking_uri=uri)
+        message = str(caught.value)
+        assert f"in {registry[1]}, which is not here nor beside the database, under {new}" in message
+        assert "mlartifacts goes where mlflow.db goes" in message
+    finally:
+        away.rename(old)
+
+
+def test_a_database_that_this_user_may_not_read_says_so(registry, monkeypatch):
+    database = registry[0].removeprefix("sqlite:///")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != database)
+    with pytest.raises(PullError, match="mlflow.db cannot be read by this user: have its mode changed"):
         pull("models:/lesa-tiny@champion", tracking_uri=registry[0])
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle, write_bundle
 from lesa.bundle.card import card
+from lesa.bundle.format import _most_bytes
 from lesa.bundle.manifest import READ, BundleError, Manifest
 from lesa.params import CallParams
 from lesa.schedule import Schedule
@@ -296,3 +300,36 @@ def test_a_bundle_of_smaller_pictures_than_a_workload_may_have_is_read(good):
 def test_a_manifest_goes_through_json(good):
     document = json.loads((good / MANIFEST).read_text())
     assert Manifest.from_dict(document).to_dict() == document
+
+
+def test_weights_larger_than_their_predictor_are_refused_before_they_are_read(spoiled):
+    """Eight gibibytes that take no disk: a hole in a file, vouched for by the manifest."""
+    size = 8 << 30
+    os.truncate(spoiled / WEIGHTS, size)
+    edit(spoiled, lambda document: document["files"][WEIGHTS].update(bytes=size))
+    tracemalloc.start()
+    try:
+        assert f"{WEIGHTS}: {size} bytes by the manifest, its predictor has at most" in refusal(spoiled)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_predictor_writes_is_never_too_large_for_it(good):
+    bundle = load_bundle(good)
+    most = _most_bytes(bundle.predictor.spec)
+    assert bundle.manifest.weights_bytes <= most < bundle.manifest.weights_bytes + (8 << 10)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line_with_the_remedy(pipe, monkeypatch, tmp_path):
+    mkdir = Path.mkdir
+
+    def refuse(self, *arguments, **options):
+        if self.name.startswith("mine."):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match="this user may not write there: have the folder's owner or mode changed"):
+        make_bundle(pipe, tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == []

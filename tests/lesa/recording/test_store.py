@@ -161,16 +161,6 @@ def test_what_float32_cannot_hold_is_refused(store: TrajectoryStore) -> None:
     assert store.keys() == []
 
 
-def test_prune_keeps_the_plan_and_refuses_before_it_is_complete(store: TrajectoryStore) -> None:
-    keys = [store.commit(trajectory(seed)) for seed in range(3)]
-    with pytest.raises(StoreError, match="1 keys to keep are not recorded"):
-        store.prune({keys[0], "0" * 32})
-    assert len(store.keys()) == 3
-    assert store.prune({keys[1]}) == sorted([keys[0], keys[2]])
-    assert store.keys() == [keys[1]]
-    assert sorted(entry.name for entry in store.path.iterdir()) == sorted([keys[1], "zarr.json"])
-
-
 def test_open_refuses_what_is_no_store_of_this_version(tmp_path: Path, store: TrajectoryStore) -> None:
     with pytest.raises(StoreError, match="run the record stage first"):
         TrajectoryStore.open(tmp_path / "nothing.zarr")
