@@ -50,6 +50,7 @@ def sample(arguments: argparse.Namespace) -> int:
             full_steps=arguments.full_steps,
             min_psnr=arguments.min_psnr,
             max_loss_db=arguments.max_loss_db,
+            max_outlier_share=arguments.max_outlier_share,
             allow=arguments.allow,
             adaptive=arguments.adaptive,
         )
@@ -73,7 +74,7 @@ def _kind_of(manifest: Manifest, arguments: argparse.Namespace) -> str:
     elif arguments.interval is not None:
         kind = f"interval{arguments.interval}"
     else:
-        wish = {name: getattr(arguments, name) for name in ("budget", "min_psnr", "max_loss_db")}
+        wish = {name: getattr(arguments, name) for name in ("budget", "min_psnr", "max_loss_db", "max_outlier_share")}
         _, kind = choose_schedule(manifest, **wish)
     steps = f"-{arguments.steps}steps" if arguments.steps is not None else ""
     return kind + steps + ("-adaptive" if arguments.adaptive and not arguments.plain else "")

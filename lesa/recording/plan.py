@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lesa import atomic
+from lesa.errors import LesaError
 from lesa.models.families import TAP
 from lesa.models.fingerprint import base_parameters, fingerprint
 from lesa.params import Workload
@@ -21,6 +22,7 @@ from lesa.recording.prompts import PromptError, read_splits
 from lesa.recording.store import TrajectoryStore, estimate_bytes, trajectory_key
 
 RECORDED_SPLITS = ("train", "validation")
+_STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of diffusers' schedulers that add noise
 _CONTENT = 1  # version of what is recorded, in every key; how it lies on disk is the store's own
 
 
@@ -72,7 +74,11 @@ def describe_source(pipe: Any) -> dict[str, Any]:
 
     The transformer by its fingerprint; text encoders and tokenizers by a digest, because the same transformer
     behind another encoder runs differently.
+
+    Raises:
+        LesaError: the scheduler adds noise of its own at every step.
     """
+    _require_deterministic(pipe.scheduler)
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     described = {
         "fingerprint": fingerprint(pipe.transformer),
@@ -85,6 +91,21 @@ def describe_source(pipe: Any) -> dict[str, Any]:
         atomic.canonical_json(described)
     )  # tuples become the lists they are stored as
     return plain
+
+
+def _require_deterministic(scheduler: Any) -> None:
+    """Refuse to record what no predictor can learn: two plain runs of one seed would differ."""
+    config, name = scheduler.config, type(scheduler).__name__
+    algorithm = str(config.get("algorithm_type", ""))
+    if config.get("stochastic_sampling"):
+        why, remedy = "stochastic_sampling is true", "set it to false in the pipeline's scheduler_config.json"
+    elif algorithm.startswith("sde"):
+        why, remedy = f"algorithm_type is {algorithm}", "choose one without sde in the pipeline's scheduler_config.json"
+    elif any(kind in name for kind in _STOCHASTIC):
+        why, remedy = "so does every scheduler of its kind", "give the pipeline a deterministic one"
+    else:
+        return
+    raise LesaError(f"scheduler: {name} adds fresh noise at every step ({why}), which cannot be predicted; {remedy}")
 
 
 def _text_digest(pipe: Any) -> str:

@@ -139,8 +139,13 @@ def adaptive_problems(scheduler: Any, schedule: Schedule) -> list[str]:
 def fallback_problems(transformer: torch.nn.Module, first_step: int) -> list[str]:
     """What keeps a run from changing over, whatever made its bounds."""
     problems = []
-    if getattr(transformer, "_parallel_config", None) is not None:
+    if is_context_parallel(getattr(transformer, "_parallel_config", None)):
         problems.append("adaptive: not with context parallelism, where every device would decide for itself")
     if first_step:
         problems.append("adaptive: not for runs that begin in the middle of the schedule")
     return problems
+
+
+def is_context_parallel(parallel: Any) -> bool:
+    """Whether diffusers' `_parallel_config` spreads the tokens over devices, each of which sees its own part."""
+    return getattr(parallel, "context_parallel_config", parallel) is not None

@@ -7,6 +7,7 @@ output only the blocks read (token embedders, rotary embeddings) do not run eith
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from lesa.errors import LesaError
 from lesa.models.families import BlockList, blocks, family_of
-from lesa.sampling.hook_registry import PlacedHook, add_hook, find_hook, is_above_offload, is_alive
+from lesa.sampling.hook_registry import AGAIN, HookError, PlacedHook, add_hook, find_hook, is_above_offload, is_alive
 
 BLOCK_HOOK, ROTARY_HOOK, EMBEDDER_HOOK = "lesa_cache_block", "lesa_cache_rotary", "lesa_cache_embedder"
-AGAIN = "disable LESA and enable it again, after whatever changed the hooks"
+SILENCED = f"the hook of the transformer was silenced by another tool, as renewing offloading does: {AGAIN}"
 _ROTARY = ("pos_embed", "rope")  # diffusers' names for what makes rotary embeddings
 _MAX_PLACEHOLDERS = 8  # shapes of a run's guidance branches, with room to spare
+_MAX_NAMED = 3  # modules that a message names
 
 
 class LesaCallState:
@@ -50,11 +52,16 @@ class LesaBlockHook(PlacedHook):
         names = list(inspect.signature(type(unwrap_module(block)).forward).parameters)[1:]  # without self
         self._positions = {name: index for index, name in enumerate(names)}
 
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self._call.active:  # the root hook has looked at its own calls
+            self.refuse_copies(module)
+        return args, kwargs
+
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self._call
         if not call.skip:
             if not call.active and not is_alive(call.root):
-                raise RuntimeError(f"the hook of the transformer was silenced by another tool: {AGAIN}")
+                raise HookError(SILENCED)
             output = self.fn_ref.original_forward(*args, **kwargs)
             if self._is_tail:
                 index = self._row.encoder_index
@@ -124,8 +131,11 @@ class LesaEmbedderHook(PlacedHook):
         return module
 
 
-def add_block_hooks(transformer: torch.nn.Module, call: LesaCallState) -> None:
+def add_block_hooks(transformer: torch.nn.Module, call: LesaCallState) -> dict[str, torch.nn.Module]:
     """Hooks on everything of `transformer` that predicted steps skip.
+
+    Returns:
+        The modules that `hook_problems` looks after, by name.
 
     Raises:
         LesaError: it has no blocks.
@@ -145,24 +155,57 @@ def add_block_hooks(transformer: torch.nn.Module, call: LesaCallState) -> None:
             module = getattr(transformer, name, None)
             if isinstance(module, torch.nn.Module):
                 add_hook(unwrap_module(module), kind(call), hook_name)
+    return {name: module for name, module, _ in _hooked_modules(transformer)}
 
 
-def hook_problems(transformer: torch.nn.Module) -> list[str]:
-    """Modules whose hook was silenced when another tool removed an inner one, or that were offloaded above it."""
-    silenced, late = [], []
-    for name, module, hook_name in _hooked_modules(transformer):
-        if not is_alive(find_hook(module, hook_name)):
+def hook_problems(transformer: torch.nn.Module, hooked: Mapping[str, torch.nn.Module]) -> list[str]:
+    """What is not as it was when LESA was enabled: modules, their hooks, and what offloads them.
+
+    Args:
+        hooked: what `add_block_hooks` returned.
+    """
+    replaced, silenced, late = [], [], []
+    now = _hooked_modules(transformer)
+    for name, module, hook_name in now:
+        if (before := hooked.get(name)) is not module:
+            replaced.append(f"{name} ({_how_replaced(before, module)})")
+        elif not is_alive(find_hook(module, hook_name)):
             silenced.append(name)
         elif not is_above_offload(module, hook_name):
             late.append(name)
+    replaced += [f"{name} (it is gone)" for name in hooked.keys() - {name for name, *_ in now}]
     problems = []
+    if replaced:
+        problems.append(f"modules were replaced after LESA was enabled, {_listed(replaced)}: {AGAIN}")
     if silenced:
-        problems.append(f"the hooks of {', '.join(silenced)} were silenced by another tool: {AGAIN}")
+        problems.append(f"the hooks of {_listed(silenced)} were silenced by another tool: {AGAIN}")
     if late:
         problems.append(
-            f"offloading was set up after LESA on {', '.join(late)}, so predicted steps would move weights: {AGAIN}"
+            f"offloading was set up after LESA on {_listed(late)}, so predicted steps would move weights: {AGAIN}"
         )
     return problems
+
+
+def _how_replaced(before: torch.nn.Module | None, now: torch.nn.Module) -> str:
+    """By what kind of act a module came to stand where LESA's hook was."""
+    if before is None:
+        return "it is new"
+    wrapped = getattr(now, "base_layer", None)
+    if wrapped is not None and wrapped is not before:
+        return "an adapter wraps another layer, as a control LoRA does"
+    if wrapped is not None:
+        return "an adapter wraps it"
+    if getattr(before, "base_layer", None) is now:
+        return "an adapter was taken off it"
+    if type(now) is not type(before):
+        return f"{type(now).__name__} instead of {type(before).__name__}, as quantising does"
+    shapes = [[parameter.shape for parameter in module.parameters()] for module in (before, now)]
+    return "of the same shape, as a copy" if shapes[0] == shapes[1] else "of another shape"
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _hooked_modules(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Module, str]]:

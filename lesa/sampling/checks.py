@@ -12,7 +12,7 @@ import torch
 from lesa.bundle.manifest import Manifest
 from lesa.errors import LesaError
 from lesa.models.families import Family, Grid, family_of
-from lesa.models.fingerprint import adapters, fingerprint, is_quantized
+from lesa.models.fingerprint import adapters, fingerprint
 from lesa.params import CallParams
 
 SIGMA_TOLERANCE = 1e-5  # float32 schedules of one configuration differ by less between machines
@@ -58,15 +58,21 @@ def run_problems(
     if first_step and not (late_start and first_step == getattr(call.scheduler, "begin_index", None)):
         problems.append(
             f"first step: got {first_step}, expected 0 (a run from the middle of the schedule, as from another "
-            "picture, needs LESA to be enabled on the pipeline that does so)"
+            "picture, needs LESA to be enabled on the pipeline that does so; another pipeline must share its scheduler)"
         )
-    if getattr(call.transformer, "is_cache_enabled", False):
-        problems.append("another cache is enabled on the transformer: call transformer.disable_cache()")
+    problems += cache_problems(call.transformer)
     if num_steps != expected_steps:
         problems.append(f"num_inference_steps: got {num_steps}, expected {expected_steps}")
     if call.scheduler is not None and expected_sigmas is not None:
         problems += _sigma_problems(getattr(call.scheduler, "sigmas", None), expected_sigmas)
     return problems
+
+
+def cache_problems(transformer: torch.nn.Module) -> list[str]:
+    """One of diffusers' own caches beside ours."""
+    if not getattr(transformer, "is_cache_enabled", False):
+        return []
+    return ["another cache is enabled on the transformer: call transformer.disable_cache()"]
 
 
 def _sigma_problems(sigmas: torch.Tensor | None, expected: Sequence[float]) -> list[str]:
@@ -163,19 +169,27 @@ def _rounded(pipe: Any, grid: Grid, name: str, want: int) -> int:
 
 
 def pipeline_problems(
-    pipe: Any, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str]
+    pipe: Any, transformer: torch.nn.Module, manifest: Manifest, allow: Collection[str], *, quantized: bool
 ) -> list[str]:
+    """What of the pipeline is not what the bundle was made for, its weights' fingerprint aside."""
     problems = _class_problems(type(pipe).__name__, transformer, manifest, allow)
     if type(transformer).__name__ != manifest.transformer_class:
         got = type(transformer).__name__
         problems.append(f"transformer class: got {got}, expected {manifest.transformer_class}")
     problems += scheduler_problems(getattr(pipe, "scheduler", None), manifest)
-    problems += weights_problems(transformer, allow)
-    if not is_quantized(transformer):  # rounded weights have another fingerprint whatever they were
-        got = fingerprint(transformer)
-        if got != manifest.fingerprint:
-            problems.append(f"fingerprint of the transformer: got {got}, expected {manifest.fingerprint}")
-    return problems
+    return problems + weights_problems(transformer, allow, quantized=quantized)
+
+
+def fingerprint_problems(transformer: torch.nn.Module, manifest: Manifest, *, quantized: bool) -> list[str]:
+    """Other weights than the bundle's; rounded ones have another fingerprint whatever they were."""
+    got = manifest.fingerprint if quantized else fingerprint(transformer)
+    if got == manifest.fingerprint:
+        return []
+    return [
+        f"fingerprint of the transformer: got {got}, expected {manifest.fingerprint}; either this is another "
+        "fine-tune, or a LoRA was fused into the weights (taking it out again leaves them rounded): load the model "
+        "anew, or pass allow=('lora',) to accept a fused LoRA"
+    ]
 
 
 def _class_problems(
@@ -192,7 +206,8 @@ def _class_problems(
     return [f"{problem}; pass allow=('pipeline',) to accept a predictor that was not measured with it"]
 
 
-def weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> list[str]:
+def weights_problems(transformer: torch.nn.Module, allow: Collection[str], *, quantized: bool) -> list[str]:
+    """Adapters and quantised weights that were not allowed."""
     problems = []
     names = adapters(transformer)
     if names and "lora" not in allow:
@@ -202,12 +217,23 @@ def weights_problems(transformer: torch.nn.Module, allow: Collection[str]) -> li
         )
     if getattr(transformer, "encoder_hid_proj", None) is not None:  # its weights are parameters of the transformer
         problems.append("IP-Adapter: got one, expected none; unload it with pipe.unload_ip_adapter()")
-    if is_quantized(transformer) and "quantized" not in allow:
+    if quantized and "quantized" not in allow:
         problems.append(
             "weights: got quantised ones, expected plain ones; pass allow=('quantized',) to accept a "
             "predictor that was not measured with them (the fingerprint is not compared then)"
         )
     return problems
+
+
+def altered_problems(altered: Sequence[str], transformer: torch.nn.Module, allow: Collection[str]) -> list[str]:
+    """Parameters, by name, that are not those LESA was enabled on, where no LoRA was allowed to change them."""
+    if not altered or "lora" in allow or getattr(transformer, "encoder_hid_proj", None) is not None:
+        return []
+    return [
+        f"weights: {len(altered)} parameter(s) changed since LESA was enabled, {altered[0]} first, as fusing a LoRA "
+        "does (taking it out again leaves them rounded): load the model anew, or disable LESA and enable it with "
+        "allow=('lora',)"
+    ]
 
 
 def scheduler_problems(scheduler: Any, manifest: Manifest) -> list[str]:

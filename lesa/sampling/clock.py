@@ -27,9 +27,23 @@ class Tick:
     branch: str  # the cache context's name, or "#0", "#1" by order of the calls of a step
 
 
+class ForeignCallError(LesaError):
+    """A call of the transformer by another pipeline than the one whose scheduler is watched."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"another pipeline is running on this transformer ({why}): let the pipelines share one scheduler and take "
+            "turns, or give each a transformer of its own and enable LESA on both"
+        )
+
+
 class Clock(Protocol):
     @property
     def num_steps(self) -> int: ...
+
+    def allow_branches(self) -> None:
+        """Let the run that has just begun have any number of guidance branches."""
+        ...
 
     def tick(self, context: str | None, timestep: Any) -> Tick:
         """Place of the call that is about to run."""
@@ -44,7 +58,7 @@ class Branches:
     """The branches seen at the current step, and their agreed number."""
 
     def __init__(self, num_branches: int | None) -> None:
-        self._expected = num_branches
+        self._agreed = self._expected = num_branches
         self._seen: list[str] = []
 
     @property
@@ -64,7 +78,12 @@ class Branches:
         self._seen = []
 
     def clear(self) -> None:
-        self._seen = []
+        """A run begins."""
+        self._seen, self._expected = [], self._agreed
+
+    def allow_any(self) -> None:
+        """Whatever number of them the run that is under way has."""
+        self._expected = None
 
     def enter(self, context: str | None, step: int) -> str:
         """Name of the branch of the call that is about to run at `step`."""
@@ -73,8 +92,9 @@ class Branches:
         if name in self._seen or (limit is not None and len(self._seen) >= limit):
             raise LesaError(
                 f"call {len(self._seen) + 1} of the transformer at step {step} (context {context!r}), "
-                f"expected at most {limit or 1}: either the scheduler that was given is not the one that "
-                "steps, or the pipeline has more guidance branches than the predictor was made for"
+                f"expected at most {limit or 1}: another pipeline is running on this transformer, the scheduler that "
+                "was given is not the one that steps, or the pipeline has more guidance branches than the predictor "
+                "was made for"
             )
         self._seen.append(name)
         return name
@@ -87,7 +107,7 @@ class SchedulerClock:
     new run; `step_index` is None until the first `scheduler.step`: until then `begin_index` says the step.
     """
 
-    def __init__(self, scheduler: Any, num_branches: int | None = None) -> None:
+    def __init__(self, scheduler: Any, num_branches: int | None = None, timestep_factor: float = 1.0) -> None:
         self._source: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
         if not hasattr(self.scheduler, "step_index"):
             raise LesaError(
@@ -97,6 +117,8 @@ class SchedulerClock:
         self._branches = Branches(num_branches)
         self._timesteps: torch.Tensor | None = None
         self._step = -1
+        self._factor = timestep_factor
+        self._given: list[float] | None = None  # `timestep` of every step as the transformer is given it; None: unknown
 
     @property
     def scheduler(self) -> Any:
@@ -119,15 +141,42 @@ class SchedulerClock:
         if step is None:
             step = getattr(scheduler, "begin_index", None) or 0
         new_run = scheduler.timesteps is not self._timesteps or step < self._step
+        self._refuse_foreign(scheduler, step, None if new_run else timestep)
         if new_run:
             self._branches.clear()
+            self._given = self._timesteps_given(scheduler, step, timestep)
         elif step != self._step:
             self._branches.next_step(step)
         self._timesteps, self._step = scheduler.timesteps, step
         return Tick(new_run, step, self._branches.enter(context, step))
 
+    def allow_branches(self) -> None:
+        self._branches.allow_any()
+
     def fail(self) -> None:
         self._timesteps, self._step = None, -1
+
+    def _timesteps_given(self, scheduler: Any, step: int, timestep: Any) -> list[float] | None:
+        """The timesteps of a run that begins, where the first one is the scheduler's and reading it waits for nothing.
+
+        On another device than the CPU every comparison would wait for it.
+        """
+        if not isinstance(timestep, torch.Tensor) or timestep.device.type != "cpu":
+            return None
+        given = [float(value) * self._factor for value in scheduler.timesteps.tolist()]
+        return given if _is_close(_first_value(timestep), given[step]) else None
+
+    def _refuse_foreign(self, scheduler: Any, step: int, timestep: Any) -> None:
+        """Refuse a call of a pipeline with a scheduler of its own, before it leaves a trace in the run under way."""
+        if step >= len(scheduler.timesteps):
+            raise ForeignCallError("the scheduler that LESA watches has done its last step")
+        if self._given is None or not isinstance(timestep, torch.Tensor) or timestep.device.type != "cpu":
+            return
+        value = _first_value(timestep)
+        if not _is_close(value, self._given[step]):
+            raise ForeignCallError(
+                f"its timestep is {value:.6g}, the scheduler that LESA watches is at {self._given[step]:.6g}"
+            )
 
 
 class TimestepClock:
@@ -167,15 +216,21 @@ class TimestepClock:
         self._step = step
         return Tick(new_run, step, self._branches.enter(context, step))
 
+    def allow_branches(self) -> None:
+        self._branches.allow_any()
+
     def fail(self) -> None:
         self._step = -1
 
     def _fits(self, value: float, step: int) -> bool:
-        expected = self._values[step]
-        return abs(value - expected) <= _VALUE_TOLERANCE * max(abs(expected), abs(value))
+        return _is_close(value, self._values[step])
 
 
 def _first_value(timestep: Any) -> float:
     if timestep is None:
         raise LesaError("the transformer was called without `timestep`, and no scheduler was given")
     return float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+def _is_close(value: float, expected: float) -> bool:
+    return abs(value - expected) <= _VALUE_TOLERANCE * max(abs(expected), abs(value))

@@ -6,14 +6,18 @@ off and put it on again after every run, so a hook above it would be gone after 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+from lesa.errors import LesaError
+
+AGAIN = "disable LESA and enable it again, after whatever changed the hooks"
 _OFFLOADING = ("group_offloading", "lazy_prefetch_group_offloading")  # diffusers' names of hooks that move weights
 
 
@@ -25,10 +29,37 @@ class Placement:
     installed: Callable[..., Any] | None = None  # the module's forward with the hook in it; None: beneath a wrapper
 
 
+class HookError(LesaError, RuntimeError):
+    """The hooks of a transformer are not as LESA left them, or are called as they cannot be."""
+
+
 class PlacedHook(ModelHook):
-    """A hook that knows where it was put: the base of every hook here."""
+    """A hook that knows where it was put: the base of every hook here.
+
+    `copy.deepcopy` of a hooked module copies the hook, but not diffusers' forward around it, which goes on calling the
+    original's hook and so the original's weights. The copied hook is good for being removed alone.
+    """
 
     placement = Placement(above=None)
+    module: torch.nn.Module | None = None  # that it was put on; None in a copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlacedHook:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.fn_ref = copy.deepcopy(self.fn_ref, memo)
+        copied.placement = copy.deepcopy(self.placement, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise HookError("a transformer with LESA on it cannot be pickled: call lesa.disable(pipe) first")
+
+    def refuse_copies(self, module: torch.nn.Module) -> None:
+        """Refuse a call that comes from a copy of the hooked module."""
+        if module is not self.module:
+            raise HookError(
+                "this is a copy of a module that LESA is enabled on, and would run with the original's weights: call "
+                "lesa.disable(pipe) on the copy's pipeline, then lesa.enable(pipe, bundle) if it is to be accelerated"
+            )
 
 
 def add_hook(module: torch.nn.Module, hook: PlacedHook, name: str, *, beneath_offload: bool = False) -> None:
@@ -39,6 +70,7 @@ def add_hook(module: torch.nn.Module, hook: PlacedHook, name: str, *, beneath_of
             outlive the wrapper and never skips the module itself.
     """
     registry = HookRegistry.check_if_exists_or_initialize(module)
+    hook.module = module
     if beneath_offload and "_old_forward" in module.__dict__:
         with _without_offload_wrapper(module):
             registry.register_hook(hook, name)
@@ -89,10 +121,10 @@ def find_hook(module: torch.nn.Module, name: str) -> ModelHook | None:
 
 
 def is_alive(hook: ModelHook | None) -> bool:
-    """Whether a hook that replaces the forward is still called.
+    """Whether the forward of a hook that replaces one is still called.
 
-    diffusers' removal of an inner hook hands the inner forward to the next outer hook as its own, which
-    silences that one.
+    diffusers' removal of an inner hook hands the inner forward to the next outer hook as its own, which silences that
+    one: of a silenced hook `pre_forward` alone is called.
     """
     return hook is not None and getattr(hook.fn_ref.forward, "func", None) == getattr(
         hook, "new_forward", None
@@ -104,10 +136,14 @@ def remove_hook(module: torch.nn.Module, name: str) -> None:
     registry = getattr(module, "_diffusers_hook", None)
     if registry is None or name not in registry.hooks:
         return
+    hook = registry.hooks[name]
+    if not is_alive(hook):
+        # What it was silenced with is the forward beneath; its own may lead through hooks that are gone.
+        hook.fn_ref.original_forward = hook.fn_ref.forward
     index = registry._hook_order.index(name)
     outer = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
     kept = None if outer is None or outer.original_forward is None else outer.forward
-    if _is_dropped(module, registry.hooks[name]):
+    if _is_dropped(module, hook):
         own = module.forward
         registry.remove_hook(name, recurse=False)
         module.forward = own

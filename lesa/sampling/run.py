@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lesa.errors import LesaError
-from lesa.predictor.rule import History, Rule
+from lesa.predictor.rule import History, Rule, WithoutStages
 from lesa.sampling.adaptive import Fallback, FallbackWatch
 from lesa.sampling.statistics import RunStatistics, StepRecord
 from lesa.schedule import Schedule
 
+_MISSING = "something reset the hooks in mid-run, or a guidance branch began late: full until it was there again"
 _NORM_JUMP = 10.0  # a prediction this many times larger than the feature it starts from is no prediction
 
 
@@ -38,6 +38,7 @@ class BranchState:
     history: History
     norm: torch.Tensor | None = None  # of the newest feature
     slower: History | None = None  # features at the full steps of the schedule that may take over
+    is_done: bool = False  # whether its last step has run
 
     def push(self, step: int, feature: torch.Tensor) -> None:
         self.history.push(step, feature)
@@ -60,6 +61,15 @@ class BranchState:
         own = {id(feature) for feature in self.history.features}
         others = () if self.slower is None else self.slower.features
         return self.history.nbytes + sum(feature.nbytes for feature in others if id(feature) not in own)
+
+
+class AllFull(WithoutStages):
+    """The rule of a run that predicts nothing."""
+
+    name, history_size, keeps_predictions = "none: every step is full", 1, False
+
+    def __call__(self, history: History, step: int) -> torch.Tensor:
+        raise AssertionError(f"step {step} of a full run is predicted")
 
 
 class Run:
@@ -94,6 +104,7 @@ class Run:
         self._watch: FallbackWatch | None = None if fallback is None else fallback.begin()
         self._measures, self._guards = measure, guard
         self._first_step = 0
+        self._is_begun = False
         self._num_tokens: int | None = None
         self._branches: dict[str, BranchState] = {}  # in the order of their first calls
 
@@ -106,20 +117,17 @@ class Run:
             started: host clock at that call.
         """
         self._first_step, self._num_tokens, self.started = first_step, num_tokens, started
+        self._is_begun = True
         if first_step:
             self._note("begins at", f"step {first_step}; full until the predictor has the history it was made for")
 
     def decide(self, step: int, branch: str) -> Decision:
-        """Whether the call of `branch` at `step` is predicted, and what the prediction is.
-
-        Raises:
-            LesaError: the schedule predicts the step and the branch has no feature to predict from.
-        """
+        """Whether the call of `branch` at `step` is predicted, and what the prediction is."""
         state = self._state(branch)
         if self._watch is not None and step == self._watch.change:
             self._change_over(self._watch, state)
-        is_full = self.schedule.is_full(step) or not self._has_its_history(step)
-        prediction = None if is_full else self._predict(step, branch, state)
+        is_full = self.schedule.is_full(step) or self._is_before_its_history(step)
+        prediction = None if is_full else self._predict(step, state)
         record = self.statistics.record(
             step,
             planned="full" if is_full else "predicted",
@@ -152,16 +160,23 @@ class Run:
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, held)
         if step == self.schedule.num_steps - 1:
             state.reset()  # nothing is predicted after the last step
-            self.statistics.finished = not any(each.history.steps for each in self._branches.values())
+            state.is_done = True
+            self.statistics.finished = all(each.is_done for each in self._branches.values())
 
     def forget(self) -> None:
-        """Drop all features."""
-        self._branches.clear()
+        """Drop all features; a run that goes on is full until it has what its predictions look back on."""
+        for state in self._branches.values():
+            state.reset()
 
     def break_off(self) -> None:
         """The run ended with an error: its features are of no use to any other."""
         self.forget()
-        self.statistics.finished = False
+        self._is_begun = self.statistics.finished = False
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether calls of the transformer belong to it: begun, and neither over nor broken off."""
+        return self._is_begun and not self.statistics.finished
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Everything kept from step to step."""
@@ -170,8 +185,7 @@ class Run:
 
     def _state(self, branch: str) -> BranchState:
         if branch not in self._branches:
-            history = History(max(self.rule.history_size, 1), branch=len(self._branches))
-            self._branches[branch] = BranchState(history)
+            self._branches[branch] = BranchState(_new_history(self.rule, len(self._branches)))
             self.statistics.num_branches = len(self._branches)
         return self._branches[branch]
 
@@ -184,27 +198,30 @@ class Run:
             self.schedule, self.rule = watch.fallback.slower, watch.fallback.rule
             self.statistics.change = watch.change
             self._note("changed over", watch.description)
-        assert state.slower is not None
-        state.history, state.slower = state.slower, None
+        state.history = state.slower or _new_history(self.rule, state.history.branch)
+        state.slower = None
 
-    def _has_its_history(self, step: int) -> bool:
-        """Whether the run has had every step that a prediction at `step` looks back on by the schedule.
+    def _is_before_its_history(self, step: int) -> bool:
+        """Whether a run that began in the middle has not had every step that a prediction at `step` looks back on."""
+        return self._first_step > 0 and min(self._needed(step)) < self._first_step
 
-        A run that begins in the middle has not until some steps after its start.
-        """
-        if self._first_step == 0:
-            return True
+    def _needed(self, step: int) -> tuple[int, ...]:
+        """The steps that a prediction at `step` looks back on by the schedule."""
         size = max(self.rule.history_size, 1)
-        oldest = step - size if self.rule.keeps_predictions else min(self.schedule.anchors(step, size))
-        return oldest >= self._first_step
+        if self.rule.keeps_predictions:
+            return tuple(range(max(step - size, 0), step))
+        return self.schedule.anchors(step, size)
 
-    def _predict(self, step: int, branch: str, state: BranchState) -> torch.Tensor | None:
-        """The prediction; None where it is unusable."""
-        if not state.history.features:
-            raise LesaError(
-                f"branch {branch!r} is first called at step {step}, where the schedule "
-                f"({self.schedule}) predicts: it has no feature to predict from"
-            )
+    def _has_its_history(self, step: int, history: History) -> bool:
+        needed = self._needed(step)
+        return bool(needed) and set(needed) <= set(history.steps)
+
+    def _predict(self, step: int, state: BranchState) -> torch.Tensor | None:
+        """The prediction; None where there is nothing to predict from, or where it is unusable."""
+        if not self._has_its_history(step, state.history):
+            if "history" not in self.statistics.notes:
+                self._note("history", f"missing at step {step}; {_MISSING}")
+            return None
         prediction = self.rule(state.history, step)
         return None if self._guards and not _is_plausible(prediction, state) else prediction
 
@@ -213,7 +230,7 @@ class Run:
         step, rule = decision.step, self.rule
         needed = 1 if rule.sizes is None or rule.stages is None else int(rule.sizes[rule.stages[step]])
         enough = len(state.history.features) >= needed
-        if not (self._measures and enough and self._has_its_history(step)):
+        if not (self._measures and enough and self._has_its_history(step, state.history)):
             return
         errors = _relative_l1(rule(state.history, step), feature)
         decision.record.add_errors(errors)
@@ -226,8 +243,12 @@ class Run:
         if fallback is None or self.schedule is fallback.slower or not fallback.slower.is_full(step):
             return
         if state.slower is None:
-            state.slower = History(max(fallback.rule.history_size, 1), branch=state.history.branch)
+            state.slower = _new_history(fallback.rule, state.history.branch)
         state.slower.push(step, _alone(feature))
+
+
+def _new_history(rule: Rule, branch: int) -> History:
+    return History(max(rule.history_size, 1), branch=branch)
 
 
 def _is_plausible(prediction: torch.Tensor, state: BranchState) -> bool:

@@ -18,7 +18,7 @@ class StepRecord:
 
     step: int
     kind: str  # "full" or "predicted"
-    planned: str  # what the schedule says; differs from `kind` only where the guard asked for a full step
+    planned: str  # what the schedule says; differs from `kind` only where nothing usable could be predicted
     stage: int | None = None  # noise stage, where the rule has stages
     seconds: float = 0.0  # host time inside the transformer
     _errors: list[torch.Tensor] = field(default_factory=list)  # [B] of each measured guidance branch
@@ -123,7 +123,7 @@ class RunStatistics:
 
     @property
     def num_fallbacks(self) -> int:
-        """Steps that were planned as predicted and ran in full, since the prediction was unusable."""
+        """Steps that were planned as predicted and ran in full: the prediction was unusable, or its history missing."""
         return sum(record.kind != record.planned for record in self.steps)
 
     @property
@@ -162,7 +162,8 @@ class RunStatistics:
     def __str__(self) -> str:
         lines = [f"{key}: {value}" for key, value in {"rule": self.rule, **self.notes}.items()]
         if not self.steps:
-            return "\n".join([*lines, f"schedule: {self.schedule}", "no run yet"])
+            none = "no figures: the newest run was refused" if "refused" in self.notes else "no run yet"
+            return "\n".join([*lines, f"schedule: {self.schedule}", none])
         lines.append("step  kind       stage  error     seconds")
         for record in self.steps:
             stage = "-" if record.stage is None else str(record.stage)
@@ -171,7 +172,9 @@ class RunStatistics:
             kind = record.kind + ("*" if record.kind != record.planned else "")
             lines.append(f"{record.step:>4}  {kind:<9}  {stage:>5}  {error:<8}  {record.device_seconds:.4f}")
         if self.num_fallbacks:
-            lines.append("* planned as predicted; run in full because the prediction was unusable")
+            lines.append(
+                "* planned as predicted; run in full because the prediction was unusable, or its history missing"
+            )
         if any(map(self.is_beyond, self.steps)):
             lines.append(
                 "! beyond its bound: the run is not like those the predictor was measured with; consider a slower "

@@ -17,11 +17,15 @@ from lesa.pull import PullError
 from lesa.recording.prompts import PromptError
 from lesa.recording.store_format import StoreError
 from lesa.sampling.checks import MismatchError
+from lesa.sampling.clock import ForeignCallError
+from lesa.sampling.hook_registry import HookError
 from lesa.strict_json import StrictJsonError
 
 MADE = [
     LesaError("no"),
     BundleError("folder", ["channels: missing", "sigmas: missing"]),
+    ForeignCallError("its timestep is 3"),
+    HookError("silenced"),
     MismatchError("the pipeline does not fit", ["height: got 8, expected 16"]),
     ParamsError("params.yaml", ["a: missing", "b: unknown key"]),
     PromptError("prompts: line 1 is empty"),

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 from lesa import atomic
+from lesa.errors import LesaError
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -163,6 +165,25 @@ def test_overlapping_or_too_few_prompts_are_refused(workload: Workload, tmp_path
     write_prompts(tmp_path, {**SPLITS, "test": [SPLITS["train"][3]]})
     with pytest.raises(PromptError, match="both train and test"):
         plan_recording(workload, SOURCE)
+
+
+def test_a_scheduler_that_adds_noise_is_refused_before_anything_is_recorded(workload: Workload) -> None:
+    pipe, calls = tiny_flux(), list[int]()
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    own = pipe.scheduler.config
+    multistep = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "sde-dpmsolver++"}
+    for scheduler, why in (
+        (FlowMatchEulerDiscreteScheduler.from_config(own, stochastic_sampling=True), "stochastic_sampling is true"),
+        (DPMSolverMultistepScheduler(**multistep), "algorithm_type is sde-dpmsolver"),
+        (FlowMatchLCMScheduler(), "every scheduler of its kind"),
+    ):
+        pipe.scheduler = scheduler
+        recorder = LocalRecorder(pipe, workload, TrajectoryStore(workload.paths.trajectories))
+        with pytest.raises(LesaError, match=rf"scheduler: {type(scheduler).__name__} adds fresh noise .*{why}"):
+            recorder.describe()
+    assert calls == []
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own)
+    LocalRecorder(pipe, workload, TrajectoryStore(workload.paths.trajectories)).describe()
 
 
 def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Workload) -> None:

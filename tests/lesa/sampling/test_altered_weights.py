@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,107 @@ def test_an_adapter_loaded_before_or_after(made: tuple[PictureCall, Bundle], tmp
     call.pipe.unload_lora_weights()
     call.run()
     assert "not measured with" not in lesa.summary(call.pipe).notes
+    lesa.disable(call.pipe)
+    assert torch.equal(call.run(), plain)
+
+
+def fuse(call: PictureCall, folder: Path) -> None:
+    """A LoRA fused into the weights, of which nothing else tells afterwards."""
+    call.pipe.load_lora_weights(folder, adapter_name="style")
+    call.pipe.fuse_lora()
+    call.pipe.unload_lora_weights()
+
+
+def test_a_lora_fused_before_or_after(made: tuple[PictureCall, Bundle], tmp_path: Path) -> None:
+    call, bundle = made
+    save_adapter(call, tmp_path / "lora")
+    base = {name: value.clone() for name, value in call.pipe.transformer.state_dict().items()}
+    call.pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    beside = call.run()
+    lesa.disable(call.pipe)
+    call.pipe.unload_lora_weights()
+
+    lesa.enable(call.pipe, bundle)
+    call.run()
+    fuse(call, tmp_path / "lora")
+    with pytest.raises(MismatchError) as caught:
+        call.run()
+    [problem] = caught.value.problems
+    assert re.match(r"weights: \d+ parameter\(s\) changed since LESA was enabled, \S+ first", problem)
+    assert "allow=('lora',)" in problem and lesa.summary(call.pipe).steps == []
+    lesa.disable(call.pipe)
+    call.pipe.transformer.load_state_dict(base)
+
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    call.run()
+    assert "not measured with" not in lesa.summary(call.pipe).notes
+    fuse(call, tmp_path / "lora")
+    assert torch.allclose(call.run(), beside, atol=1e-4)
+    marked = "weights that are not the bundle's, taken for those of a fused LoRA"
+    assert lesa.summary(call.pipe).notes["not measured with"] == marked
+    lesa.disable(call.pipe)
+    # The same when it was fused before: no hash can tell a fused LoRA from another fine-tune, and the message says so.
+    with pytest.raises(MismatchError, match="either this is another fine-tune, or a LoRA was fused into the weights"):
+        lesa.enable(call.pipe, bundle)
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    assert torch.allclose(call.run(), beside, atol=1e-4)
+    assert lesa.summary(call.pipe).notes["not measured with"] == marked
+
+
+def test_weights_loaded_over_those_that_lesa_was_enabled_on_are_noticed(tmp_path: Path) -> None:
+    call = text_to_image()
+    lesa.enable(call.pipe, call.own_bundle(tmp_path / "bundle"))
+    expected = call.run()
+    base = {name: value.clone() for name, value in call.pipe.transformer.state_dict().items()}
+    call.pipe.transformer.load_state_dict(text_to_image(seed=1).pipe.transformer.state_dict())
+    with pytest.raises(MismatchError, match="changed since LESA was enabled"):
+        call.run()
+    call.pipe.transformer.load_state_dict(base)
+    assert torch.equal(call.run(), expected)
+    with torch.no_grad():
+        call.pipe.transformer.proj_out.bias.add_(0.1)
+    with pytest.raises(MismatchError, match=r"weights: 1 parameter\(s\) changed .* proj_out\.bias first"):
+        call.run()
+
+
+def test_a_control_lora_that_replaces_a_layer_is_named_as_what_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="adapters are PEFT's; the dev extra has it")
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    lesa.enable(call.pipe, bundle)
+    expected = call.run()
+    wide, width = 2 * call.pipe.transformer.config.in_channels, call.pipe.transformer.inner_dim
+    layers = {"lora_A": torch.randn(4, wide), "lora_B": torch.randn(width, 4)}
+    call.pipe.load_lora_weights({f"transformer.x_embedder.{name}.weight": value for name, value in layers.items()})
+    with pytest.raises(MismatchError) as caught:
+        call.run()
+    [problem] = caught.value.problems
+    assert problem.startswith("modules were replaced after LESA was enabled, x_embedder (an adapter wraps another")
+    assert "silenced" not in problem and "disable LESA and enable it again" in problem
+    lesa.disable(call.pipe)
+    call.pipe.unload_lora_weights(reset_to_overwritten_params=True)
+    lesa.enable(call.pipe, bundle)
+    assert torch.equal(call.run(), expected)
+
+
+def test_a_lora_on_a_layer_that_predicted_steps_skip(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's; the dev extra has it")
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    plain = call.run()
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    settings = peft.LoraConfig(r=2, target_modules=["x_embedder"], init_lora_weights=False)
+    call.pipe.transformer.add_adapter(settings, adapter_name="style")
+    with pytest.raises(MismatchError, match=r"x_embedder \(an adapter wraps it\)"):
+        call.run()
+    lesa.disable(call.pipe)
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    call.run()
+    assert lesa.summary(call.pipe).num_full < NUM_STEPS
+    call.pipe.unload_lora_weights()
+    with pytest.raises(MismatchError, match=r"x_embedder \(an adapter was taken off it\)"):
+        call.run()
     lesa.disable(call.pipe)
     assert torch.equal(call.run(), plain)
 

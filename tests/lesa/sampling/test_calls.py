@@ -78,8 +78,9 @@ def test_noise_levels_of_one_s_own_are_checked_against_the_bundle(call: PictureC
     other = [*usual[:-1], usual[-1] / 2]
     with pytest.raises(MismatchError, match=r"sigmas: got .* at step"):
         call.run(sigmas=other)
-    with pytest.raises(MismatchError, match=f"num_inference_steps: got {NUM_STEPS - 1}, expected {NUM_STEPS}"):
-        call.run(sigmas=usual[1:], num_inference_steps=NUM_STEPS - 1)
+    more = np.linspace(1.0, start, NUM_STEPS + 1 + (start == 0.0))[: NUM_STEPS + 1].tolist()
+    with pytest.raises(MismatchError, match=f"num_inference_steps: got {NUM_STEPS + 1}, expected {NUM_STEPS}"):
+        call.run(sigmas=more, num_inference_steps=NUM_STEPS + 1)
     assert torch.equal(call.run(), expected)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lesa.sampling.clock import SchedulerClock, Tick, TimestepClock
+from lesa.sampling.clock import ForeignCallError, SchedulerClock, Tick, TimestepClock
 
 
 def stepped(scheduler: FlowMatchEulerDiscreteScheduler, index: int) -> None:
@@ -30,6 +30,31 @@ def test_steps_follow_the_scheduler_and_a_new_run_follows_set_timesteps():
     assert clock.tick("cond", None) == Tick(False, 1, "cond")
     scheduler.set_timesteps(4)  # the run was broken off; its step would have been 1 again
     assert clock.tick("cond", None) == Tick(True, 0, "cond")
+
+
+def test_a_call_of_another_pipeline_is_refused_and_leaves_no_trace():
+    scheduler = started()
+    clock = SchedulerClock(scheduler, timestep_factor=0.5)
+    levels = scheduler.timesteps / 2
+    clock.tick("cond", levels[:1])
+    with pytest.raises(ValueError, match="not the one that steps"):  # at one step both have one timestep
+        clock.tick("cond", levels[:1])
+    stepped(scheduler, 0)
+    with pytest.raises(ForeignCallError, match=r"its timestep is 500, the scheduler that LESA watches is at 333\.5"):
+        clock.tick("cond", levels[:1])
+    assert clock.tick("cond", levels[1:2].to(torch.bfloat16)) == Tick(False, 1, "cond")
+    for index in range(1, 4):
+        stepped(scheduler, index)
+    with pytest.raises(ForeignCallError, match="another pipeline is running on this transformer .* done its last step"):
+        clock.tick("cond", levels[:1])
+
+
+def test_timesteps_that_are_not_the_scheduler_s_from_the_start_tell_nothing():
+    scheduler = started()
+    clock = SchedulerClock(scheduler)
+    clock.tick("cond", torch.tensor([3.0]))
+    stepped(scheduler, 0)
+    assert clock.tick("cond", torch.tensor([2.0])) == Tick(False, 1, "cond")
 
 
 def test_a_second_call_of_a_step_without_a_context_is_the_next_branch():

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lesa
+from lesa.errors import LesaError
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
 from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
@@ -59,4 +60,24 @@ def test_compiled_to_machine_code_before_lesa_is_enabled(tmp_path: Path) -> None
     lesa.enable(call.pipe, bundle)
     assert torch.allclose(call.run(), expected, atol=1e-4)
     assert lesa.summary(call.pipe).num_full < NUM_STEPS
+    torch._dynamo.reset()
+
+
+def test_a_transformer_compiled_as_a_whole(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    call = text_to_image(num_layers=1, num_single_layers=1)
+    bundle, transformer = call.own_bundle(tmp_path / "bundle"), call.pipe.transformer
+    lesa.enable(call.pipe, bundle)
+    expected = call.run()
+    call.pipe.transformer = torch.compile(transformer, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="compile_repeated_blocks"):  # dynamo's own, with the reason in it
+        call.run()
+    lesa.disable(call.pipe)
+    with pytest.raises(LesaError, match=r"^LESA decides between .* call .*compile_repeated_blocks\(fullgraph"):
+        lesa.enable(call.pipe, bundle)
+    call.pipe.transformer = transformer
+    lesa.enable(call.pipe, bundle)
+    call.pipe.transformer = torch.compile(transformer, backend="eager")  # with graph breaks: it gains little and works
+    assert torch.allclose(call.run(), expected, atol=1e-5)
+    assert lesa.summary(call.pipe).finished and lesa.summary(call.pipe).num_full < NUM_STEPS
     torch._dynamo.reset()

@@ -189,10 +189,10 @@ def test_a_call_that_the_bundle_was_not_made_for_is_refused_before_anything_is_c
     handle = pipe.transformer.x_embedder.register_forward_hook(lambda *_: computed.append(1))
     lesa.enable(pipe, bundle)
     with pytest.raises(MismatchError) as caught:
-        run(pipe, height=24, guidance_scale=2.0, max_sequence_length=12, num_inference_steps=9)
+        run(pipe, height=24, guidance_scale=2.0, max_sequence_length=12, num_inference_steps=12)
     assert caught.value.problems == [
-        "num_inference_steps: got 9, expected 10",
-        "sigmas: got 10 noise levels, expected 11",
+        "num_inference_steps: got 12, expected 10",
+        "sigmas: got 13 noise levels, expected 11",
         "height: got 24, expected 16",
         "guidance_scale: got 2, expected 3.5",
         "max_sequence_length: got 12, expected 16",
@@ -204,6 +204,52 @@ def test_a_call_that_the_bundle_was_not_made_for_is_refused_before_anything_is_c
     assert len(computed) == 1
     run(pipe)
     assert lesa.summary(pipe).finished
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 9])
+def test_a_warm_up_run_is_full_and_leaves_the_next_one_alone(pipe, bundle, num_steps):
+    other = {"num_inference_steps": num_steps, "height": 24, "guidance_scale": 2.0}
+    plain = run(pipe, **other)
+    lesa.enable(pipe, bundle)
+    expected = run(pipe)
+    with pytest.warns(UserWarning, match=f"not accelerated: the run has {num_steps} step"):
+        assert torch.equal(run(pipe, **other), plain)
+    statistics = lesa.summary(pipe)
+    assert statistics.num_full == num_steps == len(statistics.steps) and statistics.finished
+    assert statistics.notes["in full"] == f"{num_steps} step(s), and nothing is predicted in runs of fewer than 10"
+    with pytest.warns(UserWarning, match="not accelerated"):  # servers leave guidance out, or put it in
+        run(pipe, num_inference_steps=2, negative_prompt="a dog", true_cfg_scale=3.0)
+    assert lesa.summary(pipe).num_branches == 2
+    assert torch.equal(run(pipe), expected) and lesa.summary(pipe).num_full == 6
+    with pytest.raises(ValueError, match="guidance branches"):
+        run(pipe, negative_prompt="a dog", true_cfg_scale=3.0)
+
+
+def test_with_a_training_free_rule_runs_that_would_predict_nothing_are_full(pipe):
+    schedule = Schedule.explicit(10, (0, 1, 2, 6))
+    config = LesaCacheConfig(schedule=schedule, rule=RULES["taylor1"](schedule, None), scheduler=pipe.scheduler)
+    plain = run(pipe, num_inference_steps=3)
+    lesa.apply_lesa_cache(pipe.transformer, config)
+    with pytest.warns(UserWarning, match="in runs of fewer than 4"):
+        assert torch.equal(run(pipe, num_inference_steps=3), plain)
+    with pytest.raises(MismatchError, match="num_inference_steps: got 4, expected 10"):
+        run(pipe, num_inference_steps=4)
+    run(pipe)
+    assert lesa.summary(pipe).num_full == 4
+
+
+def test_the_summary_of_a_refused_run_has_no_figures_of_the_one_before(pipe, bundle):
+    lesa.enable(pipe, bundle)
+    run(pipe)
+    wrong_calls = ({"num_inference_steps": 12}, "num_inference_steps: got 12"), ({"height": 24}, "height: got 24")
+    for wrong, why in wrong_calls:
+        with pytest.raises(MismatchError, match=why):
+            run(pipe, **wrong)
+        statistics = lesa.summary(pipe)
+        assert statistics.steps == [] and not statistics.finished and why in statistics.notes["refused"]
+        assert "the newest run was refused" in str(statistics) and "full of 10" not in str(statistics).split("\n")[-1]
+    run(pipe)
+    assert "refused" not in lesa.summary(pipe).notes and lesa.summary(pipe).num_full == 6
 
 
 def test_another_scheduler_after_enabling_is_noticed(pipe, bundle):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
 from diffusers.hooks.hooks import CacheContext
 
@@ -145,6 +147,19 @@ def test_without_the_guard_predictions_are_taken_as_they_are(hand):
     assert out[2] != out[2] and out[3] == 8.0
 
 
+def test_the_guard_is_off_where_devices_would_decide_apart_and_says_so(hand):
+    for parallel, guarded in ((object(), False), (None, True)):
+        hand._parallel_config = SimpleNamespace(context_parallel_config=parallel)  # None: tensor parallelism
+        apply_lesa_cache(hand, hand_config(rule=Says({2: float("nan"), 3: 7.0}), measure=False))
+        assert ("guard" in cache_state(hand).notes) != guarded
+        for t in (9.0, 6.0, 3.0, 1.0):
+            hand(tokens(1.0), torch.tensor(t))
+        statistics = cache_state(hand)
+        assert statistics.num_fallbacks == guarded and statistics.finished
+        assert statistics.notes.get("guard", "none").startswith("none" if guarded else "off: with context parallelism")
+        remove_lesa_cache(hand)
+
+
 def test_a_rule_may_keep_its_predictions_in_the_history(hand):
     rule = Says({1: 4.0, 2: 4.0, 3: 4.0}, keeps_predictions=True)
     apply_lesa_cache(hand, hand_config(rule=rule, measure=False))
@@ -164,7 +179,7 @@ def test_two_branches_keep_apart(hand):
     assert cache_state(hand).num_branches == 2
 
 
-def test_a_branch_that_first_comes_at_a_predicted_step_is_refused(hand):
+def test_a_branch_that_first_comes_at_a_predicted_step_is_full(hand):
     apply_lesa_cache(hand, hand_config())
     registry = HookRegistry.check_if_exists_or_initialize(hand)
     manager = registry.get_hook("lesa_cache").state_manager
@@ -172,8 +187,8 @@ def test_a_branch_that_first_comes_at_a_predicted_step_is_refused(hand):
     for t in (9.0, 6.0, 3.0):
         hand(tokens(1.0), torch.tensor(t))
     manager.set_context(CacheContext("uncond"))
-    with pytest.raises(ValueError, match="no feature to predict from"):
-        hand(tokens(1.0), torch.tensor(3.0))
+    assert float(hand(tokens(2.0), torch.tensor(3.0))) == 9.0  # computed
+    assert cache_state(hand).steps[-1].kind == "full" and "missing at step 2" in cache_state(hand).notes["history"]
 
 
 def test_the_configuration_is_checked():
@@ -515,6 +530,19 @@ def test_our_root_hook_silenced_is_noticed_and_a_block_may_be_called_alone(pipe)
     with torch.no_grad():
         outputs = block(torch.zeros(1, 2, width), torch.zeros(1, 2, width), torch.zeros(1, width))
     assert len(outputs) == 2
+
+
+def test_parallelism_that_is_set_up_after_lesa_is_refused_with_the_reason(pipe):
+    enable(pipe)
+    pipe.transformer._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    try:
+        with pytest.raises(MismatchError) as caught:
+            run(pipe, height=32)
+    finally:
+        del pipe.transformer._parallel_config
+    [problem] = caught.value.problems
+    assert problem.startswith("parallelism was set up after LESA, which must come last: disable LESA and enable it")
+    run(pipe)
 
 
 def test_a_run_inside_a_run_is_refused(pipe):

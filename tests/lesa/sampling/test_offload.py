@@ -17,11 +17,12 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
 import lesa
+from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
 from lesa.sampling.checks import MismatchError
 from lesa.sampling.hook import is_lesa_cache_enabled
 from tests.helpers import tiny_hunyuan, tiny_qwen_variants
-from tests.helpers.images import PictureCall
+from tests.helpers.images import NUM_STEPS, PictureCall
 from tests.helpers.tiny_flux_variants import text_to_image
 
 TEXT: dict[str, Callable[[], PictureCall]] = {
@@ -211,3 +212,72 @@ def test_offloading_beneath_lesa_that_is_taken_off(again: bool, tmp_path: Path) 
     lesa.disable(call.pipe)
     remove_hook_from_module(call.pipe.transformer, recurse=True)
     assert torch.equal(call.run(), plain)
+
+
+def onloads(call: PictureCall, patch: pytest.MonkeyPatch) -> dict[torch.nn.Module, int]:
+    """How often each block's weights are fetched in the runs from now on."""
+    counts = {block: 0 for _, block, _ in blocks(call.pipe.transformer, family_of(call.pipe.transformer))}
+    onload = ModuleGroup.onload_
+
+    def noted(self: ModuleGroup) -> None:
+        for module in self.modules:
+            if module in counts:
+                counts[module] += 1
+        onload(self)
+
+    patch.setattr(ModuleGroup, "onload_", noted)
+    return counts
+
+
+def test_offloading_that_a_lora_renews_beneath_lesa_is_refused_and_disabling_restores_its_order(
+    tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """diffusers takes group offloading off and puts it on again around a LoRA, which silences every hook above it."""
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's; the dev extra has it")
+    call = text_to_image()
+    bundle = call.own_bundle(tmp_path / "bundle")
+    plain = call.run()
+    transformer = call.pipe.transformer
+    settings = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    transformer.add_adapter(settings, adapter_name="style")
+    layers = peft.get_peft_model_state_dict(transformer, adapter_name="style")
+    type(call.pipe).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    call.pipe.unload_lora_weights()
+    group_blocks(transformer)
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    expected = call.run()
+    call.pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
+    for _ in range(2):
+        with pytest.raises(LesaError, match="the hook of the transformer was silenced .*: disable LESA and enable it"):
+            call.run()
+        with pytest.raises(LesaError, match="nothing to say of the newest run: the hook .* was silenced"):
+            lesa.summary(call.pipe)
+    lesa.disable(call.pipe)
+    fetched = onloads(call, patch)
+    styled = call.run()
+    assert set(fetched.values()) == {NUM_STEPS} and not torch.allclose(styled, plain, atol=1e-4)
+    lesa.enable(call.pipe, bundle, allow=("lora",))
+    fetched.update(dict.fromkeys(fetched, 0))
+    call.run()
+    assert lesa.summary(call.pipe).notes["not measured with"] == "adapters style"
+    assert set(fetched.values()) == {lesa.summary(call.pipe).num_full}
+    lesa.disable(call.pipe)
+    call.pipe.unload_lora_weights()
+    assert torch.equal(call.run(), plain)
+    lesa.enable(call.pipe, bundle)
+    assert torch.equal(call.run(), expected)
+
+
+def test_weights_are_watched_wherever_offloading_keeps_them(tmp_path: Path) -> None:
+    for offload in OFFLOADS:
+        call = text_to_image()
+        bundle = call.own_bundle(tmp_path / offload.__name__)
+        offload(call.pipe.transformer)
+        lesa.enable(call.pipe, bundle)
+        call.run()
+        call.run()
+        hook = getattr(call.pipe.transformer.transformer_blocks[1].attn.to_q, "_hf_hook", None)
+        weights = call.pipe.transformer.transformer_blocks[1].attn.to_q.weight
+        (weights if hook is None else hook.weights_map["weight"]).data.mul_(2)
+        with pytest.raises(MismatchError, match=r"1 parameter\(s\) changed .*, transformer_blocks\.1\.attn\.to_q\.w"):
+            call.run()

@@ -107,15 +107,74 @@ def test_tokens_beyond_the_image_s_are_not_kept() -> None:
     assert run.statistics.peak_bytes == 2 * 4  # in storage of its own
 
 
-def test_a_branch_without_a_feature_is_refused_and_a_broken_run_keeps_none() -> None:
+def test_a_branch_that_begins_late_is_full_until_it_has_a_history() -> None:
+    rule = Told(dict.fromkeys(range(6), 1.0))
+    run = Run(Schedule.explicit(6, (0, 3)), rule, measure=False)
+    run.begin()
+    for step in range(6):
+        for branch in ("cond", "uncond") if step else ("cond",):
+            decision = run.decide(step, branch)
+            run.keep(decision, None if decision.prediction is not None else feature(1.0))
+            # "uncond" has nothing before step 3, and 3 alone of the two that a prediction looks back on afterwards.
+            assert (decision.prediction is None) == (step in (0, 3) or branch == "uncond")
+    assert [record.kind[0] for record in run.statistics.steps] == ["f"] * 6
+    assert run.statistics.num_fallbacks == 4 and run.statistics.notes["history"].startswith("missing at step 1; ")
+    assert run.statistics.finished
+
+
+def test_a_broken_run_keeps_no_features() -> None:
     run = Run(Schedule.explicit(3, (0,)), Told({1: 1.0, 2: 1.0}))
+    assert not run.is_under_way
     run.begin()
     run.keep(run.decide(0, "cond"), feature(1.0))
-    with pytest.raises(ValueError, match="branch 'uncond' is first called at step 1.*no feature to predict from"):
-        run.decide(1, "uncond")
-    assert list(run.held_tensors())
+    assert list(run.held_tensors()) and run.is_under_way
     run.break_off()
-    assert not list(run.held_tensors()) and not run.statistics.finished
+    assert not list(run.held_tensors()) and not run.statistics.finished and not run.is_under_way
+
+
+@pytest.mark.parametrize("name", ["reuse", "taylor1", "taylor2", "dmd"])
+def test_a_run_that_lost_its_history_is_full_until_it_is_back(name: str) -> None:
+    schedule = Schedule.explicit(9, (0, 1, 2, 5, 7))
+    rule = RULES[name](schedule, torch.linspace(1, 0, 10))
+    run = Run(schedule, rule)
+    run.begin()
+    size, kinds = rule.history_size, []
+    held: list[int] = []
+    for step in range(9):
+        if step == 4:
+            run.forget()  # as when another pipeline resets all hooks
+            held = []
+        decision = run.decide(step, "only")
+        full = decision.prediction is None
+        run.keep(decision, feature(1.0 + step) if full else None)
+        needed = [s for s in schedule.full_steps if s < step][-size:]
+        assert full == (schedule.is_full(step) or not set(needed) <= set(held))
+        held += [step] if schedule.is_full(step) else []
+        kinds.append(decision.record.kind != decision.record.planned)
+    assert run.statistics.num_fallbacks == sum(kinds) > 0 and run.statistics.finished
+    assert "step 4;" in run.statistics.notes["history"]
+
+
+def test_a_rule_that_looks_back_on_its_predictions_waits_for_neighbouring_steps() -> None:
+    run = Run(Schedule.explicit(7, (0, 1)), Told(dict.fromkeys(range(7), 1.0), keeps_predictions=True))
+    run.begin()
+    drive(run, dict.fromkeys(range(4), 1.0))
+    run.forget()
+    drive(run, dict.fromkeys(range(4, 7), 1.0))
+    assert [record.kind[0] for record in run.statistics.steps] == list("ffppffp")
+
+
+def test_branches_keep_their_numbers_when_features_are_forgotten() -> None:
+    rule = Told(dict.fromkeys(range(5), 1.0))
+    run = Run(Schedule.explicit(5, (0, 1, 2, 3)), rule, measure=False)
+    run.begin()
+    drive(run, {0: 1.0}, ("cond", "uncond"))
+    run.keep(run.decide(1, "cond"), feature(1.0))
+    run.forget()
+    run.keep(run.decide(1, "uncond"), feature(1.0))
+    drive(run, dict.fromkeys(range(2, 5), 1.0), ("cond", "uncond"))
+    assert [(branch, step) for branch, step, _ in rule.asked] == [(0, 4), (1, 4)]
+    assert run.statistics.num_branches == 2
 
 
 def test_every_run_watches_anew_whether_to_change_over() -> None:
@@ -131,6 +190,19 @@ def test_every_run_watches_anew_whether_to_change_over() -> None:
         full = [record.step for record in run.statistics.steps if record.kind == "full"]
         assert full == ([0, 2] if change is None else [0, 2, 3, 5])
         assert ("changed over" in run.statistics.notes) == (change is not None)
+
+
+def test_a_change_over_without_a_history_is_full_until_there_is_one() -> None:
+    own, slower = Schedule.explicit(6, (0, 2)), Schedule.explicit(6, (0, 1, 3, 4))
+    slow = Told(dict.fromkeys(range(6), 1.0))
+    run = Run(own, Told(dict.fromkeys(range(6), 2.0)), fallback=Fallback(own, {2: 0.2}, slower, slow, "slow"))
+    run.begin()
+    drive(run, dict.fromkeys(range(3), 1.0))
+    run.forget()
+    drive(run, dict.fromkeys(range(3, 6), 1.0))
+    assert run.statistics.change == 3
+    assert [record.kind[0] for record in run.statistics.steps] == list("fpfffp")
+    assert slow.asked[-1] == (0, 5, (4, 3))
 
 
 def test_a_change_over_holds_for_all_branches() -> None:

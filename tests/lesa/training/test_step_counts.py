@@ -393,8 +393,16 @@ def test_runs_of_different_lengths_follow_each_other(place: Place, pipe: Any) ->
         assert lesa.summary(pipe).rule == ("lesa[2x]" if num_steps == OWN else "lesa[mixed]")
 
 
-@pytest.mark.parametrize("num_steps", [5, 17])
-def test_outside_the_range_is_refused_before_anything_is_computed(place: Place, pipe: Any, num_steps: int) -> None:
+def test_runs_of_fewer_steps_than_the_range_are_full(place: Place, pipe: Any) -> None:
+    plain = run(place, 5)
+    lesa.enable(pipe, place.bundle)
+    with pytest.warns(UserWarning, match=r"the run has 5 step\(s\), and nothing is predicted in runs of fewer than 6"):
+        assert torch.equal(run(place, 5), plain)
+    assert lesa.summary(pipe).num_full == 5 and "in full" in lesa.summary(pipe).notes
+
+
+def test_above_the_range_is_refused_before_anything_is_computed(place: Place, pipe: Any) -> None:
+    num_steps = 17
     lesa.enable(pipe, place.bundle)
     expected = run(place, OWN)
     computed: list[int] = []
