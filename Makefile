@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test lint retrain-local clean
+.PHONY: help install repro test planted lint retrain-local clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -34,6 +34,9 @@ repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, i
 test: $(STAMP)  ## all tests: the quick ones two files at a time, then those with real servers and actors
 	python -m pytest -n 2 --dist loadfile -m "not slow"
 	python -m pytest -m slow
+
+planted: $(STAMP)  ## faults planted in a copy of the code one by one: do the quick tests catch 95% of them?
+	python -m tests.planted --json benchmarks/results/planted-faults.json
 
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .
