@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from tests.planted.fault import Fault
 
-GATE, JUDGEMENT = ("tests/lesa/publishing/test_gate.py",), ("tests/lesa/publishing/test_judgement.py",)
-CALIBRATION, BUILD = ("tests/lesa/sampling/test_adaptive.py",), ("tests/lesa/publishing/test_build.py",)
+GATE = ("tests/lesa/publishing/test_gate.py",)
+JUDGEMENT = ("tests/lesa/publishing/test_gate_jobs.py", "tests/lesa/publishing/test_judgement.py")
+BUILD = ("tests/lesa/publishing/test_build.py",)
+CALIBRATION = ("tests/lesa/publishing/test_calibration.py", *BUILD)
 
 FAULTS = [
     # lesa/publishing/gate.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 COMPARE, MEASURE = ("tests/lesa/evaluation/test_compare.py",), ("tests/lesa/evaluation/test_measure.py",)
-MEASURED = (*MEASURE, *COMPARE)
+MEASURED = ("tests/lesa/evaluation/test_aggregate.py", *MEASURE, *COMPARE)
 BOOTSTRAP = ("tests/lesa/evaluation/test_bootstrap.py",)
 
 FAULTS = [
