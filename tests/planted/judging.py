@@ -6,7 +6,7 @@ from tests.planted.fault import Fault
 
 GATE = ("tests/lesa/publishing/test_gate.py",)
 JUDGEMENT = ("tests/lesa/publishing/test_gate_jobs.py", "tests/lesa/publishing/test_judgement.py")
-BUILD = ("tests/lesa/publishing/test_build.py",)
+BUILD = ("tests/lesa/publishing/test_gate_jobs.py", "tests/lesa/publishing/test_build.py")
 CALIBRATION = ("tests/lesa/publishing/test_calibration.py", *BUILD)
 
 FAULTS = [

@@ -7,6 +7,7 @@ from tests.planted.fault import Fault
 SCHEDULE, BUDGETS = ("tests/lesa/test_schedule.py",), ("tests/lesa/bundle/test_budgets.py",)
 RUN, HOOK = ("tests/lesa/sampling/test_run.py",), ("tests/lesa/sampling/test_hook.py",)
 RUN_HOOK = (*RUN, *HOOK)
+STATISTICS = ("tests/lesa/sampling/test_statistics.py",)
 ADAPTIVE = ("tests/lesa/sampling/test_adaptive.py",)
 CHOICE = (*BUDGETS, "tests/lesa/sampling/test_enable.py")
 
@@ -109,7 +110,7 @@ FAULTS = [
         "lesa/sampling/hook.py",
         "self.run.begin(step, ",
         "self.run.begin(0, ",
-        HOOK,
+        (*HOOK, "tests/lesa/sampling/test_images_flux.py"),
     ),
     Fault(
         "the-newest-anchor-alone-decides-whether-a-late-run-has-its-history",
@@ -179,14 +180,14 @@ FAULTS = [
         "lesa/sampling/statistics.py",
         "torch.stack(self._errors).amax(dim=0)",
         "torch.stack(self._errors).amin(dim=0)",
-        RUN_HOOK,
+        STATISTICS,
     ),
     Fault(
         "bounds-are-asked-of-the-step-that-changed-over",
         "lesa/sampling/statistics.py",
         "record.step >= self.change",
         "record.step > self.change",
-        (*RUN, *ADAPTIVE),
+        STATISTICS,
     ),
     # lesa/sampling/hook.py, adaptive.py, binding.py
     Fault(
@@ -215,7 +216,7 @@ FAULTS = [
         "lesa/sampling/hook.py",
         "expected_sigmas=config.sigmas if is_own else None",
         "expected_sigmas=None if is_own else config.sigmas",
-        (*HOOK, "tests/lesa/sampling/test_enable.py"),
+        ("tests/lesa/sampling/test_calls.py", *HOOK),
     ),
     Fault(
         "bounds-of-the-bundles-own-steps-judge-every-number-of-steps",
@@ -229,7 +230,7 @@ FAULTS = [
         "lesa/sampling/binding.py",
         "torch.equal(self._newest[0], sigmas)",
         "len(self._newest[0]) == len(sigmas)",
-        ("tests/lesa/sampling/test_calls.py", "tests/lesa/sampling/test_enable.py"),
+        ("tests/lesa/sampling/test_binding.py", "tests/lesa/sampling/test_calls.py"),
     ),
     Fault(
         "the-change-over-is-at-the-step-of-the-alarm",

@@ -6,6 +6,7 @@ from tests.planted.fault import Fault
 
 DESCENT, LOCAL = ("tests/lesa/search/test_descent.py",), ("tests/lesa/search/test_local_search.py",)
 FINALISTS, PATH = ("tests/lesa/search/test_finalists.py",), ("tests/lesa/search/test_path.py",)
+JOBS = ("tests/lesa/search/test_jobs.py",)
 TRIALS = ("tests/lesa/search/test_trials.py",)
 TUNING, LINEUP = ("tests/lesa/peers/test_tuning.py",), ("tests/lesa/peers/test_lineup.py",)
 
@@ -15,14 +16,14 @@ FAULTS = [
         "lesa/search/jobs.py",
         "train, _ = kept_splits(workload)",
         "_, train = kept_splits(workload)",
-        DESCENT,
+        (*JOBS, *DESCENT),
     ),
     Fault(
         "the-cheapest-path-is-that-of-validation",
         "lesa/search/jobs.py",
         "train, _ = recorded_splits(workload)",
         "_, train = recorded_splits(workload)",
-        DESCENT,
+        (*JOBS, *DESCENT),
     ),
     Fault(
         "schedules-are-compared-with-other-samples-latents",

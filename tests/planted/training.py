@@ -6,6 +6,7 @@ from tests.planted.fault import Fault
 
 LOSSES, TARGETS = ("tests/lesa/training/test_losses.py",), ("tests/lesa/training/test_targets.py",)
 LOOP, GROUND = ("tests/lesa/training/test_loop.py",), ("tests/lesa/training/test_ground_truth.py",)
+CASES = ("tests/lesa/training/test_cases.py",)
 CLOSED, JOBS = ("tests/lesa/training/test_closed_loop.py",), ("tests/lesa/training/test_jobs.py",)
 COUNTS = ("tests/lesa/training/test_step_counts.py",)
 RECORD, DATASET = ("tests/lesa/recording/test_record.py",), ("tests/lesa/recording/test_dataset.py",)
@@ -152,14 +153,14 @@ FAULTS = [
         "lesa/training/cases.py",
         "trajectories_digest(train, validation, *further)",
         "trajectories_digest(train, train, *further)",
-        (*LOOP, *GROUND, *COUNTS),
+        (*CASES, *GROUND),
     ),
     Fault(
         "more-validation-trajectories-count-than-every-case-has",
         "lesa/training/cases.py",
         "judged = min(len(validation)",
         "judged = max(len(validation)",
-        COUNTS,
+        (*CASES, *COUNTS),
     ),
     # lesa/training/ground_truth.py
     Fault(

@@ -1,4 +1,4 @@
-"""What the gate asks its jobs for: which prompts, which noise, which budgets of whom."""
+"""What the gate asks its jobs for, which prompts, noise and budgets of whom, and what is published of a candidate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from lesa.params import EvaluateParams, PublishParams, RecordParams, Workload
-from lesa.publishing import judgement
+from lesa.publishing import build, judgement
 from lesa.publishing.gate import CANDIDATE, CHAMPION
 from lesa.publishing.judgement import (
     NamedBundle,
     TuneCachesJob,
+    fresh_offset,
     gate_samples,
     judge_candidate,
     measure_for_gate,
@@ -23,6 +24,7 @@ from lesa.publishing.judgement import (
     same_call,
     tune_gate_caches,
 )
+from lesa.recording.prompts import prompt_digests, prompts_digest
 from lesa.schedule import Schedule
 from tests.helpers.training_set import workload as toy
 
@@ -108,3 +110,47 @@ def test_budgets_are_paired_by_full_steps_whatever_their_names() -> None:
 def test_other_noise_levels_are_another_run() -> None:
     one, same, other = (bundle("a", {"2x": (0, 1)}, levels) for levels in ((1.0, 0.0), (1.0, 0.0), (0.9, 0.0)))
     assert same_call(one, same) and not same_call(one, other)
+
+
+def test_samples_are_of_test_prompts_in_turn_with_noise_of_the_pair(workload: Workload) -> None:
+    more = dataclasses.replace(workload, publish=PublishParams(gate_prompts=2, gate_max_samples=8))
+    drawn = gate_samples(more, CANDIDATE_BUNDLE, CHAMPION_BUNDLE)
+    assert drawn.prompts == tuple(SPLITS["test"]) * 2 and drawn.groups == (0, 1, 2, 3, 0, 1, 2, 3)
+    assert len(set(drawn.seeds)) == 8 and drawn.looks == (2, 4, 8)
+    two = (CANDIDATE_BUNDLE, CHAMPION_BUNDLE)
+    offsets = {fresh_offset(workload, one, other) for one in two for other in (None, *two)}
+    assert len(offsets) == 6, "every pair of bundles has noise of its own"
+
+
+def test_each_bundle_is_measured_with_its_own_experts_at_its_own_full_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judgement, "lesa_method", lambda *given, **named: (*given, named["name"]))
+    job: Any = SimpleNamespace(wanted={"2x": (CHAMPION, "reuse"), "4x": ("reuse",)}, paired={"2x": "even"})
+    candidate = bundle("candidate", {"2x": (0, 1, 3, 5), "4x": (0, 4)})
+    champion = bundle("champion", {"2x": (0, 1), "even": (0, 2, 4, 6)})
+    made: Any = judgement._predictors(candidate, champion, job)
+    assert [(budget, predictor, steps.full_steps, name) for budget, predictor, steps, name in made] == [
+        ("2x", "the predictor of candidate", (0, 1, 3, 5), CANDIDATE),
+        ("2x", "the predictor of champion", (0, 2, 4, 6), CHAMPION),
+        ("4x", "the predictor of candidate", (0, 4), CANDIDATE),
+    ]
+
+
+def test_what_is_published_has_the_budgets_that_passed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(build, "write_bundle", lambda folder, manifest, predictor: written.append(manifest))
+    data = {"budgets": {"2x": "first", "4x": "second", "8x": "third"}, "evaluation": {"prompts": 4}}
+    made: Any = SimpleNamespace(manifest=SimpleNamespace(data=data), predictor=None)
+    build.with_budgets(made, ("2x", "8x"), {"4x": ("its tail is worse",)}, Path("nowhere"))
+    (manifest,) = written
+    assert manifest["budgets"] == {"2x": "first", "8x": "third"}
+    assert manifest["evaluation"] == {"prompts": 4, "left_out": {"4x": ["its tail is worse"]}}
+
+
+def test_a_bundle_names_the_prompts_of_both_splits() -> None:
+    """Those of validation chose schedules and states: nothing may be judged on them either."""
+    train: Any = SimpleNamespace(prompts=("a", "b"), seeds=(4, 6), keys=("k", "l"))
+    validation: Any = SimpleNamespace(prompts=("c",), seeds=(3,), keys=("m",))
+    facts = build._training(train, validation, [])
+    assert facts["prompt_digests"] == prompt_digests(["a", "b", "c"])
+    assert facts["prompts_sha256"] == prompts_digest(["a", "b", "c"]) and facts["noise_seeds"] == [3, 6]
+    assert (facts["num_trajectories"], facts["num_validation_trajectories"]) == (2, 1)

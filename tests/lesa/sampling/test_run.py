@@ -189,7 +189,7 @@ def test_nothing_is_kept_after_a_run_that_might_have_changed_over(predicted: flo
     told = Told(dict.fromkeys(range(6), predicted))
     run = Run(own, told, fallback=Fallback(own, {2: 0.2}, slower, Told(dict.fromkeys(range(6), 1.0)), "slow"))
     run.begin()
-    drive(run, dict.fromkeys(range(6), 1.0), ("cond", "uncond"))
+    drive(run, dict.fromkeys(range(6), 1.0))
     assert (run.statistics.change is None) == (predicted == 1.0)
     assert not list(run.held_tensors()) and run.statistics.finished
 

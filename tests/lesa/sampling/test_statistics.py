@@ -24,8 +24,8 @@ def test_a_step_s_error_is_the_mean_and_a_sample_s_the_worst_branch() -> None:
 
 def test_bounds_hold_until_another_schedule_does() -> None:
     """They are of the first schedule's errors: from the change on the run is another one."""
-    statistics = RunStatistics(rule="r", schedule=Schedule.explicit(6, (0, 2, 4)), bounds={2: 0.2, 3: 0.2})
-    assert statistics.is_beyond(record(2, [0.1, 0.3])) and not statistics.is_beyond(record(2, [0.1, 0.2]))
+    statistics = RunStatistics(rule="r", schedule=Schedule.explicit(6, (0, 2, 4)), bounds={2: 0.25, 3: 0.25})
+    assert statistics.is_beyond(record(2, [0.1, 0.5])) and not statistics.is_beyond(record(2, [0.1, 0.25]))
     assert statistics.is_beyond(record(2, [float("nan")])) and not statistics.is_beyond(record(4, [9.0]))
     statistics.change = 3
-    assert statistics.is_beyond(record(2, [0.3])) and not statistics.is_beyond(record(3, [0.3]))
+    assert statistics.is_beyond(record(2, [0.5])) and not statistics.is_beyond(record(3, [0.5]))

@@ -29,6 +29,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("kept_splits", "recorded_splits"):
         monkeypatch.setattr(jobs, name, lambda workload: (TRAIN, VALIDATION))
     monkeypatch.setattr(jobs, "load_pipeline", lambda model, device: "the pipeline")
+    monkeypatch.setattr(jobs, "transformer_folder", lambda workload: None)
     monkeypatch.setattr(jobs, "load_output_head", lambda folder: "the head")
 
 
