@@ -6,6 +6,7 @@ from tests.planted.fault import Fault
 
 ALPHA, PROJECTION = ("tests/lesa/predictor/test_alpha.py",), ("tests/lesa/predictor/test_projection.py",)
 PREDICTOR = ("tests/lesa/predictor/test_predictor.py",)
+STEPS = ("tests/lesa/training/test_step_weights.py",)
 
 FAULTS = [
     Fault(
@@ -69,7 +70,7 @@ FAULTS = [
         "lesa/predictor/predictor.py",
         'step_weights.to_difference_weights(experts[stage]["scale"].float())',
         'experts[stage]["scale"].float()',
-        PREDICTOR,
+        STEPS,
     ),
     Fault(
         "the-first-stages-projection-is-remembered-for-all",
@@ -83,14 +84,14 @@ FAULTS = [
         "lesa/predictor/predictor.py",
         "self.spec.step_history if by_step else 1",
         "1 if by_step else self.spec.step_history",
-        PREDICTOR,
+        STEPS,
     ),
     Fault(
         "the-channel-part-counts-twice",
         "lesa/predictor/predictor.py",
         "parts = {stage: projections.without_channel_part(tensors) for stage, tensors in parts.items()}",
         "parts = dict(parts)",
-        PREDICTOR,
+        STEPS,
     ),
     Fault(
         "experts-of-the-fewest-full-steps-serve-unknown-schedules",
@@ -111,6 +112,6 @@ FAULTS = [
         "lesa/predictor/step_weights.py",
         "[newer - older for newer, older in pairwise(held)]",
         "[older - newer for newer, older in pairwise(held)]",
-        (*PREDICTOR, "tests/lesa/training/test_step_weights.py"),
+        (*STEPS, *PREDICTOR),
     ),
 ]

@@ -98,6 +98,16 @@ def test_a_late_start_is_full_until_its_history_is_in_the_run() -> None:
     assert run.statistics.notes["budget"] == "fast" and run.statistics.notes["begins at"].startswith("step 2; full")
 
 
+def test_a_late_start_wants_the_oldest_feature_of_its_history_too() -> None:
+    """At step 4 the newest full step is in the run, the one before it is not."""
+    rule = Told(dict.fromkeys(range(8), 1.0))
+    run = Run(Schedule.explicit(8, (0, 3, 5)), rule)
+    run.begin(2)
+    drive(run, dict.fromkeys(range(2, 8), 1.0))
+    assert [record.kind[0] for record in run.statistics.steps] == ["f", "f", "f", "f", "p", "p"]
+    assert rule.asked == [(0, 6, (5, 3)), (0, 7, (5, 3))]
+
+
 def test_tokens_beyond_the_image_s_are_not_kept() -> None:
     run = Run(Schedule.explicit(2, (0,)), RULES["reuse"](Schedule.explicit(2, (0,)), torch.empty(0)))
     run.begin(num_tokens=2)
