@@ -601,3 +601,14 @@ def test_bounds_are_of_the_configured_schedule_alone():
     root = LesaRootHook(config, LesaCallState())
     assert root._new_run(schedule, config.rule, {}).statistics.bounds == {1: 0.1}
     assert root._new_run(other, config.rule, {}).statistics.bounds == {}
+
+
+def test_every_run_has_a_record_of_its_own(hand):
+    apply_lesa_cache(hand, hand_config())
+    records = []
+    for _ in range(2):
+        for timestep in (9.0, 6.0, 3.0, 1.0):
+            hand(tokens(1.0), torch.tensor([timestep]))
+        records.append(cache_state(hand))
+        assert [record.kind for record in records[-1].steps] == ["full", "full", "predicted", "predicted"]
+    assert records[0] is not records[1] and len(records[0].steps) == 4

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lesa.models.output_head import OutputHead
 from lesa.params import WorkerResources, Workload
 from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.projection import KINDS
@@ -312,19 +314,25 @@ def test_validation_trajectories_are_measured_by_and_never_fitted(
 def test_a_prediction_meets_the_conditioning_of_its_own_sample_and_step(
     data: tuple[Trajectories, Trajectories],
 ) -> None:
-    """The loss on rows out of order is the mean of the rows' own losses."""
+    """Of rows out of order the loss is the mean of their own, through a head that scales by the conditioning."""
+
+    class Scale(nn.Module):
+        def forward(self, feature: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+            return feature * (1 + temb[:, None])
+
+    scaling: Any = OutputHead(Scale(), head().proj_out)
     expert = new_expert(design(), Job("2x", 1), SIGMAS, CHANNELS)
     targets = Targets.on(design().schedules["2x"], SIGMAS, stage_of_steps(SIGMAS, (0.6,)), 1, 2, "full_steps")
     train, rows = data[0], [5, 2]
-    losses = [float(true_history_loss(expert, targets, train, [row], head(), "output").detach()) for row in rows]
-    both = float(true_history_loss(expert, targets, train, rows, head(), "output").detach())
+    losses = [float(true_history_loss(expert, targets, train, [row], scaling, "output").detach()) for row in rows]
+    both = float(true_history_loss(expert, targets, train, rows, scaling, "output").detach())
     assert both == pytest.approx(sum(losses) / 2, rel=1e-5)
     features = train.feature_batch([5], targets.needed)
     predicted = targets.predict(expert, features)
     expected = 0.0
     for place, step in enumerate(targets.steps):
         true = features[:, targets.needed.index(step)]
-        off = head()(predicted[:, place], train.temb[[5], step]) - head()(true, train.temb[[5], step])
+        off = scaling(predicted[:, place], train.temb[[5], step]) - scaling(true, train.temb[[5], step])
         expected += float(off.detach().abs().mean() * targets.weights[place])
     assert losses[0] == pytest.approx(expected / float(targets.weights.sum()), rel=1e-4)
 
