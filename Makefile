@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test faults lint audit retrain-local clean
+.PHONY: help install repro test faults planted lint audit retrain-local clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -37,6 +37,9 @@ test: $(STAMP)  ## all tests: the quick ones two files at a time, then those wit
 
 faults: $(STAMP)  ## the tests of every fault, the races longer; writes docs/faults.md
 	python -m tests.faults --write
+
+planted: $(STAMP)  ## faults planted in a copy of the code one by one: do the quick tests catch 95% of them?
+	python -m tests.planted --json benchmarks/results/planted-faults.json
 
 lint: $(STAMP)  ## ruff and mypy
 	ruff check .

@@ -7,10 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesa.schedule import Schedule, history_problems, picture
+from lesa.schedule import Schedule, history_problems, least_full, picture, stage_of_steps
+
+settings.register_profile("unhurried", deadline=None)  # the machine may be busy
+settings.load_profile("unhurried")
 
 
 @given(
@@ -161,3 +165,14 @@ def test_carried_by_hand() -> None:
     assert Schedule.uniform(50, 1).carried(20).predicted_steps == ()
     with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
         searched.carried(0)
+
+
+def test_a_step_exactly_at_a_boundary_is_in_the_noisier_stage() -> None:
+    levels = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert stage_of_steps(levels, (0.75, 0.25)) == [0, 0, 1, 1]
+
+
+def test_a_carried_schedule_keeps_as_many_full_steps_as_it_must() -> None:
+    fast, slow = Schedule.explicit(50, (0, 1, 10, 20, 30, 40)), Schedule.uniform(50, 3)
+    assert least_full([slow, fast]) == 6
+    assert fast.carried(10, 6).num_full == 6 and fast.carried(10).num_full == 3 and fast.carried(4, 6).num_full == 4

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from lesa.evaluation.compare import compare, evaluate_methods, evaluate_workload, one_by_one
+from lesa.evaluation import compare as compare_module
+from lesa.evaluation.compare import TuneJob, compare, evaluate_methods, evaluate_workload, one_by_one, tune
 from lesa.evaluation.measure import samples
 from lesa.evaluation.table import format_table
 from lesa.params import BudgetParams, ModelParams, RecordParams, ScheduleParams, Workload
@@ -198,3 +201,77 @@ def test_a_workload_is_judged_on_its_test_prompts_and_reported(tmp_path: Path, m
     few = dataclasses.replace(workload, evaluate=dataclasses.replace(workload.evaluate, prompts=3))
     with pytest.raises(PromptError, match="3 test prompts are wanted"):
         evaluate_workload(few, {"lesa": predictor})
+
+
+@dataclasses.dataclass
+class Set:
+    """A workload of three splits, and what its caches were tuned with."""
+
+    workload: Workload
+    tuned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@pytest.fixture
+def three_splits(monkeypatch: pytest.MonkeyPatch) -> Set:
+    workload = Workload(
+        name="tiny",
+        model=ModelParams(family="flux", source="data/base/tiny"),
+        call=CALL,
+        prompts="tiny",
+        schedule=ScheduleParams(budgets={"1.67x": BudgetParams(interval=3)}, default_budget="1.67x"),
+        record=RecordParams(train_prompts=2, validation_prompts=2, seed_offset=7000),
+        evaluate=dataclasses.replace(SETTINGS, seeds_per_prompt=1, seed_offset=50),
+    )
+    splits = {"train": ["learned", "learnt"], "validation": ["chosen", "picked"], "test": ["judged", "weighed"]}
+    made = Set(workload)
+
+    def tuned(pipe: Any, ours: Any, **given: Any) -> list[Any]:
+        made.tuned.append(given)
+        return []
+
+    monkeypatch.setattr(compare_module, "read_splits", lambda folder: splits)
+    monkeypatch.setattr(compare_module, "load_pipeline", lambda model, device: None)
+    monkeypatch.setattr(compare_module, "tuned_caches", tuned)
+    return made
+
+
+def test_caches_are_tuned_on_training_prompts_with_training_noise(three_splits: Set) -> None:
+    predictor = extrapolating(8, torch.linspace(1, 0, NUM_STEPS + 1), BUDGETS["1.67x"])
+    job = TuneJob(caches=("mag_cache",), predictor=predictor)
+    assert tune(three_splits.workload, job, lambda *_: None) == []
+    (given,) = three_splits.tuned
+    assert (given["prompts"], given["seeds"]) == (["learned", "learnt"], [7000, 7001])
+
+
+def test_a_workload_s_jobs_are_of_test_prompts_and_of_the_second_step_s_predictor(three_splits: Set) -> None:
+    levels = torch.linspace(1, 0, NUM_STEPS + 1)
+    predictors = {name: extrapolating(8, levels, BUDGETS["1.67x"]) for name in ("lesa", "lesa_ground_truth")}
+    asked: list[Any] = []
+
+    class Enough(Exception):
+        pass
+
+    def run(work: Any, workload: Workload, jobs: Mapping[str, Any]) -> dict[str, Any]:
+        asked.extend(jobs.values())
+        if work is not tune:
+            raise Enough
+        return {name: [] for name in jobs}
+
+    with pytest.raises(Enough):
+        evaluate_workload(three_splits.workload, predictors, run=run)
+    first, *measuring = asked
+    assert first.predictor is predictors["lesa"]
+    assert [(job.prompts, job.seeds) for job in measuring] == [(["judged", "weighed"], [50, 51])]
+
+
+def test_a_comparison_tunes_on_noise_that_it_does_not_judge_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(compare_module, "enable", lambda pipe, bundle: None)
+    monkeypatch.setattr(compare_module, "disable", lambda pipe: None)
+    monkeypatch.setattr(compare_module, "default_methods", lambda *_, **given: asked.update(given) or [])
+    monkeypatch.setattr(compare_module, "evaluate_methods", lambda pipe, methods, texts, seeds, **_: seeds)
+    manifest = SimpleNamespace(data={}, budgets={}, call=CALL, workload="tiny", default_budget="2x")
+    bundle: Any = SimpleNamespace(manifest=manifest, predictor=None, digest="")
+    seeds: Any = compare(bundle, None, ["a dog", "a cat"], 2, 900, tuning_prompts=["one", "two", "three"])
+    assert seeds == [900, 901, 902, 903] and len(set(asked["tuning_seeds"])) == 3
+    assert not set(seeds) & set(asked["tuning_seeds"]) and asked["tuning_prompts"] == ["one", "two", "three"]

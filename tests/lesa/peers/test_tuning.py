@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from lesa.models.probe import probe
 from lesa.peers import tuning
 from lesa.peers.caches import mag_cache_method, mag_cache_steps, magnitude_ratios, tuned_caches
 from lesa.peers.method import Method, lesa_method
+from lesa.peers.tuning import best_trial, bisect_threshold
 from lesa.schedule import Schedule
 from tests.helpers.bundles import CALL, NUM_STEPS, extrapolating
 from tests.helpers.evaluation import BUDGETS, pipeline, sigmas
@@ -116,3 +121,68 @@ def test_a_cache_that_skips_nothing_is_no_peer(monkeypatch: pytest.MonkeyPatch) 
     mag = next(method for method in methods if method.name == "mag_cache")
     assert mag.settings["target_computed_steps"] == schedule.num_full == NUM_STEPS - 1
     assert mag.settings["tuning_computed_steps"] == NUM_STEPS - 1
+
+
+def cache(threshold: float = 0.1, name: str = "cache", budget: str = "", full: int = 0) -> Method:
+    """A method that is never run; where it has full steps it stands for the predictor."""
+    return Method(
+        name=name, label=name, budget=budget, kind="cache", using=lambda pipe, sigmas: nullcontext(), num_steps=10,
+        schedule=Schedule.explicit(10, range(full)) if full else None, settings={"threshold": threshold},
+    )  # fmt: skip
+
+
+def trial(computed: float, psnr: float) -> tuning.Trial:
+    return tuning.Trial(method=cache(), computed=computed, psnr=psnr)
+
+
+def test_the_best_image_among_those_no_slower_than_the_first_that_reaches_the_target() -> None:
+    trials = [trial(3, 20.0), trial(4, 31.0), trial(5, 30.0), trial(8, 50.0)]
+    assert best_trial(trials, 5).psnr == 31.0  # a faster one may be better; the slow one is out
+    assert best_trial(trials, 3.5).psnr == 31.0 and best_trial(trials, 3).psnr == 20.0
+    assert best_trial(trials, 9).psnr == 50.0  # none is slow enough
+
+
+@pytest.mark.parametrize("ours, affordable", [(20.0, 1.0), (60.0, 5.5), (100.0, 10.0), (5.0, 1.0), (200.0, 10.0)])
+def test_our_time_buys_steps_between_a_cache_s_fewest_and_all(ours: float, affordable: float) -> None:
+    assert tuning._affordable(ours, 20.0, 100.0, 10, trial(1.0, 0.0)) == pytest.approx(affordable)
+
+
+def bench(computed: Callable[[float], float]) -> Any:
+    """A bench on which a threshold computes so many steps, and more of them make a better image."""
+
+    def run(method: Method) -> tuning.Trial:
+        steps = computed(method.settings["threshold"])
+        return tuning.Trial(method=method, computed=steps, psnr=10 * steps)
+
+    return SimpleNamespace(trial=run)
+
+
+def test_the_threshold_is_bisected_towards_the_target() -> None:
+    made = bench(lambda threshold: 10 / (1 + threshold))  # the higher the threshold the fewer steps
+    trials = bisect_threshold(made, cache, 4.0, [], between=(1e-3, 1e3), tries=20)
+    assert abs(trials[-1].computed - 4.0) < 0.5
+    again = bisect_threshold(made, cache, 4.0, trials, between=(1e-3, 1e3), tries=20)
+    assert again == [], "half a step off is known already"
+
+
+def test_every_cache_is_charged_what_its_own_skipped_steps_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain 100, ours 40 and 60; a skipped run of the dear cache costs 50 and of the cheap one 10."""
+    monkeypatch.setattr(tuning, "_operations", lambda bench, ours, eager: [100.0, 40.0, 60.0, 50.0, 10.0])
+    asked: dict[tuple[str, float], None] = {}
+
+    def search(name: str) -> tuning.CacheSearch:
+        def find(bench: Any, target: float, trials: list[tuning.Trial]) -> tuning.Trial:
+            asked[name, round(target, 3)] = None
+            return tuning.Trial(method=cache(target, name), computed=target, psnr=target)
+
+        return tuning.CacheSearch(name=name, eager=cache(tuning.EVERYTHING, name), search=find)
+
+    ours = {"fast": cache(budget="fast", full=3), "slow": cache(budget="slow", full=5)}
+    made = bench(lambda threshold: 1.0)
+    methods = tuning.tune_caches(made, ours, [search("dear"), search("cheap")], cost="operations")
+    # (40 - 10) of the 90 that nine steps cost, and (60 - 10); the dear one buys 0 and 1.8 steps above its first.
+    assert {target for name, target in asked if name == "cheap"} == {4.0, 6.0}
+    assert {target for name, target in asked if name == "dear"} == {1.0, 2.8, 3.0, 5.0}
+    found = {(method.name, method.budget): method.settings["target_computed_steps"] for method in methods}
+    assert found["dear", "fast"] == 3.0 and found["dear", "slow"] == 5.0, "as many full steps as ours, though slower"
+    assert found["dear_equal_time", "slow"] == 2.8 and found["cheap", "slow"] == 6.0

@@ -159,6 +159,13 @@ def test_a_schedule_gets_the_nearest_variant() -> None:
     assert predictor.spec.variant_for(Schedule.uniform(S, 9)).name == "3x"
 
 
+def test_experts_for_other_numbers_of_steps_leave_the_budgets_theirs() -> None:
+    mixed = spec(gate="kan", step_counts=(8, S))
+    trained = Schedule.explicit(S, mixed.variants[1].full_steps)
+    assert mixed.variant_for(trained) == mixed.variants[1] and not mixed.variant_for(trained).is_relative
+    assert mixed.variant_for(Schedule.uniform(8, 3)).is_relative and mixed.variant_for(SCHEDULE).is_relative
+
+
 def refusal(predictor: Predictor, schedule: Schedule, levels: torch.Tensor = SIGMAS) -> str:
     with pytest.raises(ValueError) as caught:
         predictor.bind(schedule, levels)

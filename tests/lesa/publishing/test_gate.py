@@ -200,3 +200,13 @@ def test_looks_double_and_share_the_error() -> None:
         levels = look_levels(looks)
         assert sum(levels) == pytest.approx(ERROR) and list(levels) == sorted(levels)
     assert look_levels(1) == (ERROR,)
+
+
+def test_another_budget_that_stays_open_is_left_out_and_the_default_one_is_published() -> None:
+    wavering = np.where(np.arange(len(BASE)) % 4 < 2, 0.2, -0.19)
+    candidate = {"5x": BASE + 1.0, "6.25x": BASE + wavering}
+    peers = {"taylor1": {"5x": BASE - 3.0, "6.25x": BASE}}
+    decision, samples = run(candidate, champion=psnr(0.0, ("5x",)), peers=peers)
+    assert [end for _, _, end in samples.asked] == list(LOOKS)
+    assert decision.promote and decision.budgets == ("5x",)
+    assert decision.left_out["6.25x"][0].endswith("and is not known to be")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lesa.recording import dataset as trajectories
-from lesa.recording.dataset import draw, load_trajectories, trajectories_digest
+from lesa.recording.dataset import draw, load_trajectories, recorded_splits, trajectories_digest
 from lesa.recording.store import TrajectoryStore
 from lesa.recording.store_format import StoreError
-from tests.helpers.training_set import CHANNELS, OUTPUTS, STEPS, TOKENS, make_store, sigmas
+from tests.helpers.training_set import CHANNELS, OUTPUTS, STEPS, TOKENS, make_store, sigmas, workload
 
 
 def test_one_entry_a_trajectory_and_branch(tmp_path: Path) -> None:
@@ -109,3 +109,13 @@ def test_draws_are_distinct_and_seeded() -> None:
     assert drawn == draw(generator(), 10, 4)
     assert len(set(drawn)) == 4 and all(0 <= i < 10 for i in drawn)
     assert sorted(draw(generator(), 3, 8)) == [0, 1, 2]
+
+
+def test_each_split_is_read_for_its_own_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training first; of each split the first prompts, as many as are recorded."""
+    splits = {"train": ["a", "b", "c"], "validation": ["d", "e"], "test": ["f"]}
+    monkeypatch.setattr(trajectories, "read_splits", lambda folder: splits)
+    monkeypatch.setattr(trajectories, "load_trajectories", lambda path, prompts, num_steps, records: prompts)
+    monkeypatch.setattr(trajectories, "_open_store", lambda workload: trajectories._Verified(records={}, sets={}))
+    recorded = workload(record={"train_prompts": 2, "validation_prompts": 1})
+    assert recorded_splits(recorded) == (("a", "b"), ("d",))

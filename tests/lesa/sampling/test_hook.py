@@ -16,8 +16,18 @@ from diffusers.hooks.hooks import CacheContext
 from lesa.models.families import FAMILIES, BlockList, Family
 from lesa.peers.rules import RULES
 from lesa.predictor.rule import History, WithoutStages
+from lesa.sampling.block_hooks import LesaCallState
 from lesa.sampling.checks import CheckResult, FirstCall, MismatchError
-from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, cache_state, is_lesa_cache_enabled, remove_lesa_cache
+from lesa.sampling.hook import (
+    ROOT_HOOK,
+    LesaCacheConfig,
+    LesaRootHook,
+    apply_lesa_cache,
+    cache_state,
+    is_lesa_cache_enabled,
+    remove_lesa_cache,
+)
+from lesa.sampling.hook_registry import find_hook
 from lesa.schedule import Schedule
 from tests.helpers.tiny import CALL, tiny_flux
 
@@ -581,3 +591,52 @@ def test_statistics_as_plain_values_and_as_a_table(pipe):
     table = str(statistics)
     assert "bundle: tiny" in table and "3 full of 8: 2.67x" in table
     assert len(table.splitlines()) == 2 + 1 + STEPS + 1
+
+
+def test_what_an_interrupted_run_kept_is_gone_before_the_next_one_is_checked(hand):
+    """A pipeline that is interrupted stops calling, without an error: the next run's first call finds features."""
+    held = []
+
+    def check(call: FirstCall) -> CheckResult:
+        root = find_hook(hand, ROOT_HOOK)
+        held.append(len(list(root.run.held_tensors())))
+        return CheckResult()
+
+    apply_lesa_cache(hand, hand_config(check=check))
+    for _ in range(2):
+        for timestep in (9.0, 6.0, 3.0):
+            hand(tokens(1.0), torch.tensor([timestep]))
+        assert list(find_hook(hand, ROOT_HOOK).run.held_tensors())
+    assert held == [0, 0]
+
+
+def test_a_run_after_a_call_that_failed_begins_at_the_front(hand):
+    """Where the first two steps have one timestep, its value alone would not tell."""
+    apply_lesa_cache(hand, hand_config(timesteps=[9.0, 9.0, 3.0, 1.0]))
+    handle = hand.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hand(tokens(1.0), torch.tensor([9.0]))
+    handle.remove()
+    for timestep in (9.0, 9.0, 3.0, 1.0):
+        hand(tokens(1.0), torch.tensor([timestep]))
+    assert [record.step for record in cache_state(hand).steps] == [0, 1, 2, 3] and cache_state(hand).finished
+
+
+def test_bounds_are_of_the_configured_schedule_alone():
+    """A run of another number of steps has errors that nobody calibrated."""
+    schedule, other = Schedule.explicit(4, (0, 1)), Schedule.explicit(3, (0, 1))
+    config = hand_config(schedule=schedule, bounds={1: 0.1})
+    root = LesaRootHook(config, LesaCallState(), torch.nn.Module())
+    assert root._new_run(schedule, config.rule, {}).statistics.bounds == {1: 0.1}
+    assert root._new_run(other, config.rule, {}).statistics.bounds == {}
+
+
+def test_every_run_has_a_record_of_its_own(hand):
+    apply_lesa_cache(hand, hand_config())
+    records = []
+    for _ in range(2):
+        for timestep in (9.0, 6.0, 3.0, 1.0):
+            hand(tokens(1.0), torch.tensor([timestep]))
+        records.append(cache_state(hand))
+        assert [record.kind for record in records[-1].steps] == ["full", "full", "predicted", "predicted"]
+    assert records[0] is not records[1] and len(records[0].steps) == 4

@@ -98,6 +98,16 @@ def test_a_late_start_is_full_until_its_history_is_in_the_run() -> None:
     assert run.statistics.notes["budget"] == "fast" and run.statistics.notes["begins at"].startswith("step 2; full")
 
 
+def test_a_late_start_wants_the_oldest_feature_of_its_history_too() -> None:
+    """At step 4 the newest full step is in the run, the one before it is not."""
+    rule = Told(dict.fromkeys(range(8), 1.0))
+    run = Run(Schedule.explicit(8, (0, 3, 5)), rule)
+    run.begin(2)
+    drive(run, dict.fromkeys(range(2, 8), 1.0))
+    assert [record.kind[0] for record in run.statistics.steps] == ["f", "f", "f", "f", "p", "p"]
+    assert rule.asked == [(0, 6, (5, 3)), (0, 7, (5, 3))]
+
+
 def test_tokens_beyond_the_image_s_are_not_kept() -> None:
     run = Run(Schedule.explicit(2, (0,)), RULES["reuse"](Schedule.explicit(2, (0,)), torch.empty(0)))
     run.begin(num_tokens=2)
@@ -214,3 +224,61 @@ def test_a_change_over_holds_for_all_branches() -> None:
     assert first == second == [None, 5.0, None, None, 5.0, None]
     assert run.statistics.change == 3
     assert [asked for asked in slow.asked if asked[1] == 4] == [(0, 4, (3, 1, 0)), (1, 4, (3, 1, 0))]
+
+
+def test_a_fallback_of_any_branch_makes_the_step_a_counted_one() -> None:
+    """The first branch is predicted well; what it did at the step is told first."""
+
+    class Second(Told):
+        def __call__(self, history: History, step: int) -> torch.Tensor:
+            return super().__call__(history, step) * (float("nan") if history.branch == 1 and step == 2 else 1.0)
+
+    run = Run(Schedule.explicit(4, (0, 1)), Second({2: 1.0, 3: 1.0}), measure=False)
+    run.begin()
+    first, second = drive(run, dict.fromkeys(range(4), 1.0), ("cond", "uncond"))
+    assert (first[2], second[2]) == (1.0, None) and run.statistics.num_fallbacks == 1
+    assert [record.kind for record in run.statistics.steps] == ["full", "full", "full", "predicted"]
+
+
+def test_a_jump_is_told_from_the_newest_feature() -> None:
+    """What is plausible after a loud feature was a jump from the quiet one before it."""
+    rule = Told({1: 1.0, 3: 1500.0})
+    run = Run(Schedule.explicit(4, (0, 2)), rule, measure=False)
+    run.begin()
+    assert drive(run, {0: 1.0, 1: 0.0, 2: 1000.0, 3: 0.0}) == [[None, 1.0, None, 1500.0]]
+
+
+def test_the_worst_sample_raises_the_alarm() -> None:
+    own, slower = Schedule.explicit(6, (0, 2)), Schedule.explicit(6, (0, 1, 3, 5))
+    predicted = torch.tensor([[[1.0]], [[1.5]]])  # of one sample right, of the other half as much again
+
+    class Two(Told):
+        def __call__(self, history: History, step: int) -> torch.Tensor:
+            return predicted
+
+    run = Run(own, Two({}), fallback=Fallback(own, {2: 0.3}, slower, Two({}, history_size=3), "slow"))
+    run.begin()
+    for step in range(6):
+        decision = run.decide(step, "only")
+        run.keep(decision, torch.ones(2, 1, 1) if decision.prediction is None else None)
+    assert run.statistics.change == 3
+    assert not list(run.held_tensors()), "what was kept for the change goes too"
+
+
+@pytest.mark.parametrize("predicted", [1.0, 2.0])
+def test_nothing_is_kept_after_a_run_that_might_have_changed_over(predicted: float) -> None:
+    own, slower = Schedule.explicit(6, (0, 2)), Schedule.explicit(6, (0, 1, 3, 5))
+    told = Told(dict.fromkeys(range(6), predicted))
+    run = Run(own, told, fallback=Fallback(own, {2: 0.2}, slower, Told(dict.fromkeys(range(6), 1.0)), "slow"))
+    run.begin()
+    drive(run, dict.fromkeys(range(6), 1.0))
+    assert (run.statistics.change is None) == (predicted == 1.0)
+    assert not list(run.held_tensors()) and run.statistics.finished
+
+
+def test_the_peak_is_that_of_the_whole_run() -> None:
+    """At the last step one branch's features are gone before the other's are counted."""
+    run = Run(Schedule.explicit(3, (0, 1)), Told({2: 1.0}), measure=False)
+    run.begin()
+    drive(run, dict.fromkeys(range(3), 1.0), ("cond", "uncond"))
+    assert run.statistics.peak_bytes == 4 * 4  # two branches, two features of one float32 number

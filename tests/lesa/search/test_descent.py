@@ -256,3 +256,36 @@ def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811
     with pytest.raises(ValueError, match="not a file of searched schedules"):
         with_schedules(workload)
     assert with_schedules(small(place.workload)) == small(place.workload)
+
+
+def test_of_several_descents_the_best_end_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {(0, 1): 3.0, (0, 2): 1.0, (0, 3): 2.0}
+    done = SimpleNamespace(error=errors.__getitem__, count=3)
+    monkeypatch.setattr(descent, "local_search", lambda *_, **__: (list(errors), done))
+    monkeypatch.setattr(descent.Judge, "of", lambda *_: SimpleNamespace(num_steps=4, judged=[0], trial=None))
+    settings = SimpleNamespace(search=SearchParams(descents=3, evaluations=1, samples=1, finalists=1))
+    best, figures = refine(
+        None, settings, None, [Schedule.explicit(4, (0, 1))], seed=0,  # type: ignore[arg-type]
+        journal=tmp_path / "j.json", report=lambda *_: None,
+    )  # fmt: skip
+    assert best.full_steps == (0, 2) and figures == {"start_error_db": 3.0, "error_db": 1.0, "evaluations": 3.0}
+
+
+def test_weights_are_never_fitted_on_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search's judge: rows that are run against their own latents, with weights of the other prompts' rows."""
+    fitted: list[list[int]] = []
+    monkeypatch.setattr(descent, "StepFits", lambda data, rows, *_: fitted.append(rows))
+    monkeypatch.setattr(descent, "search_key", lambda *_: "key")
+    data = SimpleNamespace(
+        prompts=tuple("aabbcc"), branch=(0,) * 6, latents=torch.arange(6.0)[:, None], sigmas=torch.zeros(9)
+    )
+    settings = SimpleNamespace(
+        predictor=SimpleNamespace(step_history=2, ridge=0.1), search=SearchParams(samples=3), call=None
+    )
+    judge = descent.Judge.of(
+        SimpleNamespace(device="cpu"), settings, data, tmp_path / "j.json", lambda *_: None  # type: ignore[arg-type]
+    )
+    assert judge.judged == [2, 4, 5] and fitted == [judge.fitted] == [[0, 1]]
+    monkeypatch.setattr(descent, "accelerated_latents", lambda *given: data.latents[given[-1]] + 0.1)
+    errors = judge._errors(Schedule.uniform(8, 2), None, [4, 2])  # type: ignore[arg-type]
+    assert errors == pytest.approx([-20.0, -20.0], abs=1e-3)

@@ -11,7 +11,7 @@ import torch
 from lesa.recording.dataset import Trajectories, load_trajectories
 from lesa.recording.store import Trajectory, TrajectoryStore
 from lesa.schedule import Schedule
-from lesa.search.path import NOTHING, cheapest_path, cheapest_schedules, segment_costs
+from lesa.search.path import NOTHING, _fitted, cheapest_path, cheapest_schedules, segment_costs
 from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, head, sigmas
 
 KINK = 7
@@ -71,3 +71,20 @@ def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:
         cheapest_schedules(kinked, head(), [3], max_gap=2)
     for leading in (1, 2):  # the longest gaps that are accepted reach the end
         assert cheapest_schedules(kinked, head(), [5], max_gap=3, leading=leading)[5].num_full == 5
+
+
+def test_a_drift_weighs_every_step_by_how_far_it_moves_the_latents(kinked: Trajectories) -> None:
+    """From a full step, reusing it: the drift is the sum over the steps of dsigma times what the head is off by."""
+    costs = segment_costs(kinked, head(), STEPS)
+    dsigma = kinked.sigmas.diff()
+    rows, made = list(range(len(kinked))), head()
+    features = kinked.feature_batch(rows, range(STEPS))
+    c, ahead = 4, [5, 6]
+    newest, before = features[:, c], features[:, c - 1]
+    regressors = torch.stack([newest, torch.ones_like(newest), newest - before])
+    predicted = newest + _fitted(regressors, features[:, ahead] - newest[:, None])
+    drift = torch.zeros(())
+    for place, step in enumerate(ahead):
+        off = made(predicted[place], kinked.temb[rows][:, step]) - made(features[:, step], kinked.temb[rows][:, step])
+        drift = drift + dsigma[step] * off
+    assert costs[c - 1, c][2] == pytest.approx(float(drift.square().mean()), rel=1e-3)

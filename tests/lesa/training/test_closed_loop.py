@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,20 +16,23 @@ import torch
 from lesa.models.families import blocks, family_of
 from lesa.models.output_head import output_head_of
 from lesa.models.pipelines import load_pipeline, sample
-from lesa.params import BudgetParams, Workload
+from lesa.params import BudgetParams, CallParams, ClosedLoopParams, Workload
 from lesa.params_file import load_params
 from lesa.peers.rules import RULES
 from lesa.predictor.predictor import Predictor
 from lesa.predictor.rule import History
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
-from lesa.training import losses
+from lesa.schedule import Schedule
+from lesa.training import closed_loop, losses, rollout
 from lesa.training.closed_loop import drifted_loss, predictor_digest, restore, train_budget
 from lesa.training.expert import Expert
 from lesa.training.experts import Job, Trained, assemble, new_expert, untrained_predictor
 from lesa.training.ground_truth import train_expert
 from lesa.training.jobs import expert_design
 from lesa.training.rollout import ExpertRule, accelerated_latents, in_loop
+from lesa.training.targets import Targets
+from tests.helpers import training_set
 from tests.helpers.recording import record
 from tests.helpers.tiny import SPLITS, tiny_repository
 
@@ -440,3 +445,109 @@ def test_what_was_judged_is_what_is_trained_further(place: Place) -> None:
         place.start
     )
     assert set(SPLITS) == {"train", "validation", "test"}
+
+
+def test_a_rollout_is_compared_with_its_own_recorded_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows out of order, and not from the first on: what equals the recorded run has no error."""
+    data: Any = SimpleNamespace(latents=torch.arange(12.0).reshape(4, 3))
+    asked: list[list[int]] = []
+
+    def latents(pipe: Any, call: Any, schedule: Any, rule: Any, data: Any, rows: list[int], *_: Any) -> torch.Tensor:
+        asked.append(rows)
+        return data.latents[rows]
+
+    monkeypatch.setattr(closed_loop, "accelerated_latents", latents)
+    case: Any = SimpleNamespace(schedule=None, rule=None)
+    objective = closed_loop._through_sampler(None, None, ClosedLoopParams(loss="latents"))  # type: ignore[arg-type]
+    assert float(objective.loss(case, data, [3, 1])) == 0.0 and asked == [[3, 1]]
+
+
+class Remembers:
+    """A pipeline that runs nothing and remembers what it was asked for."""
+
+    components: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+
+    def __call__(self, **given: Any) -> None: ...
+
+    def run(self, **given: Any) -> tuple[torch.Tensor]:
+        self.asked = given
+        return (torch.zeros(1),)
+
+
+Remembers.__call__.__wrapped__ = Remembers.run  # type: ignore[attr-defined]
+
+
+def test_a_rollout_has_the_rows_own_prompts_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "in_loop", lambda *_: nullcontext())
+    monkeypatch.setattr(rollout, "call_arguments", lambda pipe, call, size: {"steps": call.num_inference_steps})
+    data: Any = SimpleNamespace(prompts=("a", "b", "c", "d"), seeds=(10, 11, 12, 13))
+    call = CallParams(height=16, width=16, num_inference_steps=8)
+    pipe = Remembers()
+    accelerated_latents(pipe, call, Schedule.uniform(5, 2), None, data, [3, 1])  # type: ignore[arg-type]
+    assert pipe.asked["prompt"] == ["d", "b"] and pipe.asked["steps"] == 5
+    assert [generator.initial_seed() for generator in pipe.asked["generator"]] == [13, 11]
+
+
+def test_the_loop_is_whitened_and_fitted_on_training_trajectories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the second step's training left out, what it is prepared with is what is looked at."""
+    data, judged = training_set.splits(tmp_path / "s.zarr")
+    design = training_set.design(predictor={"kind": "per_step", "step_history": 2})
+    start = untrained_predictor(design, data.sigmas, data.channels)
+    asked: list[tuple[str, Any]] = []
+    real = closed_loop.start_step_weights
+
+    def weights(design: Any, budget: Any, start: Any, experts: Any, given: Any) -> Any:
+        asked.append(("step weights", given))
+        return real(design, budget, start, experts, given)
+
+    monkeypatch.setattr(closed_loop, "whiten", lambda expert, cases, **_: asked.extend(("whiten", d) for d, _ in cases))
+    monkeypatch.setattr(closed_loop, "start_step_weights", weights)
+    monkeypatch.setattr(closed_loop, "fit", lambda *_, **__: {})
+    pipe: Any = SimpleNamespace(components={}, device="cpu")
+    train_budget(
+        design, ClosedLoopParams(), "2x", start, pipe, data, judged,
+        feature_loss="output", work_dir=tmp_path, report=lambda *_: None,
+    )  # fmt: skip
+    assert [what for what, _ in asked] == ["step weights", "whiten", "whiten"]
+    assert all(given is data for _, given in asked)
+
+
+def test_drifted_predictions_meet_the_conditioning_of_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both branches of a run: the head is asked with the rows' own temb, and histories are of the rows' branches."""
+    schedule, levels = Schedule.explicit(4, (0, 1)), torch.linspace(1, 0, 5)
+    features = torch.randn(4, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+    temb = torch.arange(4.0)[:, None, None].expand(4, 4, 2)
+    data: Any = SimpleNamespace(
+        branch=(0, 1, 0, 1), temb=temb, feature_batch=lambda rows, steps: features[list(rows)][:, list(steps)]
+    )
+    captured = {(branch, step): torch.full((2, 3, 2), 10.0 * branch + step) for branch in (0, 1) for step in (0, 1)}
+    predictions: list[torch.Tensor] = []
+    targets = Targets.on(schedule, levels, [0] * 4, 0, 2, "full_steps")
+
+    def predict(self: Targets, expert: Any, given: torch.Tensor) -> torch.Tensor:
+        predictions.append(given)
+        return given[:, [self.needed.index(step) for step in self.steps]]
+
+    asked: list[torch.Tensor] = []
+
+    def loss(predicted: Any, target: Any, temb: torch.Tensor, weights: Any, head: Any) -> torch.Tensor:
+        asked.append(temb)
+        return (predicted - target).abs().mean()
+
+    def rolled(pipe: Any, call: Any, schedule: Any, rule: Any, *_: Any) -> None:
+        rule.captured = captured
+
+    monkeypatch.setattr(Targets, "predict", predict)
+    monkeypatch.setitem(closed_loop.GROUND_TRUTH, "feature", loss)
+    monkeypatch.setattr(closed_loop, "accelerated_latents", rolled)
+    expert = SimpleNamespace(low=torch.zeros(2))
+    rule: Any = SimpleNamespace(experts={0: expert}, schedule=schedule, targets=lambda stage: targets, captured=None)
+    assert float(drifted_loss(None, None, rule, data, [3, 2], None, "feature")) == 0.0  # type: ignore[arg-type]
+    assert asked[0][:, 0, 0].tolist() == [3.0, 2.0]
+    place = targets.needed.index(1)
+    assert predictions[0][:, place, 0, 0].tolist() == [11.0, 1.0], "row 3 is of the second branch, row 2 of the first"

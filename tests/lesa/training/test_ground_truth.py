@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lesa.models.output_head import OutputHead
 from lesa.params import WorkerResources, Workload
 from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.projection import KINDS
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule, stage_of_steps
+from lesa.training import ground_truth
 from lesa.training.design import training_key
 from lesa.training.experts import (
     Job,
@@ -24,7 +27,7 @@ from lesa.training.experts import (
     predictor_spec,
     untrained_predictor,
 )
-from lesa.training.ground_truth import train_expert
+from lesa.training.ground_truth import train_expert, true_history_loss
 from lesa.training.jobs import expert_design
 from lesa.training.targets import Targets
 from tests.helpers.training_set import CHANNELS, STEPS, TOKENS, design, head, sigmas, splits, workload
@@ -278,3 +281,63 @@ def test_a_bad_trajectory_stops_training_before_the_update(
     with pytest.raises(TrainingError, match="recorded features are not finite.*lesa store verify"):
         train((bad, validation), tmp_path, Job("2x", 1))
     assert not list(tmp_path.rglob("state.json"))
+
+
+@pytest.fixture
+def measured_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What experts are whitened on and step weights are fitted to, in turn."""
+    asked: list[tuple[str, Any]] = []
+    real_whiten, real_weights = ground_truth.whiten, ground_truth.step_weights_of_stage
+
+    def whiten(expert: Any, cases: Any, **given: Any) -> None:
+        asked.extend(("whiten", data) for data, _ in cases)
+        real_whiten(expert, cases, **given)
+
+    def weights(design: Any, job: Any, expert: Any, data: Any) -> Any:
+        asked.append(("step weights", data))
+        return real_weights(design, job, expert, data)
+
+    monkeypatch.setattr(ground_truth, "whiten", whiten)
+    monkeypatch.setattr(ground_truth, "step_weights_of_stage", weights)
+    return asked
+
+
+def test_validation_trajectories_are_measured_by_and_never_fitted(
+    data: tuple[Trajectories, Trajectories], tmp_path: Path, measured_on: list[tuple[str, Any]]
+) -> None:
+    made = workload(predictor={"kind": "per_step", "step_history": 2}, ground_truth={"iterations": 1})
+    train_job(made, Job("2x", 0), data, tmp_path)
+    assert [what for what, _ in measured_on] == ["whiten", "step weights"]
+    assert all(used is data[0] for _, used in measured_on)
+
+
+def test_a_prediction_meets_the_conditioning_of_its_own_sample_and_step(
+    data: tuple[Trajectories, Trajectories],
+) -> None:
+    """Of rows out of order the loss is the mean of their own, through a head that scales by the conditioning."""
+
+    class Scale(nn.Module):
+        def forward(self, feature: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+            return feature * (1 + temb[:, None])
+
+    scaling: Any = OutputHead(Scale(), head().proj_out)
+    expert = new_expert(design(), Job("2x", 1), SIGMAS, CHANNELS)
+    targets = Targets.on(design().schedules["2x"], SIGMAS, stage_of_steps(SIGMAS, (0.6,)), 1, 2, "full_steps")
+    train, rows = data[0], [5, 2]
+    losses = [float(true_history_loss(expert, targets, train, [row], scaling, "output").detach()) for row in rows]
+    both = float(true_history_loss(expert, targets, train, rows, scaling, "output").detach())
+    assert both == pytest.approx(sum(losses) / 2, rel=1e-5)
+    features = train.feature_batch([5], targets.needed)
+    predicted = targets.predict(expert, features)
+    expected = 0.0
+    for place, step in enumerate(targets.steps):
+        true = features[:, targets.needed.index(step)]
+        off = scaling(predicted[:, place], train.temb[[5], step]) - scaling(true, train.temb[[5], step])
+        expected += float(off.detach().abs().mean() * targets.weights[place])
+    assert losses[0] == pytest.approx(expected / float(targets.weights.sum()), rel=1e-4)
+
+
+def test_a_step_weighs_what_it_moves_the_latents_by() -> None:
+    levels = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.3, 0.0])
+    targets = Targets.on(Schedule.explicit(5, (0, 1)), levels, [0] * 5, 0, 2, "full_steps")
+    assert targets.steps == (2, 3, 4) and targets.weights.tolist() == pytest.approx([0.3, 0.1, 0.3])

@@ -295,3 +295,26 @@ def test_validation_may_judge_by_something_else_and_by_other_rows(tmp_path: Path
     figures, asked, _ = fitted(tmp_path, judge=judge)
     assert figures["validation_loss_start"] == 2.5  # row 1 of three, row 1 of two
     assert {row for _, rows in asked for row in rows} == {0, 1, 2}  # training goes by the objective's own rows
+
+
+def test_batches_are_training_rows_and_validation_is_of_validation_rows(tmp_path: Path) -> None:
+    """Each split's rows that count, and of validation no more than the case judges by."""
+    asked: list[tuple[str, bool, list[int]]] = []
+    experts = new_experts()
+    case: Any = SimpleNamespace(train="train", validation="validation", judged=5)
+
+    def loss(case: Any, data: Any, rows: list[int]) -> torch.Tensor:
+        asked.append((data, torch.is_grad_enabled(), list(rows)))
+        return loss_of(experts, torch.Generator().manual_seed(0))
+
+    objective: Any = Objective(loss, rows=lambda data: {"train": [1, 3, 5, 7], "validation": [0, 2, 4, 6]}[data])
+    fit(
+        experts, [case], objective, settings(iterations=4), "key",
+        batch_size=2, folder=tmp_path, report=lambda *_: None,
+    )  # fmt: skip
+    learned = [(data, rows) for data, grad, rows in asked if grad]
+    judged = [(data, rows) for data, grad, rows in asked if not grad]
+    assert len(learned) == 4 and {data for data, _ in learned} == {"train"}
+    assert all(len(rows) == 2 and {*rows} < {1, 3, 5, 7} for _, rows in learned)
+    assert {data for data, _ in judged} == {"validation"}
+    assert [rows for _, rows in judged[:2]] == [[0, 2], [4]]

@@ -179,3 +179,10 @@ def test_the_closed_form_is_nearer_than_what_it_corrects(tmp_path: Path) -> None
         with torch.no_grad():
             said = history[0] + fitted(history[0], differences(history, 3), step)
         assert (said - target).square().mean() < 0.2 * (history[0] - target).square().mean()
+
+
+def test_as_much_history_is_kept_as_the_longer_of_both_looks_back_on() -> None:
+    spec = dataclasses.replace(OWN, history_sizes=(2, 2), step_history=3)
+    assert Predictor(spec, tensors_of(spec)).bind(SCHEDULE, SIGMAS).history_size == 3
+    plain = dataclasses.replace(spec, kind="lesa")
+    assert Predictor(plain, tensors_of(plain)).bind(SCHEDULE, SIGMAS).history_size == 2

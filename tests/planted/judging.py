@@ -1,0 +1,268 @@
+"""Faults in the gate and its samples, in error bounds and in what a bundle states."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+
+GATE = ("tests/lesa/publishing/test_gate.py",)
+JUDGEMENT = ("tests/lesa/publishing/test_gate_jobs.py", "tests/lesa/publishing/test_judgement.py")
+BUILD = ("tests/lesa/publishing/test_gate_jobs.py", "tests/lesa/publishing/test_build.py")
+CALIBRATION = ("tests/lesa/publishing/test_calibration.py", *BUILD)
+
+FAULTS = [
+    # lesa/publishing/gate.py
+    Fault(
+        "the-gate-takes-the-upper-end",
+        "lesa/publishing/gate.py",
+        "if found.low > -question.margin:",
+        "if found.high > -question.margin:",
+        GATE,
+    ),
+    Fault(
+        "the-tolerance-has-the-wrong-sign",
+        "lesa/publishing/gate.py",
+        "if found.low > -question.margin:",
+        "if found.low > question.margin:",
+        GATE,
+    ),
+    Fault(
+        "a-question-is-lost-by-its-lower-end",
+        "lesa/publishing/gate.py",
+        "elif found.high <= -question.margin:",
+        "elif found.low <= -question.margin:",
+        GATE,
+    ),
+    Fault(
+        "peers-at-other-budgets-may-be-better",
+        "lesa/publishing/gate.py",
+        "if is_default or name != CHAMPION else",
+        "if is_default else",
+        GATE,
+    ),
+    Fault(
+        "every-look-has-the-whole-error",
+        "lesa/publishing/gate.py",
+        "zip(looks, look_levels(len(looks)), strict=True)",
+        "zip(looks, [ERROR] * len(looks), strict=True)",
+        GATE,
+    ),
+    Fault(
+        "what-stays-open-is-promoted",
+        "lesa/publishing/gate.py",
+        "if default_budget not in failed:  #",
+        "if default_budget in failed:  #",
+        GATE,
+    ),
+    Fault(
+        "the-opponents-tail-is-judged",
+        "lesa/publishing/gate.py",
+        "worst_difference(ours, theirs, WORST",
+        "worst_difference(theirs, ours, WORST",
+        GATE,
+    ),
+    Fault(
+        "the-error-is-taken-for-the-confidence",
+        "lesa/publishing/gate.py",
+        "resamples, 1 - error)",
+        "resamples, error)",
+        GATE,
+    ),
+    Fault(
+        "infinite-decibels-are-taken",
+        "lesa/publishing/gate.py",
+        "not math.isfinite(value) for",
+        "math.isnan(value) for",
+        GATE,
+    ),
+    Fault(
+        "every-look-takes-the-first-samples",
+        "lesa/publishing/gate.py",
+        "measured = measure(named, first, end)",
+        "measured = measure(named, 0, end - first)",
+        GATE,
+    ),
+    Fault(
+        "budgets-that-stay-open-are-published",
+        "lesa/publishing/gate.py",
+        "for budget in asked if budget not in against)",
+        "for budget in asked if budget not in failed)",
+        GATE,
+    ),
+    Fault(
+        "the-gate-resamples-samples",
+        "lesa/publishing/gate.py",
+        "_resamples(tuple(groups[:end]))",
+        "_resamples(tuple(range(end)))",
+        GATE,
+    ),
+    Fault(
+        "a-budget-without-peers-passes",
+        "lesa/publishing/gate.py",
+        "if not {*names} - {CHAMPION}:",
+        "if not names:",
+        GATE,
+    ),
+    # lesa/publishing/judgement.py
+    Fault(
+        "gate-samples-are-groups-of-their-own",
+        "lesa/publishing/judgement.py",
+        "groups=tuple(places)",
+        "groups=tuple(range(looks[-1]))",
+        JUDGEMENT,
+    ),
+    Fault(
+        "every-candidate-is-judged-with-the-same-noise",
+        "lesa/publishing/judgement.py",
+        "(1 << 32) + block * _SEED_BLOCK",
+        "(1 << 32) + _SEED_BLOCK",
+        JUDGEMENT,
+    ),
+    Fault(
+        "every-champion-is-met-with-the-same-noise",
+        "lesa/publishing/judgement.py",
+        'f"{candidate.digest}/',
+        'f"{candidate.digest}"  # {',
+        JUDGEMENT,
+    ),
+    Fault(
+        "caches-of-the-gate-are-tuned-on-test-prompts",
+        "lesa/publishing/judgement.py",
+        '["train"][:TUNING_SAMPLES]',
+        '["test"][:TUNING_SAMPLES]',
+        JUDGEMENT,
+    ),
+    Fault(
+        "caches-of-the-gate-are-tuned-on-its-noise",
+        "lesa/publishing/judgement.py",
+        "seeds = [workload.record.seed_offset + index",
+        "seeds = [drawn.seeds[0] + index",
+        JUDGEMENT,
+    ),
+    Fault(
+        "caches-of-the-gate-follow-the-clock",
+        "lesa/publishing/judgement.py",
+        'cost="operations",',
+        'cost="seconds",',
+        JUDGEMENT,
+    ),
+    Fault(
+        "the-gate-judges-on-validation-prompts",
+        "lesa/publishing/judgement.py",
+        'read_splits(workload.paths.prompts)["test"]',
+        'read_splits(workload.paths.prompts)["validation"]',
+        JUDGEMENT,
+    ),
+    Fault(
+        "every-look-has-the-first-ones-noise",
+        "lesa/publishing/judgement.py",
+        "seeds=drawn.seeds[first:end]",
+        "seeds=drawn.seeds[: end - first]",
+        JUDGEMENT,
+    ),
+    Fault(
+        "every-look-has-the-first-ones-prompts",
+        "lesa/publishing/judgement.py",
+        "prompts=drawn.prompts[first:end]",
+        "prompts=drawn.prompts[: end - first]",
+        JUDGEMENT,
+    ),
+    Fault(
+        "the-champion-runs-at-the-candidates-full-steps",
+        "lesa/publishing/judgement.py",
+        "own = champion.manifest.budgets[job.paired[name]].schedule",
+        "own = schedule",
+        JUDGEMENT,
+    ),
+    Fault(
+        "the-champion-is-measured-with-the-candidates-experts",
+        "lesa/publishing/judgement.py",
+        "lesa_method(name, champion.predictor, own",
+        "lesa_method(name, candidate.predictor, own",
+        JUDGEMENT,
+    ),
+    Fault(
+        "budgets-are-paired-by-name",
+        "lesa/publishing/judgement.py",
+        "if theirs.schedule.num_full == budget.schedule.num_full",
+        "if other == name",
+        JUDGEMENT,
+    ),
+    Fault(
+        "the-champions-first-budget-is-paired",
+        "lesa/publishing/judgement.py",
+        "name if name in alike else alike[0]",
+        "alike[0]",
+        JUDGEMENT,
+    ),
+    Fault(
+        "other-noise-levels-are-compared",
+        "lesa/publishing/judgement.py",
+        "ours.call == theirs.call and ours.sigmas == theirs.sigmas",
+        "ours.call == theirs.call",
+        JUDGEMENT,
+    ),
+    # lesa/publishing/calibration.py, bounds.py, build.py
+    Fault(
+        "bounds-forget-the-validation-runs",
+        "lesa/publishing/calibration.py",
+        "errors[step] += training_errors",
+        "errors[step] = training_errors",
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-run-the-wrong-training-rows",
+        "lesa/publishing/calibration.py",
+        "[trained[i] for i in places]",
+        "places",
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-lie-below-errors-that-were-seen",
+        "lesa/publishing/calibration.py",
+        "math.exp(max(fmean(logarithms) + z * spread, *logarithms))",
+        "math.exp(fmean(logarithms) + z * spread)",
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-of-steps-that-nothing-follows",
+        "lesa/publishing/calibration.py",
+        "if end - step > 1 and",
+        "if end - step > 0 and",
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-are-rounded-down",
+        "lesa/publishing/calibration.py",
+        "rounding=ROUND_CEILING",
+        'rounding="ROUND_FLOOR"',
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-run-other-samples-noise",
+        "lesa/publishing/calibration.py",
+        "[data.seeds[row] for row in chunk]",
+        "list(data.seeds[: len(chunk)])",
+        CALIBRATION,
+    ),
+    Fault(
+        "bounds-take-every-training-run-and-some-of-validation",
+        "lesa/publishing/bounds.py",
+        "            validation,\n            train,\n",
+        "            train,\n            validation,\n",
+        CALIBRATION,
+    ),
+    Fault(
+        "a-bundle-hides-its-validation-prompts",
+        "lesa/publishing/build.py",
+        "prompts, seeds = [*train.prompts, *validation.prompts]",
+        "prompts, seeds = [*train.prompts]",
+        BUILD,
+    ),
+    Fault(
+        "a-failed-budget-is-published",
+        "lesa/publishing/build.py",
+        '{name: data["budgets"][name] for name in budgets}',
+        'data["budgets"]',
+        (*BUILD, *JUDGEMENT),
+    ),
+]
