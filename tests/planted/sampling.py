@@ -202,7 +202,7 @@ FAULTS = [
         "lesa/sampling/run.py",
         "        self.forget()\n        self._is_begun = self.statistics.finished = False",
         "        self._is_begun = self.statistics.finished = False",
-        HOOK,
+        RUN_HOOK,
     ),
     Fault(
         "a-failed-call-leaves-the-clock-as-it-was",

@@ -106,6 +106,7 @@ def test_a_late_start_wants_the_oldest_feature_of_its_history_too() -> None:
     drive(run, dict.fromkeys(range(2, 8), 1.0))
     assert [record.kind[0] for record in run.statistics.steps] == ["f", "f", "f", "f", "p", "p"]
     assert rule.asked == [(0, 6, (5, 3)), (0, 7, (5, 3))]
+    assert run.statistics.steps[2].planned == "full" and "history" not in run.statistics.notes, "nothing is missing"
 
 
 def test_tokens_beyond_the_image_s_are_not_kept() -> None:
