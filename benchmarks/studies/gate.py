@@ -29,8 +29,8 @@ from lesa.publishing.gate import CANDIDATE, CHAMPION, WORST, Measured, judge, lo
 
 Values = NDArray[np.float64]
 DIFFERENCES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3)  # dB, of the mean
-TAILS = {"worse": -1.5, "equal": 0.0, "better": 1.5}  # dB, of the worst fifth's mean
-BENT = 0.4  # share whose values are moved to get there, the lowest most
+TAILS = {"worse": -1.5, "equal": 0.0, "better": 0.5}  # dB, of the worst fifth's mean
+STRETCHED = 0.4  # share whose distance to its upper end is stretched or shrunk to get there
 PEER = "peer"  # far behind: it never decides
 
 
@@ -49,21 +49,25 @@ class Population:
 
     @classmethod
     def planted(cls, champion: Values, candidate: Values, difference: float, tail: float) -> Population:
-        """The recorded candidate, its lower part bent and all of it shifted, until both are what is wanted."""
-        base = candidate - candidate.mean() + champion.mean()
-        edge = np.quantile(base, BENT)
-        depth = np.clip((edge - base) / (edge - np.quantile(base, WORST / 2)), 0.0, 1.0)
-        wanted = worst(champion) + tail
+        """The recorded candidate, its lower part stretched and all of it shifted, until both are what is wanted.
 
-        def bent(amount: float) -> Values:
-            values = base + amount * depth
+        Raises:
+            ValueError: no stretching gets there.
+        """
+        edge, wanted = np.quantile(candidate, STRETCHED), worst(champion) + tail
+
+        def stretched(factor: float) -> Values:
+            values = np.where(candidate < edge, edge - factor * (edge - candidate), candidate)
             return np.asarray(values - values.mean() + champion.mean() + difference)
 
-        low, high = -20.0, 20.0
+        low, high = 0.0, 20.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if worst(bent(middle)) < wanted else (low, middle)
-        return cls(champion=champion, candidate=bent((low + high) / 2))
+            low, high = (middle, high) if worst(stretched(middle)) > wanted else (low, middle)
+        found = stretched((low + high) / 2)
+        if abs(worst(found) - wanted) > 1e-3:
+            raise ValueError(f"a worst fifth {tail:+g} dB from the champion's cannot be planted at {difference:+g} dB")
+        return cls(champion=champion, candidate=found)
 
     def drawn(self, prompts: int, seeds: int, rng: np.random.Generator) -> tuple[Values, Values]:
         """Champion and candidate [prompts, seeds]: other prompts of this kind, and noise of each."""
