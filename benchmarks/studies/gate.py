@@ -30,7 +30,7 @@ from lesa.publishing.gate import CANDIDATE, CHAMPION, WORST, Measured, judge, lo
 Values = NDArray[np.float64]
 DIFFERENCES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.3)  # dB, of the mean
 TAILS = {"worse": -1.5, "equal": 0.0, "better": 0.5}  # dB, of the worst fifth's mean
-STRETCHED = 0.4  # share whose distance to its upper end is stretched or shrunk to get there
+STRETCHED = 0.7  # share whose distance to its upper end is stretched or shrunk to get there
 PEER = "peer"  # far behind: it never decides
 
 
