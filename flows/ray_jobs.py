@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +28,15 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     None of its processes outlives this one by more than seconds, however it ends.
 
     An already initialised Ray is used as it is and left running. num_cpus None lets Ray count.
+
+    Raises:
+        LesaError: RAY_ADDRESS names a cluster, or RAY_AUTH_MODE switches the token off.
     """
     quiet_environment()
     if os.environ["RAY_AUTH_MODE"] != "token":
         raise LesaError("RAY_AUTH_MODE: must be 'token' (Ray listens beyond loopback); unset it")
+    if os.environ.get("RAY_ADDRESS"):
+        raise LesaError("RAY_ADDRESS: a stage runs on this machine alone, in a Ray of its own; unset it")
     import ray
 
     if ray.is_initialized():
@@ -38,7 +45,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     with no_orphans() as session_is:
         for attempt in range(1, RAY_ATTEMPTS + 1):
             try:
-                started = ray.init(
+                started = _own_ray(
+                    ray,
                     num_cpus=num_cpus,
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",
@@ -55,6 +63,19 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _own_ray(ray: Any, **settings: Any) -> Any:
+    """`ray.init` of a new session, whatever else runs here; a SIGTERM goes to whom it went before.
+
+    Ray's own handlers of that signal abort the process without a word.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return ray.init(address="local", **settings)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 J = TypeVar("J")

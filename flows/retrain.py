@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 
+from flows.prefect_flow import flow
 from flows.registry.registry import CHAMPION, Registry
 from flows.repro import dvc_repro, dvc_target
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main

@@ -1,7 +1,4 @@
-"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions.
-
-Nor does importing it bring torch: what shows addresses needs `redacted` alone.
-"""
+"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lesa.errors import LesaError
+from lesa.redaction import redacted
 
 if TYPE_CHECKING:
     from lesa.bundle import Bundle
@@ -26,9 +24,6 @@ _URI = re.compile(
     r"models:/([A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@([A-Za-z0-9][A-Za-z0-9._-]{0,127})|/([0-9]{1,9}))"
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# user:password@ up to the last @ of the host's part, with or without a scheme before it; what follows ? and #.
-_USER = re.compile(r"(?<=://)[^/\s]*@|(?<![^\s'\"(<])[^\s/@:'\"(<]+:[^\s/]*@")
-_QUERY = re.compile(r"(?<=://)([^\s?#\"<>]*)([?#])[^\s\"<>]+")
 
 
 class PullError(LesaError):
@@ -188,8 +183,3 @@ def _cache() -> Path:
             f"{folder} can be written by others: chmod 700 it, or set LESA_CACHE to a private folder"
         )
     return folder
-
-
-def redacted(text: str) -> str:
-    """`text` without what may be secret in the addresses in it: users, passwords, queries and fragments."""
-    return _QUERY.sub(r"\1\2***", _USER.sub("***@", text))

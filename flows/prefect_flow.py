@@ -1,0 +1,74 @@
+"""Flows and tasks for Prefect to show. The work is theirs alone: Prefect neither hears its secrets nor decides its end.
+
+    from flows.prefect_flow import flow, task
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import prefect
+from prefect.cache_policies import NO_CACHE
+
+from flows.confidential import confidential
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """How the work of a flow ended, whatever becomes of Prefect's record of it."""
+
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    result: Any = None
+    error: BaseException | None = None
+    on_sigterm: Any = None  # handler of SIGTERM while the work runs, instead of Prefect's
+
+
+_watched: Outcome | None = None
+
+
+def watch(outcome: Outcome | None) -> None:
+    """The next flow of this process notes how its work ends."""
+    global _watched
+    _watched = outcome
+
+
+def flow(*, name: str) -> Callable[[Callable[..., Any]], Any]:
+    """`prefect.flow` for a stage."""
+
+    def decorate(work: Callable[..., Any]) -> Any:
+        @functools.wraps(work)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            outcome = _watched or Outcome()
+            watch(None)  # a flow inside this one is not the stage
+            if outcome.on_sigterm is not None:  # Prefect has put its own in the place, and puts this one back
+                signal.signal(signal.SIGTERM, outcome.on_sigterm)
+            try:
+                outcome.result = confidential(work, *args, **kwargs)
+                return outcome.result
+            except BaseException as error:
+                outcome.error = error
+                raise
+            finally:
+                outcome.ended.set()
+
+        return prefect.flow(name=name)(noted)
+
+    return decorate
+
+
+def task(*, name: str) -> Callable[[Callable[..., Any]], Any]:
+    """`prefect.task` for a part of a stage; never answered from a cache."""
+
+    def decorate(work: Callable[..., Any]) -> Any:
+        @functools.wraps(work)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            return confidential(work, *args, **kwargs)
+
+        return prefect.task(name=name, cache_policy=NO_CACHE)(kept)
+
+    return decorate
