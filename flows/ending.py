@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 refused (one message, no traceback), 130 interru
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,11 +17,36 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.confidential import is_refusal, printed
-from flows.prefect_flow import Outcome
 from lesa.redaction import redacted
 
 NOTE_SECONDS = 15.0  # after its work a stage waits so long for Prefect to note its end
 STOP_SECONDS = 25.0  # after a signal so long for its work to let go; `flows.repro` waits a little longer
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """How the work of a flow ended, whatever becomes of Prefect's record of it."""
+
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    result: Any = None
+    error: BaseException | None = None
+    on_sigterm: Any = None  # handler of SIGTERM while the work runs, instead of Prefect's
+
+
+_watched: Outcome | None = None
+
+
+def watch(outcome: Outcome | None) -> None:
+    """The next flow of this process notes there how its work ends."""
+    global _watched
+    _watched = outcome
+
+
+def watched() -> Outcome:
+    """Where a flow that begins notes its end; a flow inside it is not the stage."""
+    outcome = _watched or Outcome()
+    watch(None)
+    return outcome
 
 
 class Ending:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,25 +14,7 @@ import prefect
 from prefect.cache_policies import NO_CACHE
 
 from flows.confidential import confidential
-
-
-@dataclasses.dataclass(slots=True)
-class Outcome:
-    """How the work of a flow ended, whatever becomes of Prefect's record of it."""
-
-    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
-    result: Any = None
-    error: BaseException | None = None
-    on_sigterm: Any = None  # handler of SIGTERM while the work runs, instead of Prefect's
-
-
-_watched: Outcome | None = None
-
-
-def watch(outcome: Outcome | None) -> None:
-    """The next flow of this process notes how its work ends."""
-    global _watched
-    _watched = outcome
+from flows.ending import watched
 
 
 def flow(*, name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -43,8 +23,7 @@ def flow(*, name: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(work: Callable[..., Any]) -> Any:
         @functools.wraps(work)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            outcome = _watched or Outcome()
-            watch(None)  # a flow inside this one is not the stage
+            outcome = watched()
             if outcome.on_sigterm is not None:  # Prefect has put its own in the place, and puts this one back
                 signal.signal(signal.SIGTERM, outcome.on_sigterm)
             try:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.confidential import is_refusal, keep_secrets
-from flows.ending import Ending
+from flows.ending import Ending, Outcome, watch
 from flows.environment import ROOT, prefect_home, quiet_environment
-from flows.prefect_flow import Outcome, watch
 from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
