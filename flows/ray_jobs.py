@@ -92,6 +92,10 @@ MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpo
 LOOK_SECONDS = 1.0  # how often the driver reads the jobs' signs of life
 
 
+class JobFailed(RuntimeError):
+    """A job that no process got done; what it saved before stays."""
+
+
 @contextlib.contextmanager
 def kept_workers(share: WorkerResources) -> Iterator[None]:
     """Several `run_jobs` of the block share their processes, which keep what they have read and imported."""
@@ -175,10 +179,6 @@ def _collect(ray: Any, calls: Mapping[Any, str], watch: Watch) -> dict[str, Any]
                     raise error.cause from None
                 raise
     return results
-
-
-class JobFailed(RuntimeError):
-    """A job that no process got done; what it saved before stays."""
 
 
 def _watched_job(

@@ -57,11 +57,16 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="module")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all: making it takes longer than everything else here."""
+    return tmp_path_factory.mktemp("prefect")
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "prefect"
-    yield folder
-    server = prefect_server.read(folder)
+def home(shared_home: Path) -> Iterator[Path]:
+    yield shared_home
+    server = prefect_server.read(shared_home)
     if server is not None:  # it may be stopped, and hear nothing else
         send(Process(server.pid, server.start), signal.SIGKILL)
 
