@@ -18,7 +18,7 @@ from flows.ending import watched
 
 
 def flow(*, name: str) -> Callable[[Callable[..., Any]], Any]:
-    """`prefect.flow` for a stage."""
+    """`prefect.flow` for a stage. Its parameters have built-in types: Prefect looks their names up in this module."""
 
     def decorate(work: Callable[..., Any]) -> Any:
         @functools.wraps(work)
