@@ -51,17 +51,20 @@ def signs_of_life(path: Path, report: Report) -> Iterator[Report]:
         reports += 1
         report(step, values)
 
+    aside = path.with_suffix(f".{process.pid}")
+
+    def write(beats: int) -> None:
+        with contextlib.suppress(OSError):  # the driver is gone, or its disk is full: the work goes on
+            aside.write_text(json.dumps(Sign(*process, beats, reports)))
+            os.replace(aside, path)
+
     def beat() -> None:
         beats = 0
-        aside = path.with_suffix(f".{process.pid}")
-        while True:
+        while not done.wait(BEAT_SECONDS):
             beats += 1
-            with contextlib.suppress(OSError):  # the driver is gone, or its disk is full: the work goes on
-                aside.write_text(json.dumps(Sign(*process, beats, reports)))
-                os.replace(aside, path)
-            if done.wait(BEAT_SECONDS):
-                return
+            write(beats)
 
+    write(0)  # before the work: what stops at once must have been seen
     thread = threading.Thread(target=beat, daemon=True, name="signs of life")
     thread.start()
     try:
