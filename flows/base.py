@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
-
+from flows.prefect_flow import flow
 from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run
 from lesa.atomic import write_json
 from lesa.errors import LesaError

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOOPBACK = "127.0.0.1"
 # Only defaults: what the user has set stays.
 _QUIET = {
     "DO_NOT_TRACK": "true",  # MLflow understands "true" but not "1"
@@ -44,8 +45,11 @@ def quiet_environment() -> None:
         os.environ.setdefault(key, value)
     os.environ["PREFECT_HOME"] = str(prefect_home())
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    # Ray's ports listen on every interface whatever it is told, so whoever connects must know a token. One of
-    # this run's own is kept in the environment of its processes only, never in the home directory.
+    # Ray listens on every interface, whatever address it is given, except where it may not be one of a cluster: the
+    # variable is named after the systems on which that is so by itself. It is read when Ray is imported.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Other users of this machine can reach loopback too, so whoever connects must know a token. One of this run's own
+    # is kept in the environment of its processes only, never in the home directory.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

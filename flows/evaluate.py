@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import kept_workers, run_jobs
 from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
@@ -29,7 +27,7 @@ def evaluate(workload: str | None = None) -> dict[str, Any]:
         return judge(settings, run)
 
 
-@task(name="judge", cache_policy=NO_CACHE)
+@task(name="judge")
 def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
     """The report folder is written as a whole; its numbers go to the run."""
     predictors = {

@@ -7,7 +7,7 @@ no flow has held its lease for a while. Nothing of it is needed afterwards: what
     python -m flows.prefect_server status | stop
 
 Files, all under the Prefect home (private, ignored by git):
-    server.json   pid, url and the password of this server (mode 0600)
+    server.json   process, url and the password of this server (mode 0600)
     server.lock   there while somebody starts or stops the server
     server.lease  shared lock of every running flow; the kernel frees it when a process dies
     server.log    the server's own output
@@ -33,15 +33,17 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.environment import ROOT, prefect_home, quiet_environment
+from flows.confidential import keep_secrets
+from flows.environment import LOOPBACK, ROOT, prefect_home, quiet_environment
+from flows.processes import Process, command_line, identify, is_running, send
 from lesa.atomic import write_json
 from lesa.locks import file_lock, is_free, process_alive, shared_lock
+from lesa.redaction import redacted
 from lesa.strict_json import StrictJsonError, parse
 from lesa.validation import build, setting
 
 IDLE_SECONDS = 60.0  # longer than DVC ever pauses between two stages to hash what they wrote
 START_TIMEOUT_SECONDS = 120.0  # a fresh database is migrated at the first start, 10-20 s on two busy cores
-LOOPBACK = "127.0.0.1"
 _MAX_BYTES = 4096  # of server.json
 
 
@@ -50,6 +52,7 @@ class Server:
     """Where a running server is, and the password it asks for."""
 
     pid: int = setting(low=1)
+    start: str  # what `flows.processes` knows it by; empty where the system does not tell
     url: str
     auth: str = dataclasses.field(repr=False)
 
@@ -82,7 +85,21 @@ def read(home: Path) -> Server | None:
         return None
     problems: list[str] = []
     server = build(Server, document, "server.json", problems)
-    return server if not problems and process_alive(server.pid) else None
+    return server if not problems and _runs(server) else None
+
+
+def _runs(server: Server) -> bool:
+    """Whether it is this server that has the number, and not a stranger's process that was given it since."""
+    if not server.start:  # a system that does not tell; elsewhere that server ended as it started
+        return identify(os.getpid()) is None and process_alive(server.pid)
+    process = Process(server.pid, server.start)
+    return is_running(process) and "flows.prefect_server" in command_line(process)
+
+
+def _signal(server: Server, number: int) -> None:
+    """Sends a signal to the server; to nobody where it is not proved that the process is it."""
+    if _runs(server):
+        send(Process(server.pid, server.start), number)
 
 
 @contextlib.contextmanager
@@ -104,7 +121,7 @@ def shared_server(home: Path) -> Iterator[Server]:
 
 def _wait_healthy(server: Server, seconds: float = START_TIMEOUT_SECONDS) -> bool:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process_alive(server.pid):
+    while time.monotonic() < deadline and _runs(server):
         if healthy(server.url, server.auth):
             return True
         time.sleep(0.1)
@@ -114,7 +131,7 @@ def _wait_healthy(server: Server, seconds: float = START_TIMEOUT_SECONDS) -> boo
 def _start(home: Path) -> Server:
     stale = read(home)
     if stale is not None:  # alive, but it stopped answering
-        os.kill(stale.pid, signal.SIGKILL)
+        _signal(stale, signal.SIGKILL)
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
@@ -141,12 +158,14 @@ def _start(home: Path) -> Server:
             stderr=log,
             start_new_session=True,  # Ctrl-C of one stage is not meant for it
         )
-    server = Server(pid=process.pid, url=f"http://{LOOPBACK}:{port}/api", auth=auth)
+    known = identify(process.pid)
+    url = f"http://{LOOPBACK}:{port}/api"
+    server = Server(pid=process.pid, start=known.start if known else "", url=url, auth=auth)
     write_json(home / "server.json", dataclasses.asdict(server), mode=0o600)
     if not _wait_healthy(server):
         process.kill()
         tail = log_path.read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"the Prefect server did not start; the end of {log_path}:\n{tail}")
+        raise RuntimeError(f"the Prefect server did not start; the end of {log_path}:\n{redacted(tail)}")
     return server
 
 
@@ -169,12 +188,11 @@ def stop(home: Path, seconds: float = 10.0) -> bool:
         (home / "server.json").unlink(missing_ok=True)
     if server is None:
         return False
-    os.kill(server.pid, signal.SIGTERM)
+    _signal(server, signal.SIGTERM)
     deadline = time.monotonic() + seconds
-    while process_alive(server.pid) and time.monotonic() < deadline:
+    while _runs(server) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if process_alive(server.pid):
-        os.kill(server.pid, signal.SIGKILL)
+    _signal(server, signal.SIGKILL)
     return True
 
 
@@ -218,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--idle-seconds", type=float, default=IDLE_SECONDS)
     args = parser.parse_args(argv)
     quiet_environment()
+    keep_secrets()
     home = args.home or prefect_home()
     if args.command == "serve":
         _serve(home, args.port, args.idle_seconds)

@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from flows.environment import ROOT, state_folder
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import kept_workers, run_jobs
 from flows.registry.promotion import Judgement
 from flows.registry.registry import CANDIDATE, Registry, RolledBack, Version
@@ -42,7 +42,7 @@ def publish(workload: str | None = None) -> dict[str, Any]:
     return judge_and_register(read_workload(workload, searched=True))
 
 
-@task(name="judge and register", cache_policy=NO_CACHE)
+@task(name="judge and register")
 def judge_and_register(workload: Workload) -> dict[str, Any]:
     """A task so that Prefect shows it; the work is `publish_bundle`."""
     with kept_workers(workload.resources.publish):

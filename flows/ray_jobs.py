@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flows.environment import quiet_environment
+from flows.confidential import confidential
+from flows.environment import LOOPBACK, quiet_environment
+from flows.job_signs import Report, Watch, signs_of_life
 from flows.ray_guard import no_orphans
 from flows.tracking.run import Reporter
 from lesa.errors import LesaError
@@ -26,10 +30,15 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     None of its processes outlives this one by more than seconds, however it ends.
 
     An already initialised Ray is used as it is and left running. num_cpus None lets Ray count.
+
+    Raises:
+        LesaError: RAY_ADDRESS names a cluster, or RAY_AUTH_MODE switches the token off.
     """
     quiet_environment()
     if os.environ["RAY_AUTH_MODE"] != "token":
-        raise LesaError("RAY_AUTH_MODE: must be 'token' (Ray listens beyond loopback); unset it")
+        raise LesaError("RAY_AUTH_MODE: must be 'token' (others on this machine can reach Ray); unset it")
+    if os.environ.get("RAY_ADDRESS"):
+        raise LesaError("RAY_ADDRESS: a stage runs on this machine alone, in a Ray of its own; unset it")
     import ray
 
     if ray.is_initialized():
@@ -38,10 +47,10 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
     with no_orphans() as session_is:
         for attempt in range(1, RAY_ATTEMPTS + 1):
             try:
-                started = ray.init(
+                started = _own_ray(
+                    ray,
                     num_cpus=num_cpus,
                     include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
                     logging_level=logging.WARNING,
                 )
                 break
@@ -52,13 +61,39 @@ def ray_session(num_cpus: int | None = None) -> Iterator[Any]:
                     raise
         session_is(started.address_info["session_dir"])
         try:
+            if started.address_info["node_ip_address"] != LOOPBACK:
+                raise LesaError("ray: imported before flows, so that it listens beyond loopback; import flows first")
             yield ray
         finally:
             ray.shutdown()
 
 
+def _own_ray(ray: Any, **settings: Any) -> Any:
+    """`ray.init` of a new session, whatever else runs here; a SIGTERM goes to whom it went before.
+
+    Ray's own handlers of that signal abort the process without a word.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return ray.init(address="local", **settings)  # Ray sets none here either
+    handler, terminated = signal.getsignal(signal.SIGTERM), False
+    try:
+        return ray.init(address="local", **settings)
+    except SystemExit:  # what Ray makes of a SIGTERM while it starts
+        terminated = True
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        if terminated:
+            signal.raise_signal(signal.SIGTERM)
+
+
 J = TypeVar("J")
 MAX_RETRIES = 2  # of a job whose process dies; it goes on from its last checkpoint
+LOOK_SECONDS = 1.0  # how often the driver reads the jobs' signs of life
+
+
+class JobFailed(RuntimeError):
+    """A job that no process got done; what it saved before stays."""
 
 
 @contextlib.contextmanager
@@ -88,39 +123,76 @@ def run_jobs(
     Raises:
         LesaError: a job's refusal, as the job raised it. Any other error of a job comes with its process's traceback.
             The other jobs are stopped and keep their checkpoints.
+        JobFailed: a job whose every process died or had to be ended.
+
+    A process that gives no sign of life, or reports nothing for `share.timeout_s`, is ended, and its job goes to
+    another. A single job at a time is this process's own work, which nobody watches.
     """
     if min(share.workers, len(jobs)) <= 1:
         return {
-            name: _job(work, workload, job, share.threads_per_worker, reporter.child(name), os.getcwd())
+            name: _job(work, workload, job, share.threads_per_worker, reporter.child(name).report, os.getcwd())
             for name, job in jobs.items()
         }
     with ray_session(share.workers * share.threads_per_worker) as ray:
-        from ray.exceptions import RayTaskError
-
         gpus = int(ray.cluster_resources().get("GPU", 0)) if workload.resources.device != "cpu" else 0
         # A process that has used a GPU keeps it and its memory: on GPUs each job has one of its own.
-        remote = ray.remote(max_calls=1)(_job) if gpus else ray.remote(_job)
+        remote = ray.remote(max_calls=1)(_watched_job) if gpus else ray.remote(_watched_job)
         task = remote.options(
             num_cpus=share.threads_per_worker,
             num_gpus=min(1.0, gpus / share.workers) if gpus else 0,
             max_retries=MAX_RETRIES,
         )
-        calls = {
-            task.remote(work, workload, job, share.threads_per_worker, reporter.child(name), os.getcwd()): name
-            for name, job in jobs.items()
-        }
-        results: dict[str, Any] = {}
-        waiting = list(calls)
-        while waiting:
-            done, waiting = ray.wait(waiting)  # the first error ends all, not only when its turn comes
-            for call in done:
-                try:
-                    results[calls[call]] = ray.get(call)
-                except RayTaskError as error:
-                    if isinstance(error.cause, LesaError):  # of anything else the worker's whole traceback is wanted
-                        raise error.cause from None
-                    raise
+        watch = Watch(reporter.name, jobs, share.timeout_s)
+        try:
+            calls = {
+                task.remote(
+                    work, workload, job, share.threads_per_worker, reporter.child(name), os.getcwd(), watch.path(name)
+                ): name
+                for name, job in jobs.items()
+            }
+            results = _collect(ray, calls, watch)
+        finally:
+            watch.close()
         return {name: results[name] for name in jobs}
+
+
+def _collect(ray: Any, calls: Mapping[Any, str], watch: Watch) -> dict[str, Any]:
+    """The results by name, as the jobs end; the first error ends all, not only when its turn comes."""
+    from ray.exceptions import RayTaskError, WorkerCrashedError
+
+    results: dict[str, Any] = {}
+    waiting = list(calls)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=LOOK_SECONDS)
+        watch.look([calls[call] for call in waiting])
+        for call in done:
+            name = calls[call]
+            try:
+                results[name] = ray.get(call)
+            except WorkerCrashedError:
+                last = watch.reasons.get(name, "it died")
+                raise JobFailed(
+                    f"{name}: failed in {MAX_RETRIES + 1} processes, the last one: {last}; what is saved stays"
+                ) from None
+            except RayTaskError as error:
+                if isinstance(error.cause, LesaError):  # of anything else the worker's whole traceback is wanted
+                    raise error.cause from None
+                raise
+    return results
+
+
+def _watched_job(
+    work: Callable[[Workload, Any, Any], Any],
+    workload: Workload,
+    job: Any,
+    threads: int,
+    reporter: Reporter,
+    folder: str,
+    signs: Path,
+) -> Any:
+    """`_job` in a process of Ray's, which logs what is raised."""
+    with signs_of_life(signs, reporter.report) as report:
+        return confidential(_job, work, workload, job, threads, report, folder)
 
 
 def _job(
@@ -128,7 +200,7 @@ def _job(
     workload: Workload,
     job: Any,
     threads: int,
-    reporter: Reporter,
+    report: Report,
     folder: str,
 ) -> Any:
     os.chdir(Path(folder))
@@ -136,6 +208,6 @@ def _job(
 
     torch.set_num_threads(threads)
     try:
-        return work(workload, job, reporter.report)
+        return work(workload, job, report)
     finally:
         release_memory()

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import ray_session
 from flows.recorders import RecorderPool
 from flows.stage import read_workload, stage_main
@@ -30,7 +30,7 @@ def record(workload: str | None = None) -> dict[str, Any]:
     return record_trajectories(settings)
 
 
-@task(name="record trajectories", cache_policy=NO_CACHE)
+@task(name="record trajectories")
 def record_trajectories(workload: Workload) -> dict[str, Any]:
     """A task so that Prefect shows it; the work is `record_with_ray`."""
     return record_with_ray(workload, get_run_logger())

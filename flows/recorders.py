@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.confidential import confidential
+from flows.processes import Process, identify, send
 from lesa.params import Workload
+from lesa.recording.drive import LocalRecorder
 from lesa.recording.plan import PlannedTrajectory, RecordingSize, batches
 from lesa.recording.store import TrajectoryStore
 
@@ -37,31 +40,34 @@ class Recorder:
             root: repository root; the workload's paths are relative to it.
         """
         os.chdir(root)
-        import diffusers
-        import torch
-        import transformers
+        self._recorder = confidential(_load, workload)  # Ray logs what an actor raises
 
-        from lesa.models.pipelines import load_pipeline
-        from lesa.recording.drive import LocalRecorder
-
-        for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
-            library.utils.logging.set_verbosity_error()
-        # Before the first operation: the number of threads decides how sums are split, and so the last bit.
-        torch.set_num_threads(workload.resources.record.threads_per_actor)
-        store = TrajectoryStore.create(workload.paths.trajectories)
-        self._recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
-
-    def pid(self) -> int:
+    def process(self) -> Process | None:
         """This actor's process; answering means that the pipeline is loaded."""
-        return os.getpid()
+        return identify(os.getpid())
 
     def describe(self) -> tuple[dict[str, Any], RecordingSize]:
         """What of the pipeline determines a recording, and how large one trajectory is."""
-        return self._recorder.describe()
+        return confidential(self._recorder.describe)
 
     def record(self, batch: Batch) -> list[str]:
         """Record and commit a batch; nothing to do for what is there. Returns its keys."""
-        return self._recorder.record_batch(batch)
+        return confidential(self._recorder.record_batch, batch)
+
+
+def _load(workload: Workload) -> LocalRecorder:
+    import diffusers
+    import torch
+    import transformers
+
+    from lesa.models.pipelines import load_pipeline
+
+    for library in (diffusers, transformers):  # an actor's advice only clutters the driver's log
+        library.utils.logging.set_verbosity_error()
+    # Before the first operation: the number of threads decides how sums are split, and so the last bit.
+    torch.set_num_threads(workload.resources.record.threads_per_actor)
+    store = TrajectoryStore.create(workload.paths.trajectories)
+    return LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
 
 
 class RecordingFailed(RuntimeError):
@@ -71,7 +77,7 @@ class RecordingFailed(RuntimeError):
 @dataclasses.dataclass(slots=True)
 class _Actor:
     handle: Any
-    pid: int | None = None  # of its first process; None until the pipeline is loaded
+    process: Process | None = None  # its first one; None until the pipeline is loaded
     batch: Batch | None = None  # what it is recording
     deadline: float = 0.0  # seconds of time.monotonic
 
@@ -96,7 +102,7 @@ class RecorderPool:
         answer: tuple[dict[str, Any], RecordingSize] = self._ray.get(
             actor.handle.describe.remote(), timeout=START_TIMEOUT_S
         )
-        actor.pid = self._ray.get(actor.handle.pid.remote())
+        actor.process = self._ray.get(actor.handle.process.remote())
         self._idle.append(actor)
         return answer
 
@@ -120,7 +126,7 @@ class RecorderPool:
                     for item in batch or ():
                         on_done(item.key)
                     continue
-                _LOG.warning("recorder process %s: %s", actor.pid, problem)
+                _LOG.warning("recorder process %s: %s", actor.process and actor.process.pid, problem)
                 if batch is None:
                     raise RecordingFailed(f"a recorder could not start: {problem}")
                 if attempts[batch[0].key] >= MAX_ATTEMPTS:
@@ -146,7 +152,7 @@ class RecorderPool:
 
     def _start(self, actor: _Actor) -> None:
         actor.deadline = time.monotonic() + START_TIMEOUT_S
-        self._calls[actor.handle.pid.remote()] = actor
+        self._calls[actor.handle.process.remote()] = actor
 
     def _submit(self, actor: _Actor, batch: Batch, attempts: dict[str, int]) -> None:
         attempts[batch[0].key] += 1
@@ -169,24 +175,16 @@ class RecorderPool:
                 ended.append((actor, batch, _first_line(error)))
                 continue
             if batch is None:
-                actor.pid = answer
+                actor.process = answer
             ended.append((actor, batch, None))
         for call, actor in [(c, a) for c, a in self._calls.items() if a.deadline <= time.monotonic()]:
             del self._calls[call]
             batch, actor.batch = actor.batch, None
             self._ray.kill(actor.handle, no_restart=True)
-            # A stopped process does not hear Ray; it is ours if it still runs what Ray started.
-            if actor.pid is not None and _is_recorder(actor.pid):
-                os.kill(actor.pid, signal.SIGKILL)
+            if actor.process is not None:  # a stopped process does not hear Ray
+                send(actor.process, signal.SIGKILL)
             ended.append((actor, batch, "no answer in time"))
         return ended
-
-
-def _is_recorder(pid: int) -> bool:
-    try:
-        return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _first_line(error: BaseException) -> str:

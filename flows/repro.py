@@ -7,25 +7,26 @@ import functools
 import json
 import os
 import re
-import signal
-import subprocess
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
+from flows.confidential import keep_secrets
+from flows.ending import Ending
 from flows.environment import ROOT, state_folder
 from flows.preflight import check_repository
 from flows.registry.registry import CHAMPION, Registry
-from flows.stage import experiment_name, is_refusal, metrics_folder, read_workload
+from flows.stage import experiment_name, metrics_folder, read_workload
+from flows.supervisor import supervised
 from lesa.errors import LesaError
-from lesa.locks import Locked, file_lock
+from lesa.locks import file_lock
 from lesa.params import Workload
 from lesa.params_file import load_params
 
 WORKLOADS_FILE = "data/workloads/dvc.yaml"
-STOP_SECONDS = 30.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints the names of its workers
 
 
@@ -61,38 +62,41 @@ def dvc_repro(target: str, show: Callable[[str], object] = print, root: Path = R
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with file_lock(state_folder(root) / "repro.lock"):
         check_repository(root)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro", target],
-            cwd=root, env=environment, text=True, errors="replace", start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert process.stdout is not None
+        process = supervised(
+            [sys.executable, "-m", "dvc", "repro", target], root, environment, state_folder(root) / "repro.work.lock"
+        )
+        assert process.stdin is not None and process.stdout is not None
         try:
-            for line in process.stdout:
+            for line in _lines(process.stdout.fileno()):
                 show(printable(line))
             return process.wait()
-        except BaseException:
-            _stop_group(process)
-            raise
+        finally:
+            process.stdin.close()  # where the work still goes on, its supervisor stops it now
+            for _ in _lines(process.stdout.fileno()):  # who is stopped must not wait for us to read
+                pass
+            process.stdout.close()
+            process.wait()
+
+
+def _lines(descriptor: int) -> Iterator[str]:
+    """Lines as they come. Waits a second at a time: Prefect stops a run by an exception between two operations."""
+    rest = b""
+    while True:
+        if not select.select([descriptor], [], [], 1.0)[0]:
+            continue
+        data = os.read(descriptor, 65536)
+        *lines, rest = (rest + data).split(b"\n")
+        if not data and rest:
+            lines.append(rest)
+        yield from (line.decode(errors="replace") for line in lines)
+        if not data:
+            return
 
 
 def printable(line: str) -> str:
     """A line for a log: of a progress bar only the last state, without colours, control characters escaped."""
     text = _COLOUR.sub("", line.rstrip("\r\n").rsplit("\r", 1)[-1])
     return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
-
-
-def _stop_group(process: subprocess.Popen[str]) -> None:
-    """Ends DVC and the stage under it: asked first, so that the stage closes its actors, then forced."""
-    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def show_outcome(workload: Workload) -> int:
@@ -133,19 +137,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--repro", action="store_true", help="run `dvc repro` first")
     args = parser.parse_args(argv)
-    try:
-        workload = read_workload(args.workload)
-        if args.repro:
-            target = dvc_target(workload.name, load_params("params.yaml").name)
-            code = dvc_repro(target, show=functools.partial(print, flush=True))
-            if code != 0:
-                return code
-        return show_outcome(workload)
-    except (ValueError, OSError, Locked) as error:
-        if not is_refusal(error) and not isinstance(error, ValueError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    keep_secrets()
+    ending = Ending()
+    with ending.by_signals():
+        try:
+            workload = read_workload(args.workload)
+            if args.repro:
+                target = dvc_target(workload.name, load_params("params.yaml").name)
+                code = dvc_repro(target, show=functools.partial(print, flush=True))
+                if code != 0:
+                    return code
+            return show_outcome(workload)
+        except (Exception, KeyboardInterrupt) as error:
+            return ending.conclude(error=error)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.environment import ROOT, prefect_home
-from flows.prefect_server import LOOPBACK, START_TIMEOUT_SECONDS, healthy
-from lesa.locks import process_alive
+from flows.environment import LOOPBACK, ROOT, prefect_home
+from flows.prefect_server import START_TIMEOUT_SECONDS, healthy
+from flows.processes import end, identify
+from lesa.redaction import redacted
 
 POOL = "lesa"
 STOP_SECONDS = 20.0
@@ -57,42 +58,13 @@ def child(
             arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
+        known = identify(process.pid)
         try:
             yield process
         finally:
-            stop_tree(process)
-
-
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its descendants: asked first, forced after a while."""
-    family = [process.pid, *descendants(process.pid)]
-    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            process.poll()  # reaps it
-            family = [pid for pid in {*family, *(d for p in family for d in descendants(p))} if process_alive(pid)]
-            if not family:
-                return
-            time.sleep(0.1)
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, by /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
+            end([known] if known else [], patience_s=STOP_SECONDS)
+            process.kill()  # nothing where it has ended
+            process.wait()
 
 
 def prefect(*arguments: str, environment: dict[str, str]) -> None:
@@ -102,7 +74,7 @@ def prefect(*arguments: str, environment: dict[str, str]) -> None:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"prefect {' '.join(arguments)} failed:\n{redacted(done.stdout + done.stderr)}")
 
 
 def wait_for_server(server: subprocess.Popen[bytes], environment: dict[str, str], log: Path) -> None:
@@ -112,7 +84,7 @@ def wait_for_server(server: subprocess.Popen[bytes], environment: dict[str, str]
             return
         time.sleep(0.2)
     tail = log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"the Prefect server did not start (is the port taken?); the end of {log}:\n{tail}")
+    raise RuntimeError(f"the Prefect server did not start (is the port taken?); the end of {log}:\n{redacted(tail)}")
 
 
 def run_local(port: int) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import run_jobs
 from flows.stage import final_values, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
@@ -27,7 +25,7 @@ def search(workload: str | None = None) -> dict[str, Any]:
         return find(settings, run)
 
 
-@task(name="search schedules", cache_policy=NO_CACHE)
+@task(name="search schedules")
 def find(workload: Workload, run: Tracker) -> dict[str, Any]:
     """The cheapest paths first, then one job a budget."""
     share = workload.resources.search

@@ -1,29 +1,30 @@
-"""What every stage does around its work: settings, a Prefect server, one MLflow run, exit codes."""
+"""What every stage does around its work: settings, a Prefect server, one MLflow run, its command line."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.confidential import is_refusal, keep_secrets
+from flows.ending import Ending, Outcome, watch
 from flows.environment import ROOT, prefect_home, quiet_environment
 from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes
-from lesa.errors import LesaError
-from lesa.locks import Locked
 from lesa.params import Workload
 from lesa.params_file import load_params
+from lesa.redaction import redacted
 from lesa.search.schedules_file import with_schedules
+
+_LOG = logging.getLogger("flows.stage")
 
 
 def read_workload(name: str | None, *, searched: bool = False) -> Workload:
@@ -100,19 +101,38 @@ def prefect_api() -> Iterator[None]:
         from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
         values = {"PREFECT_API_URL": server.url, "PREFECT_API_AUTH_STRING": server.auth}
+        before = {key: os.environ.get(key) for key in values}
         os.environ.update(values)  # for processes the flow starts
         try:
             with temporary_settings({PREFECT_API_URL: server.url, PREFECT_API_AUTH_STRING: server.auth}):
                 yield
         finally:
-            for key in values:
+            for key, value in before.items():
                 os.environ.pop(key, None)
+                if value is not None:
+                    os.environ[key] = value
 
 
 def run_flow(flow: Callable[..., Any], **params: Any) -> Any:
-    """Calls a Prefect flow with a server behind it; returns its result, raises its exception."""
+    """Calls a Prefect flow with a server behind it; returns its result, raises its exception.
+
+    A flow of `flows.prefect_flow` that has done its work has succeeded, also where Prefect could not note it.
+    """
+    return _run_watched(flow, Outcome(), **params)
+
+
+def _run_watched(flow: Callable[..., Any], outcome: Outcome, **params: Any) -> Any:
     with prefect_api():
-        return flow(**params)
+        watch(outcome)
+        try:
+            return flow(**params)
+        except Exception as error:
+            if not outcome.ended.is_set() or outcome.error is not None:
+                raise
+            _LOG.warning("%s: Prefect has not noted the end of this run", _first_line(error))
+            return outcome.result
+        finally:
+            watch(None)
 
 
 def stage_main(
@@ -123,56 +143,36 @@ def stage_main(
     """`python -m flows.<stage> [--workload NAME]`: runs the stage, prints its result, returns the exit code.
 
     Args:
-        flow: the stage; it takes `workload`.
+        flow: the stage, made by `flows.prefect_flow.flow`; it takes `workload`.
         argv: arguments; None takes the command line's.
         check: called with the workload's name before anything starts; None checks all settings.
 
-    Exit codes: 0 done, 1 failed, 2 refused (one message, no traceback), 130/143 interrupted.
+    Exit codes: as `flows.ending`.
     """
     parser = argparse.ArgumentParser(description=(flow.__doc__ or "").strip().splitlines()[0])
     parser.add_argument(
         "--workload", default=None, help="section of params.yaml (default: its default_workload)"
     )
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    keep_secrets()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_traceback_of_refusals)
-    try:
-        (check or read_workload)(args.workload)
-        result = run_flow(flow, workload=args.workload)
-    except KeyboardInterrupt:
-        print("interrupted: what is committed stays, run again to go on", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print("terminated: what is committed stays, run again to go on", file=sys.stderr)
-        return 143
-    except (LesaError, OSError, Locked) as error:
-        if not is_refusal(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if result is not None:
-        print(json.dumps(result, indent=1, sort_keys=True, default=str))
-    return 0
-
-
-def is_refusal(error: BaseException | None) -> bool:
-    """Whether input (`LesaError`), another run (`Locked`) or a named file of the disk is in the way.
-
-    Any other error is a fault of code, and its traceback is wanted.
-    """
-    return isinstance(error, LesaError | Locked) or (isinstance(error, OSError) and error.filename is not None)
+    outcome, ending = Outcome(), Ending()
+    with ending.by_signals():
+        try:
+            (check or read_workload)(args.workload)
+            ending.soon_after(outcome)
+            outcome.on_sigterm = signal.getsignal(signal.SIGTERM)
+            return ending.conclude(_run_watched(flow, outcome, workload=args.workload))
+        except (Exception, KeyboardInterrupt) as error:
+            return ending.conclude(error=error)
 
 
 def _without_traceback_of_refusals(record: logging.LogRecord) -> bool:
     if record.exc_info and is_refusal(record.exc_info[1]):
-        record.exc_info = None
+        record.exc_info = record.exc_text = None
     return True
 
 
-class _Terminated(BaseException):
-    """SIGTERM as an exception, so that sessions and locks are closed on the way out."""
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in redacted(str(error)).splitlines() if line.strip()), type(error).__name__)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import run_jobs
 from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
 from flows.tracking.run import Tracker
@@ -26,7 +24,7 @@ def train_stage1(workload: str | None = None) -> dict[str, Any]:
         return train(settings, run)
 
 
-@task(name="train experts", cache_policy=NO_CACHE)
+@task(name="train experts")
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job an expert, side by side as far as the settings allow."""
     # Those for other numbers of steps take longest and come first.

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
-
+from flows.prefect_flow import flow, task
 from flows.ray_jobs import run_jobs
 from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
 from flows.tracking.run import Tracker
@@ -25,7 +23,7 @@ def train_stage2(workload: str | None = None) -> dict[str, Any]:
         return train(settings, run)
 
 
-@task(name="train budgets", cache_policy=NO_CACHE)
+@task(name="train budgets")
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job a budget and one for other numbers of steps, side by side as far as the settings allow."""
     done = run_jobs(

@@ -200,6 +200,7 @@ class WorkerResources:
 
     workers: int = setting(1, low=1)  # jobs at once, each with a process and a pipeline of its own
     threads_per_worker: int = setting(1, low=1)  # of torch, in each of them; with one process too
+    timeout_s: int = setting(21600, low=1)  # without a report of a job; then its process is replaced
 
 
 _TWO_WORKERS = WorkerResources(workers=2)

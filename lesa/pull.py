@@ -1,7 +1,4 @@
-"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions.
-
-Nor does importing it bring torch: what shows addresses needs `redacted` alone.
-"""
+"""Registry -> bundle folder: the only module that knows MLflow, and only inside its functions."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from lesa import atomic, strict_json
 from lesa.errors import LesaError
+from lesa.redaction import redacted
 
 if TYPE_CHECKING:
     from lesa.bundle import Bundle
@@ -39,9 +37,6 @@ _ANSWERS = {
 }  # fmt: skip
 _LOG = logging.getLogger("lesa.pull")
 _Answer = TypeVar("_Answer")
-# user:password@ up to the last @ of the host's part, with or without a scheme before it; what follows ? and #.
-_USER = re.compile(r"(?<=://)[^/\s]*@|(?<![^\s'\"(<])[^\s/@:'\"(<]+:[^\s/]*@")
-_QUERY = re.compile(r"(?<=://)([^\s?#\"<>]*)([?#])[^\s\"<>]+")
 
 
 class PullError(LesaError):
@@ -301,8 +296,3 @@ def _private(name: str) -> Path:
             f"{folder} can be written by others: chmod 700 it, or set LESA_CACHE to a private folder"
         )
     return folder
-
-
-def redacted(text: str) -> str:
-    """`text` without what may be secret in the addresses in it: users, passwords, queries and fragments."""
-    return _QUERY.sub(r"\1\2***", _USER.sub("***@", text))

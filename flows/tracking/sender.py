@@ -25,7 +25,7 @@ from flows.environment import ROOT, state_folder
 from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sweep_partials, write_json
 from lesa.locks import Locked, file_lock, is_free
-from lesa.pull import redacted
+from lesa.redaction import redacted
 
 LINGER_SECONDS = 30.0  # the most a sender goes on after the last run ended
 IDLE_SECONDS = 15.0  # how long one with nothing to do waits for the next stage's run

@@ -68,6 +68,7 @@ def test_quiet_environment_keeps_what_the_user_set(monkeypatch):
     assert os.environ["DVC_NO_ANALYTICS"] == "1"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", "Ray keeps to loopback"
 
 
 @pytest.mark.slow

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from flows.ray_jobs import ray_session, run_jobs
+from flows import job_signs
+from flows.ray_jobs import JobFailed, ray_session, run_jobs
 from flows.tracking.run import Reporter
 from lesa.bundle import BundleError
+from lesa.errors import LesaError
 from lesa.params import WorkerResources
 from lesa.params_file import load_params
 
@@ -39,6 +42,32 @@ def stumble(workload, job, report):
     json.loads("{")  # no refusal of ours: a fault of code
 
 
+def stop_once(workload, job, report):
+    """Hangs as a GPU does, in its first process."""
+    report(1, {"value": 1.0})
+    marker = Path(f"stopped-{job}")
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return os.getpid()
+
+
+def say_nothing_once(workload, job, report):
+    marker = Path(f"silent-{job}")
+    if not marker.exists():
+        marker.touch()
+        time.sleep(600)
+    return "resumed"
+
+
+def never_end(workload, job, report):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def tell(workload, job, report):
+    raise RuntimeError(f"at http://user:{os.environ['HF_TOKEN']}@host")
+
+
 def refuse(workload, job, report):
     from lesa.recording.prompts import read_prompts
 
@@ -60,12 +89,12 @@ def reporter(tmp_path, monkeypatch) -> Reporter:
     return Reporter(path=spool, name="train")
 
 
-def go(work, reporter, workers, jobs=None):
+def go(work, reporter, workers, jobs=None, timeout_s=600):
     return run_jobs(
         work,
         load_params(ROOT / "params.yaml"),
         jobs or {"a": 2, "b": 3},
-        share=WorkerResources(workers=workers),
+        share=WorkerResources(workers=workers, timeout_s=timeout_s),
         reporter=reporter,
     )
 
@@ -98,3 +127,42 @@ def test_side_by_side(reporter):
         with pytest.raises(Exception, match="JSONDecodeError"):
             go(stumble, reporter, 2)
         assert go(die_once, reporter, 2) == {"a": "resumed", "b": "resumed"}
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_replaced(reporter, monkeypatch, capsys):
+    """Stopped, or silent for too long: the job goes elsewhere, the screen says which one it was, and not for ever."""
+    monkeypatch.setattr(job_signs, "SHOW_SECONDS", (2.0, 2.0))
+    with ray_session(2):
+        monkeypatch.setattr(job_signs, "SILENT_SECONDS", 5.0)
+        pids = go(stop_once, reporter, 2)
+        assert sorted(pids) == ["a", "b"]
+        shown = capsys.readouterr().out
+        assert "train a: no sign of life for" in shown and "is replaced" in shown
+        assert "train: 0 of 2 done; at work: a for 0 min" in shown and "silent for" in shown
+        with pytest.raises(JobFailed, match=r"[ab]: failed in 3 processes, the last one: no sign of life for \d+ s"):
+            go(never_end, reporter, 2)
+        monkeypatch.setattr(job_signs, "SILENT_SECONDS", 60.0)
+        assert go(say_nothing_once, reporter, 2, timeout_s=3) == {"a": "resumed", "b": "resumed"}
+        assert "nothing reported for" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_a_job_raises_says_no_secret(reporter, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-of-a-job")
+    with pytest.raises(Exception, match=r"http://\*\*\*@host") as caught:
+        go(tell, reporter, 2)
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("RAY_ADDRESS", "10.0.0.1:6379", "a Ray of its own; unset it"), ("RAY_AUTH_MODE", "disabled", "must be 'token'")],
+)
+def test_another_ray_is_refused_in_a_line(name, value, message, monkeypatch):
+    import ray
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LesaError, match=message), ray_session(1):
+        pass
+    assert not ray.is_initialized()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flows.processes import identify
 from flows.ray_jobs import ray_session
 from flows.record import record_with_ray
 from flows.recorders import MAX_ATTEMPTS, Recorder, RecorderPool, RecordingFailed
@@ -37,7 +38,7 @@ def test_a_recorder_commits_and_does_nothing_the_second_time(workload: Workload)
     try:
         recorder = Recorder(workload, str(Path.cwd()))
         assert torch.get_num_threads() == workload.resources.record.threads_per_actor
-        assert recorder.pid() == os.getpid()
+        assert recorder.process() == identify(os.getpid())
         source, size = recorder.describe()
         plan = plan_recording(workload, source)
         assert size.num_steps == 8

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from flows.environment import ROOT, state_folder
+from flows.processes import descendants, identify, is_running, send
 from flows.repro import dvc_repro, dvc_target, printable
-from flows.retrain_local import descendants
 from lesa.errors import LesaError
-from lesa.locks import Locked, file_lock, process_alive
+from lesa.locks import Locked, file_lock
 from tests.helpers.clone import git
 
 
@@ -81,32 +79,65 @@ def test_one_at_a_time(repository):
         dvc_repro("dvc.yaml", root=repository)
 
 
+# A stage that works for long and, asked to end, takes a moment to put its things away.
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+def stop(*_):
+    time.sleep(1)
+    Path("put-away").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+print("working", flush=True)
+time.sleep(0 if Path("quick").exists() else 120)
+"""
+ASKER = """
+import signal, sys, threading
+from pathlib import Path
+from prefect._internal.concurrency.cancellation import WatcherThreadCancelScope
+from flows.repro import dvc_repro
+def stop(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, stop)
+def show(line):
+    print(line, flush=True)
+    if line == "working" and sys.argv[2] == "lease":
+        threading.Timer(1.0, scope.cancel).start()
+with WatcherThreadCancelScope() as scope:  # what Prefect ends a run with that has lost its lease
+    dvc_repro("dvc.yaml", show, Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
-def test_an_interrupt_takes_dvc_and_its_stage_along(repository):
-    (repository / "work.py").write_text("import time; print('working', flush=True); time.sleep(120)\n")
-    script = (
-        "import signal, sys\nfrom pathlib import Path\nfrom flows.repro import dvc_repro\n"
-        "def stop(*_):\n    raise KeyboardInterrupt\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "dvc_repro('dvc.yaml', lambda line: print(line, flush=True), Path(sys.argv[1]))\n"
-    )
+@pytest.mark.parametrize("how", ["terminated", "killed", "lease"])
+def test_who_ends_takes_dvc_and_its_stage_along(repository, how):
+    """They are asked, also where there is nobody left to ask them; the next one waits for them and goes on."""
+    (repository / "work.py").write_text(STAGE)
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(repository)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ASKER, str(repository), how], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("working"):
             break
-    family = descendants(process.pid)
-    assert len(family) >= 2
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    assert process.returncode != 0
-    deadline = time.monotonic() + 5
-    while any(process_alive(pid) for pid in family) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = [pid for pid in family if process_alive(pid)]
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert left == []
+    asker = identify(process.pid)
+    assert asker is not None
+    family = descendants([asker])
+    assert len(family) >= 3
+    try:
+        if how == "terminated":
+            process.terminate()
+        elif how == "killed":
+            process.kill()
+        assert process.wait(60) != 0
+        (repository / "quick").touch()
+        lines: list[str] = []
+        assert dvc_repro("dvc.yaml", lines.append, repository) == 0, lines
+        assert "working" in lines
+        assert (repository / "put-away").exists(), "the stage was killed before it could end"
+        assert [one for one in family if is_running(one)] == []
+    finally:
+        for one in family:
+            send(one, signal.SIGKILL)
+        process.kill()
+        process.communicate()

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.retrain_local import descendants
-from lesa.locks import process_alive
+from flows.processes import descendants, identify, is_running
+from flows.retrain import is_superseded
 from tests.helpers.clone import clone, commit, environment, run
 from tests.helpers.tiny import write_prompts
 
@@ -87,7 +87,9 @@ def test_the_schedule_retrains_on_new_prompts(repository):
         )
         try:
             wait_for(log, rf"{GATE}[\s\S]*Finished in state|in state Failed|Crashed", local, 400)
-            family = [local.pid, *descendants(local.pid)]
+            ours = identify(local.pid)
+            assert ours is not None
+            family = {ours, *descendants([ours])}
         finally:
             local.send_signal(signal.SIGINT)
             code = local.wait(60)
@@ -111,7 +113,18 @@ def test_the_schedule_retrains_on_new_prompts(repository):
     assert versions["1"]["manifest_sha256"] != versions["2"]["manifest_sha256"]
 
     time.sleep(1)
-    assert [pid for pid in family if process_alive(pid)] == [], "nothing is left running"
+    assert [process for process in family if is_running(process)] == [], "nothing is left running"
+
+
+def test_runs_that_came_late_are_one(tmp_path):
+    """Due before the last finished one began: everything it was to pick up has been picked up."""
+    noted = tmp_path / "retrained.json"
+    assert not is_superseded(noted, due=100.0)
+    noted.write_text('{"began": 200.0}')
+    assert is_superseded(noted, due=100.0)
+    assert not is_superseded(noted, due=200.5)
+    noted.write_text("{")
+    assert not is_superseded(noted, due=100.0)
 
 
 def test_then_nothing_changes_and_dvc_does_nothing(repository):

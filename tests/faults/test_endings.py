@@ -1,0 +1,138 @@
+"""A stage ends as it says, soon after its work: by a signal while Ray runs, and with a Prefect server that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import prefect_server
+from flows.environment import ROOT
+from flows.processes import Process, send
+
+pytestmark = pytest.mark.slow
+
+STAGE = """
+import sys, time
+from pathlib import Path
+from flows import ending
+from flows.prefect_flow import flow, task
+from flows.ray_jobs import ray_session
+from flows.stage import stage_main
+from lesa.errors import LesaError
+
+ending.NOTE_SECONDS = 3.0
+
+def wait(folder):
+    print("working", flush=True)
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.1)
+
+@task(name="work")
+def work(how):
+    kind, folder = how.split(":")
+    if kind == "ray":
+        with ray_session(1) as ray:
+            call = ray.remote(lambda: time.sleep(600)).remote()
+            print("working", flush=True)
+            ray.wait([call])
+    wait(folder)
+    if kind == "refused":
+        raise LesaError("not like this")
+    return {"sum": 3}
+
+@flow(name="tiny")
+def tiny(workload: str | None = None) -> dict:
+    "A tiny stage."
+    return work(workload)
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main(tiny, check=lambda name: None))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all: making it takes longer than everything else here."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture
+def home(shared_home: Path) -> Iterator[Path]:
+    yield shared_home
+    server = prefect_server.read(shared_home)
+    if server is not None:  # it may be stopped, and hear nothing else
+        send(Process(server.pid, server.start), signal.SIGKILL)
+
+
+def begin(folder: Path, kind: str, home: Path) -> subprocess.Popen[str]:
+    """The stage, at work."""
+    script = folder / "tiny.py"
+    script.write_text(STAGE)
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--workload", f"{kind}:{folder}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "working\n":
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors of a stage that has to end by itself, within a minute also on a busy machine."""
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_while_ray_runs(tmp_path: Path, home: Path, number: int, code: int, word: str) -> None:
+    process = begin(tmp_path, "ray", home)
+    process.send_signal(number)
+    returned, _, errors = ended(process)
+    assert returned == code, errors
+    assert errors.splitlines()[-1] == f"{word}: what is committed stays, run again to go on"
+    assert "Traceback" not in errors and "SIGTERM received" not in errors
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "code"),
+    [(signal.SIGKILL, "done", 0), (signal.SIGSTOP, "done", 0), (signal.SIGKILL, "refused", 2)],
+)
+def test_the_prefect_server_is_gone(tmp_path: Path, home: Path, fault: int, kind: str, code: int) -> None:
+    """What is done is done, whether the server died or hangs, and so is what was refused."""
+    process = begin(tmp_path, kind, home)
+    server = prefect_server.read(home)
+    assert server is not None and send(Process(server.pid, server.start), fault)
+    (tmp_path / "go").touch()
+    returned, output, errors = ended(process)
+    assert returned == code, errors
+    if kind == "done":
+        assert json.loads(output) == {"sum": 3}
+    else:
+        assert "error: not like this" in errors.splitlines()
+
+
+def test_a_signal_when_the_prefect_server_hangs(tmp_path: Path, home: Path) -> None:
+    process = begin(tmp_path, "done", home)
+    server = prefect_server.read(home)
+    assert server is not None and send(Process(server.pid, server.start), signal.SIGSTOP)
+    process.terminate()
+    returned, _, errors = ended(process)
+    assert returned == 143, errors
+    assert "terminated: what is committed stays, run again to go on" in errors.splitlines()
