@@ -67,7 +67,7 @@ CRASHES = Group(
             "SIGKILL of the flow",
             "the next one records what is missing; no Ray process is left",
             f"{RECORDING}::test_a_killed_flow_a_killed_actor_and_a_hung_one",
-            "tests/flows/test_ray_guard.py::test_nothing_of_a_killed_session_is_left",
+            "tests/flows/test_ray_guard.py::test_nothing_of_a_killed_session_is_left_and_nobody_else_is_touched",
         ),
         case(
             "a trainer dies at any step, also while it saves",
@@ -98,7 +98,7 @@ CRASHES = Group(
             "signals to a stage and to `make repro`",
             "one line, 143 or 130, and everything that was committed stays",
             f"{ENVIRONMENT}::test_sigterm_ends_a_stage_with_143",
-            "tests/flows/test_repro.py::test_an_interrupt_takes_dvc_and_its_stage_along",
+            "tests/flows/test_repro.py::test_who_ends_takes_dvc_and_its_stage_along",
         ),
         case(
             "power fails before writes are on disk",

@@ -22,9 +22,12 @@ from lesa.errors import LesaError
 ending.NOTE_SECONDS = ending.STOP_SECONDS = 0.5
 outcome, end = ending.Outcome(), ending.Ending()
 
-def stuck():
+def stuck(word=None):
     while True:
         try:
+            if word is not None:
+                print(word, flush=True)  # in here: the signal comes as soon as it is read
+                word = None
             time.sleep(600)
         except KeyboardInterrupt:
             pass
@@ -32,8 +35,7 @@ def stuck():
 with end.by_signals():
     end.soon_after(outcome)
     if sys.argv[1] == "at work":
-        print("working", flush=True)
-        stuck()
+        stuck("working")
     outcome.result = {"sum": 3}
     outcome.error = {"done": None, "refused": LesaError("not like this"), "failed": KeyError("x")}[sys.argv[1]]
     outcome.ended.set()
