@@ -49,6 +49,22 @@ def dvc_target(workload: str, default: str, root: Path = ROOT) -> str:
     )
 
 
+def require_model(workload: str, root: Path = ROOT) -> None:
+    """Refuse a workload whose own pipeline folder is not where its line says: DVC would name a path and no remedy.
+
+    Raises:
+        LesaError: naming the folder.
+    """
+    document = yaml.safe_load((root / WORKLOADS_FILE).read_text(encoding="utf-8"))
+    given: dict[str, dict[str, str]] = next(entry["given"] for entry in document["vars"] if "given" in entry)
+    if workload in given and not (root / "data/base" / given[workload]["model"]).is_dir():
+        folder = f"data/base/{given[workload]['model']}"
+        raise LesaError(
+            f"{folder} is not here: copy your pipeline folder there, or link it (ln -s /where/it/is {folder}); "
+            f"`model:` in {WORKLOADS_FILE} names it, and model.source in params.yaml"
+        )
+
+
 def dvc_repro(target: str, show: Callable[[str], object] = print, root: Path = ROOT) -> int:
     """Runs `dvc repro` for a target and returns its exit code.
 
@@ -144,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             workload = read_workload(args.workload)
             if args.repro:
                 target = dvc_target(workload.name, load_params("params.yaml").name)
+                require_model(workload.name)
                 code = dvc_repro(target, show=functools.partial(print, flush=True))
                 if code != 0:
                     return code

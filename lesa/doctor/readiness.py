@@ -15,7 +15,7 @@ from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate
 from lesa.doctor.machine import INSTALL_PIPELINE, answers, version
 from lesa.params import ModelParams, Workload
 from lesa.recording.plan import recorded_prompts
-from lesa.recording.prompts import PromptError
+from lesa.recording.prompts import PromptError, read_splits
 from lesa.redaction import redacted
 
 _HUB = "https://huggingface.co"
@@ -48,6 +48,7 @@ def examine_workload(workload: Workload) -> dict[str, Any]:
         _packages(),
         _gpu(workload.resources.device, workload.closed_loop.batch_size, costs),
         *_model(workload.model, costs),
+        *_scorer(workload.scorer, is_made=workload.base is not None),
         *_disk(workload.model, workload.paths.trajectories, costs),
         _prompts(workload),
     ]
@@ -175,12 +176,28 @@ def _disk(model: ModelParams, store: Path, costs: CostEstimate) -> list[Check]:
     return checks
 
 
+def _scorer(folder: str | None, *, is_made: bool) -> list[Check]:
+    """Of a scorer that no stage of this workload makes."""
+    if folder is None or is_made:
+        return []
+    here = Path(folder).is_dir()
+    remedy = "drop `scorer` from the section, or make it first: the stage base of the workload that it belongs to"
+    return [Check("scorer", here, f"{folder} is {'here' if here else 'not here'}", remedy)]
+
+
 def _prompts(workload: Workload) -> Check:
+    """Training and validation prompts that are recorded, test prompts that are judged."""
+    remedy = f"fill data/prompts/{workload.prompts}, or lower the numbers"
     try:
         found = recorded_prompts(workload)
+        test = len(read_splits(workload.paths.prompts)["test"])
     except PromptError as error:
-        return Check("prompts", False, str(error), f"fill data/prompts/{workload.prompts}, or lower the numbers")
-    return Check("prompts", True, ", ".join(f"{len(lines)} {split}" for split, lines in found.items()))
+        return Check("prompts", False, str(error), remedy)
+    wanted = workload.evaluate.prompts
+    if wanted > test:
+        return Check("prompts", False, f"evaluate.prompts: {wanted} wanted, test.txt has {test}", remedy)
+    counts = {split: len(lines) for split, lines in found.items()} | {"test": test}
+    return Check("prompts", True, ", ".join(f"{count} {split}" for split, count in counts.items()))
 
 
 def hub_cache() -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from flows.environment import ROOT, state_folder
 from flows.processes import descendants, identify, is_running, send
-from flows.repro import dvc_repro, dvc_target, printable
+from flows.repro import dvc_repro, dvc_target, printable, require_model
 from lesa.errors import LesaError
 from lesa.locks import Locked, file_lock
 from tests.helpers.clone import git
@@ -38,6 +38,17 @@ def test_every_workload_has_its_target(tmp_path):
     assert dvc_target("theirs", "flux-digits", tmp_path) == "data/workloads/dvc.yaml:publish-hub@theirs"
     with pytest.raises(LesaError, match=r"add a line to data/workloads/dvc\.yaml, under `given`"):
         dvc_target("other", "flux-digits", tmp_path)
+
+
+def test_a_workload_whose_folder_is_not_there_is_told_where_to_put_it(tmp_path):
+    (tmp_path / "data/workloads").mkdir(parents=True)
+    line = "{family: flux, prompts: mine, model: my-model}"
+    (tmp_path / "data/workloads/dvc.yaml").write_text(f"vars:\n  - given: {{mine: {line}}}\n  - hub: {{}}\n")
+    with pytest.raises(LesaError, match=r"data/base/my-model is not here: copy .*\(ln -s /.* data/base/my-model\)"):
+        require_model("mine", tmp_path)
+    require_model("another", tmp_path)
+    (tmp_path / "data/base/my-model").mkdir(parents=True)
+    require_model("mine", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -117,8 +118,14 @@ def test_folders_that_cannot_be_written_are_named(here: Path, monkeypatch: pytes
 
 def test_a_small_local_model_needs_no_gpu(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_repository(tmp_path / "tiny"))
-    found = readiness.examine_workload(load_params())
+    workload = load_params()
+    few = dataclasses.replace(workload, evaluate=dataclasses.replace(workload.evaluate, prompts=1))
+    found = readiness.examine_workload(few)
     assert found["ready"], found["checks"]
+    wanting = {check["name"]: check for check in readiness.examine_workload(workload)["checks"] if not check["ok"]}
+    assert set(wanting) == {"prompts"} and "evaluate.prompts: 64 wanted, test.txt has 1" in wanting["prompts"]["found"]
+    scored = readiness.examine_workload(dataclasses.replace(few, scorer="data/scorers/none"))
+    assert [check["name"] for check in scored["checks"] if not check["ok"]] == ["scorer"]
 
 
 def test_two_names_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
