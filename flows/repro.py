@@ -20,7 +20,7 @@ from flows.environment import ROOT, state_folder
 from flows.preflight import check_repository
 from flows.registry.registry import CHAMPION, Registry
 from flows.stage import experiment_name, metrics_folder, read_workload
-from flows.supervisor import supervised
+from flows.supervisor import STOP_SECONDS, supervised
 from lesa.errors import LesaError
 from lesa.locks import file_lock
 from lesa.params import Workload
@@ -77,10 +77,10 @@ def dvc_repro(target: str, show: Callable[[str], object] = print, root: Path = R
     environment["PYTHONUNBUFFERED"] = "1"  # people watch: what a stage says is shown when it says it
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with file_lock(state_folder(root) / "repro.lock"):
-        check_repository(root)
-        process = supervised(
-            [sys.executable, "-m", "dvc", "repro", target], root, environment, state_folder(root) / "repro.work.lock"
-        )
+        work = state_folder(root) / "repro.work.lock"
+        with file_lock(work, timeout=STOP_SECONDS + 10.0):  # what was asked to end has put its things away
+            check_repository(root)
+        process = supervised([sys.executable, "-m", "dvc", "repro", target], root, environment, work)
         assert process.stdin is not None and process.stdout is not None
         try:
             for line in _lines(process.stdout.fileno()):
