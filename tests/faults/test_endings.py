@@ -90,9 +90,9 @@ def begin(folder: Path, kind: str, home: Path) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors of a stage that has to end by itself, within a minute also on a busy machine."""
+    """Exit code, output and errors of a stage that has to end by itself, in good time also on a busy machine."""
     try:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=150)
     finally:
         process.kill()
     return process.returncode, output, errors

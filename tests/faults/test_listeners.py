@@ -38,7 +38,7 @@ with (
 ):
     start_sender(folder)
     wait_for_server(server, environment, folder / "server.log")
-    print(*ray.get([ray.remote(os.getpid).remote() for _ in range(2)]), flush=True)
+    print(*ray.get([ray.remote(lambda: os.getpid()).remote() for _ in range(2)]), flush=True)
     time.sleep(600)
 """
 
@@ -106,7 +106,8 @@ def listening(family: set[Process]) -> dict[str, str]:
     owners: dict[str, str] = {}
     for process in family:
         with contextlib.suppress(OSError):
-            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            command = " ".join(command.split())[:200]
             for link in Path(f"/proc/{process.pid}/fd").iterdir():
                 target = os.readlink(link)
                 if target.startswith("socket:["):
