@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         "source": name,
         "budget": arguments.budget,
         "runs": arguments.runs,
-        "command": " ".join(["python -m benchmarks.studies.gate", *(argv or [])]),
+        "command": " ".join(["python -m benchmarks.studies.gate", *(sys.argv[1:] if argv is None else argv)]),
         "plan": {"prompts": plan.prompts, "seeds": plan.seeds, "first": plan.first, "most": plan.most,
                  "tolerance_db": plan.tolerance_db},
         "recorded": {
