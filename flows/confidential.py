@@ -1,7 +1,7 @@
 """No secret of the environment gets into a log, a traceback or Prefect's database.
 
 What an exception says is redacted where the work ends, before Prefect or Ray see it; what is logged, where its record
-is made, before any handler does. `lesa.redaction` knows what is secret.
+is made, before any handler does. `lesa.errors.redacted` knows what is secret.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lesa.errors import LesaError
+from lesa.errors import LesaError, redacted
 from lesa.locks import Locked
-from lesa.redaction import redacted
 
 R = TypeVar("R")
 

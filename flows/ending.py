@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.confidential import is_refusal, printed
-from lesa.redaction import redacted
+from lesa.errors import redacted
 
 NOTE_SECONDS = 15.0  # after its work a stage waits so long for Prefect to note its end
 STOP_SECONDS = 25.0  # after a signal so long for its work to let go; `flows.repro` waits a little longer

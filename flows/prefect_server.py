@@ -37,8 +37,8 @@ from flows.confidential import keep_secrets
 from flows.environment import LOOPBACK, ROOT, prefect_home, quiet_environment
 from flows.processes import Process, command_line, identify, is_running, send
 from lesa.atomic import write_json
+from lesa.errors import redacted
 from lesa.locks import file_lock, is_free, process_alive, shared_lock
-from lesa.redaction import redacted
 from lesa.strict_json import StrictJsonError, parse
 from lesa.validation import build, setting
 

@@ -24,14 +24,14 @@ from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
 from lesa.atomic import new_dir, write_json
 from lesa.bundle import Bundle
-from lesa.errors import LesaError
+from lesa.errors import LesaError, redacted
 from lesa.locks import file_lock
 from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import Workload
 from lesa.publishing.bounds import measure_bounds, shared_out
 from lesa.publishing.build import make_bundle
 from lesa.publishing.gate import Decision
-from lesa.pull import pull, redacted
+from lesa.pull import pull
 from lesa.recording.dataset import recorded_elsewhere, recorded_splits
 from lesa.training.jobs import load_predictor
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from flows.environment import LOOPBACK, ROOT, prefect_home
 from flows.prefect_server import START_TIMEOUT_SECONDS, healthy
 from flows.processes import end, identify
-from lesa.redaction import redacted
+from lesa.errors import redacted
 
 POOL = "lesa"
 STOP_SECONDS = 20.0

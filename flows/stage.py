@@ -19,9 +19,9 @@ from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes
+from lesa.errors import redacted
 from lesa.params import Workload
 from lesa.params_file import load_params
-from lesa.redaction import redacted
 from lesa.search.schedules_file import with_schedules
 
 _LOG = logging.getLogger("flows.stage")

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from lesa import atomic, strict_json
-from lesa.errors import LesaError
-from lesa.redaction import redacted
+from lesa.errors import LesaError, redacted
 
 if TYPE_CHECKING:
     from lesa.bundle import Bundle

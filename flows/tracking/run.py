@@ -29,8 +29,8 @@ from typing import Any
 from flows.environment import ROOT, state_folder
 from flows.tracking.client import tracking_uri
 from flows.tracking.sender import start_sender
+from lesa.errors import redacted
 from lesa.locks import new_locked_file
-from lesa.redaction import redacted
 
 DRAIN_SECONDS = 3.0  # the most a finished run waits for MLflow; the sender goes on by itself
 PROGRESS_SECONDS = 5.0  # between two lines on the screen

@@ -24,8 +24,8 @@ from typing import Any
 from flows.environment import ROOT, state_folder
 from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sweep_partials, write_json
+from lesa.errors import redacted
 from lesa.locks import Locked, file_lock, is_free
-from lesa.redaction import redacted
 
 LINGER_SECONDS = 30.0  # the most a sender goes on after the last run ended
 IDLE_SECONDS = 15.0  # how long one with nothing to do waits for the next stage's run

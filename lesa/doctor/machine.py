@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lesa.redaction import redacted
+from lesa.errors import redacted
 
 DISTRIBUTION = "lesa-diffusion"  # pyproject.toml's name; "lesa" on the public index is another project
 INSTALL = "pip install . in the repository"

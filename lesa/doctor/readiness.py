@@ -13,10 +13,10 @@ from urllib.request import getproxies, proxy_bypass
 
 from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
 from lesa.doctor.machine import INSTALL_PIPELINE, answers, version
+from lesa.errors import redacted
 from lesa.params import ModelParams, Workload
 from lesa.recording.plan import recorded_prompts
 from lesa.recording.prompts import PromptError, read_splits
-from lesa.redaction import redacted
 
 _HUB = "https://huggingface.co"
 _GATED = ("flux-dev", "flux-schnell")  # models whose page wants an account and a click before it gives the files

@@ -11,8 +11,7 @@ import traceback
 import pytest
 
 from flows.confidential import confidential, keep_secrets, without_secrets
-from lesa.errors import LesaError
-from lesa.redaction import redacted
+from lesa.errors import LesaError, redacted
 
 SECRET = "canary:9f/7@a3"
 ADDRESS = "http://me:canary-in-url@127.0.0.1:5"

@@ -32,7 +32,7 @@ PIPELINE = (*ORCHESTRATION, "kan", "zarr", "numcodecs", "matplotlib", "sklearn",
 MAKERS = ("recording", "training", "search", "peers", "evaluation", "publishing", "doctor", "base_models")  # of bundles
 # A file imports what stands on an earlier line, or in its own package or module.
 ORDER = """
-errors redaction
+errors
 validation
 schedule metrics strict_json locks
 atomic predictor

@@ -23,7 +23,8 @@ import torch
 import lesa
 from lesa.atomic import sha256_file
 from lesa.bundle import load_bundle
-from lesa.pull import PullError, pull, redacted
+from lesa.errors import redacted
+from lesa.pull import PullError, pull
 from tests.helpers.bundles import make_bundle
 from tests.helpers.tiny import tiny_flux
 
