@@ -105,14 +105,7 @@ class Registry:
 
     def alias(self, alias: str) -> Version | None:
         """The version an alias points to; None when the model or the alias does not exist."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._version(self.client.get_model_version_by_alias(self.name, alias))
-        except MlflowException as error:
-            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-                return None
-            raise
+        return self._found(self.client.get_model_version_by_alias, alias)
 
     def set_alias(self, alias: str, version: Version) -> None:
         """Points an alias at a version; a lost answer does no harm: what counts is what is read back."""
@@ -225,9 +218,7 @@ class Registry:
         before = "" if champion is None else champion.number
         is_back = bool(before) and int(version.number) < int(before)
         kind: Kind = "rolled back" if is_back else "promoted"
-        entry = Entry(number=len(entries) + 1, kind=kind, version=version.number, before=before, reason=reason)
-        if not self.history.append(entry):
-            raise LesaError(f"{self.name}: somebody else moved the champion just now; look again")
+        self._record(Entry(number=len(entries) + 1, kind=kind, version=version.number, before=before, reason=reason))
         self.settled()
 
     def lift(self, version: Version, reason: str) -> None:
@@ -235,16 +226,22 @@ class Registry:
         entries = self.history.entries()
         if version.number not in barred(entries):
             raise LesaError(f"{self.name}: version {version.number} was not rolled back")
-        entry = Entry(number=len(entries) + 1, kind="lifted", version=version.number, before="", reason=reason)
+        self._record(Entry(number=len(entries) + 1, kind="lifted", version=version.number, before="", reason=reason))
+
+    def _record(self, entry: Entry) -> None:
+        """A person's decision, which was made looking at the entries before it."""
         if not self.history.append(entry):
             raise LesaError(f"{self.name}: somebody else moved the champion just now; look again")
 
     def version(self, number: str) -> Version | None:
         """A version by number; None when it does not exist."""
+        return self._found(self.client.get_model_version, number)
+
+    def _found(self, get: Callable[[str, str], Any], which: str) -> Version | None:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._version(self.client.get_model_version(self.name, number))
+            return self._version(get(self.name, which))
         except MlflowException as error:
             if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                 return None

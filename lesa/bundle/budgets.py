@@ -65,11 +65,7 @@ def choose_schedule(
 
 def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: float | None) -> str:
     """The budget with the fewest full steps whose measured mean PSNR is good enough."""
-    measured = {
-        name: float(known.quality["psnr_mean"])
-        for name, known in manifest.budgets.items()
-        if isinstance(known.quality.get("psnr_mean"), int | float)
-    }
+    measured = _measured(manifest, "psnr_mean")
     if not measured:
         raise LesaError("the bundle's budgets were not measured: choose by budget, interval or full_steps")
     if max_loss_db is not None and not max_loss_db >= 0:
@@ -83,6 +79,29 @@ def _cheapest_budget(manifest: Manifest, min_psnr: float | None, max_loss_db: fl
     return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, -measured[name]))
 
 
+def _fewest_outliers(manifest: Manifest, most: float) -> str:
+    """The budget with the fewest full steps that gives another picture in at most this share of its runs.
+
+    The upper end of the measured interval is what must not be more: what was not seen among a few is not proved absent.
+    """
+    if not 0 <= most <= 1:
+        raise LesaError(f"max_outlier_share: must be from 0 to 1, got {most}")
+    shares = _measured(manifest, "outlier_share_high")
+    if not shares:
+        raise LesaError("max_outlier_share: the bundle does not say how often it gives another picture: make it anew")
+    good = [name for name, share in shares.items() if share <= most]
+    if not good:
+        known = ", ".join(f"{name}: up to {share:.1%}" for name, share in shares.items())
+        raise LesaError(f"max_outlier_share: no budget is known to stay within {most:.1%} ({known})")
+    return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, shares[name]))
+
+
+def _measured(manifest: Manifest, figure: str) -> dict[str, float]:
+    """A figure of the budgets that have it."""
+    figures = {name: known.quality.get(figure) for name, known in manifest.budgets.items()}
+    return {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+
+
 def slower_budget(manifest: Manifest, name: str) -> str:
     """The next slower budget; `ValueError` for the slowest one and for none."""
     if name not in manifest.budgets:
@@ -92,24 +111,3 @@ def slower_budget(manifest: Manifest, name: str) -> str:
     if not slower:
         raise LesaError(f"adaptive: {name} is the slowest budget of this bundle, with none to change over to")
     return min(slower, key=full.__getitem__)
-
-
-def _fewest_outliers(manifest: Manifest, most: float) -> str:
-    """The budget with the fewest full steps that gives another picture in at most this share of its runs.
-
-    The upper end of the measured interval is what must not be more: what was not seen among a few is not proved absent.
-    """
-    if not 0 <= most <= 1:
-        raise LesaError(f"max_outlier_share: must be from 0 to 1, got {most}")
-    shares = {
-        name: float(known.quality["outlier_share_high"])
-        for name, known in manifest.budgets.items()
-        if isinstance(known.quality.get("outlier_share_high"), int | float)
-    }
-    if not shares:
-        raise LesaError("max_outlier_share: the bundle does not say how often it gives another picture: make it anew")
-    good = [name for name, share in shares.items() if share <= most]
-    if not good:
-        known = ", ".join(f"{name}: up to {share:.1%}" for name, share in shares.items())
-        raise LesaError(f"max_outlier_share: no budget is known to stay within {most:.1%} ({known})")
-    return min(good, key=lambda name: (manifest.budgets[name].schedule.num_full, shares[name]))

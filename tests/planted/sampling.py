@@ -264,8 +264,8 @@ FAULTS = [
     Fault(
         "outliers-are-taken-at-their-estimate",
         "lesa/bundle/budgets.py",
-        'float(known.quality["outlier_share_high"])',
-        'float(known.quality["outlier_share"])',
+        '_measured(manifest, "outlier_share_high")',
+        '_measured(manifest, "outlier_share")',
         CHOICE,
     ),
     Fault(
