@@ -259,7 +259,7 @@ def _schedule_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-psnr", type=float, help="the fastest budget that measured at least so many dB")
     group.add_argument("--max-loss-db", type=float, help="the fastest at most so far below the bundle's best, dB")
     group.add_argument(
-        "--max-outlier-share", type=float, help="the fastest known to give another picture in at most this share of runs"
+        "--max-outlier-share", type=float, help="the fastest known to give another picture in at most such a share"
     )
 
 
