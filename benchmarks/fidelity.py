@@ -44,7 +44,7 @@ from lesa.peers.tuning import TUNING_SAMPLES
 from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import prompt_digests, read_splits
 from lesa.schedule import Schedule, history_problems, stage_of_steps
-from lesa.search.schedules_file import with_schedules
+from lesa.search.jobs import with_schedules
 from lesa.training.jobs import load_figures, load_predictor, save_predictor
 
 RESULTS = Path("benchmarks/results")
@@ -117,7 +117,7 @@ def _lacks(schedule: Schedule, size: int, stages: Sequence[int], stage: int) -> 
 
 def train(workload: Workload, chosen: Sequence[Form], folder: Path, seed: int) -> None:
     """Train what is not there yet."""
-    train_set, validation = recorded_splits(workload)
+    train_set, validation = recorded_splits(workload.recording)
     pipe = load_pipeline(workload.model, workload.resources.device)
     by_count = lesa_schedules(workload, sorted({f.count for f in chosen if f.kind == "lesa"}))
     for form in chosen:
@@ -207,7 +207,7 @@ def measure(
     """Every method on held-out prompts and fresh noise."""
     splits = read_splits(workload.paths.prompts)  # refuses prompts that stand in two splits
     test = splits["test"][:num_prompts]
-    train_set, validation = recorded_splits(workload)
+    train_set, validation = recorded_splits(workload.recording)
     trained_on = prompt_digests([*train_set.prompts, *validation.prompts])
     refuse_trained(test, {"prompt_digests": trained_on})
     texts, noise = samples(test, seeds, seed_offset)
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         controls = [peer for peer in peers if peer.name == CONTROL]
         compared = sorted([*ours, *controls], key=lambda method: options.counts.index(int(method.budget)))
-        train_set, _ = recorded_splits(workload)
+        train_set, _ = recorded_splits(workload.recording)
         memory = learned_by_heart(workload, pipe, compared, train_set, results, options.seed_offset + 1_000_000)
         document = results.to_json() | {
             "learned_by_heart": {key: found.to_dict() for key, found in memory.items()},

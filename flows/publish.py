@@ -85,7 +85,7 @@ def build_bundle(workload: Workload, log: Any, root: Path) -> Bundle:
     log.info("error bounds: accelerated runs of validation and training prompts")
     error_bounds = measured_bounds(workload)  # before a pipeline is loaded here: two at once may be too many
     pipe = load_pipeline(workload.model, workload.resources.device)
-    train, validation = recorded_splits(workload)
+    train, validation = recorded_splits(workload.recording)
     return make_bundle(
         workload.paths.bundle,
         workload,
@@ -97,7 +97,7 @@ def build_bundle(workload: Workload, log: Any, root: Path) -> Bundle:
         error_bounds=error_bounds,
         evaluation=evaluation_facts(workload),
         created_from=revisions(root, workload.name),
-        others=recorded_elsewhere(workload),
+        others=recorded_elsewhere(workload.recording),
     )
 
 

@@ -26,7 +26,7 @@ from lesa.recording.store import TrajectoryStore
 def record(workload: str | None = None) -> dict[str, Any]:
     """Record what the workload's plan names and the store does not hold whole; then set aside what it does not name."""
     settings = read_workload(workload)
-    recorded_prompts(settings)  # unusable prompt files are refused before anything starts
+    recorded_prompts(settings.recording)  # unusable prompt files are refused before anything starts
     return record_trajectories(settings)
 
 
@@ -43,7 +43,7 @@ def record_with_ray(workload: Workload, log: Log) -> dict[str, Any]:
         flows.recorders.RecordingFailed: a trajectory failed again and again; what is committed stays.
     """
     store = TrajectoryStore.create(workload.paths.trajectories)
-    return drive(workload, store, _ray_recorders(workload), log)
+    return drive(workload.recording, store, _ray_recorders(workload), log)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Every call may be made twice (Ray retries after a crash), so recording what is c
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flows.confidential import confidential
 from flows.processes import Process, identify, send
@@ -27,7 +28,9 @@ from lesa.recording.store import TrajectoryStore
 Batch = Sequence[PlannedTrajectory]
 MAX_ATTEMPTS = 3  # per batch, Ray's own restarts of an actor not counted
 START_TIMEOUT_S = 1800  # loading a pipeline of tens of gigabytes from a slow disk
+_TOO_LITTLE = ("out of memory", "not enough memory", "can't allocate memory", "can't start new thread")  # torch's words
 _LOG = logging.getLogger("lesa.actors")
+R = TypeVar("R")
 
 
 class Recorder:
@@ -48,11 +51,28 @@ class Recorder:
 
     def describe(self) -> tuple[dict[str, Any], RecordingSize]:
         """What of the pipeline determines a recording, and how large one trajectory is."""
-        return confidential(self._recorder.describe)
+        return confidential(_within_memory, self._recorder.describe)
 
     def record(self, batch: Batch) -> list[str]:
         """Record and commit a batch; nothing to do for what is there. Returns its keys."""
-        return confidential(self._recorder.record_batch, batch)
+        return confidential(_within_memory, self._recorder.record_batch, batch)
+
+
+class OutOfMemory(RuntimeError):
+    """A recorder, or its device, has not the memory for a batch; another one may have, once this one's is free."""
+
+
+def _within_memory(work: Callable[..., R], *arguments: Any) -> R:
+    """`work(*arguments)`; what Python, torch and the system say of too little memory is one error."""
+    try:
+        return work(*arguments)
+    except (MemoryError, OSError, RuntimeError) as error:
+        is_it = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if not is_it and not any(words in str(error) for words in _TOO_LITTLE):
+            raise
+        said = f" ({_first_line(error)})" if str(error) else ""
+    # Out here, so that the batch's tensors, which the traceback holds, are free.
+    raise OutOfMemory(f"out of memory{said}: fewer resources.record.actors or a smaller record.batch_size take less")
 
 
 def _load(workload: Workload) -> LocalRecorder:
@@ -67,7 +87,7 @@ def _load(workload: Workload) -> LocalRecorder:
     # Before the first operation: the number of threads decides how sums are split, and so the last bit.
     torch.set_num_threads(workload.resources.record.threads_per_actor)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    return LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
+    return LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload.recording, store)
 
 
 class RecordingFailed(RuntimeError):
@@ -97,12 +117,21 @@ class RecorderPool:
         return self._gpus or self._workload.resources.record.actors
 
     def describe(self) -> tuple[dict[str, Any], RecordingSize]:
-        """Starts the first actor and asks it what `Recorder.describe` answers."""
+        """Starts the first actor and asks it what `Recorder.describe` answers.
+
+        Raises:
+            RecordingFailed: it died, or has too little memory for a trajectory.
+            Exception: what loading or describing raised.
+        """
         actor = _Actor(self._new_handle())
-        answer: tuple[dict[str, Any], RecordingSize] = self._ray.get(
-            actor.handle.describe.remote(), timeout=START_TIMEOUT_S
-        )
-        actor.process = self._ray.get(actor.handle.process.remote())
+        try:
+            answer: tuple[dict[str, Any], RecordingSize] = self._ray.get(
+                actor.handle.describe.remote(), timeout=START_TIMEOUT_S
+            )
+            actor.process = self._ray.get(actor.handle.process.remote())
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor.handle, no_restart=True)
+            raise RecordingFailed(f"a recorder could not start: {self._passing(error)}") from None
         self._idle.append(actor)
         return answer
 
@@ -171,8 +200,9 @@ class RecorderPool:
             batch, actor.batch = actor.batch, None
             try:
                 answer = self._ray.get(call)
-            except self._ray.exceptions.RayActorError as error:
-                ended.append((actor, batch, _first_line(error)))
+            except self._ray.exceptions.RayError as error:
+                ended.append((actor, batch, self._passing(error)))
+                self._ray.kill(actor.handle, no_restart=True)  # one that lacks memory lives, and holds what it has
                 continue
             if batch is None:
                 actor.process = answer
@@ -185,6 +215,15 @@ class RecorderPool:
                 send(actor.process, signal.SIGKILL)
             ended.append((actor, batch, "no answer in time"))
         return ended
+
+    def _passing(self, error: Exception) -> str:
+        """What ended a call that may succeed elsewhere: a death, or too little memory. Any other error is raised."""
+        known = self._ray.exceptions
+        if isinstance(error, known.RayTaskError) and isinstance(error.cause, OutOfMemory):
+            return str(error.cause)
+        if isinstance(error, known.RayActorError | known.OutOfMemoryError):
+            return _first_line(error)
+        raise error
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,7 +38,7 @@ def find(workload: Workload, run: Tracker) -> dict[str, Any]:
         share=share,
         reporter=run.reporter,
     )
-    write_schedules(workload, found)
+    write_schedules(workload.paths.schedules, workload.call.num_inference_steps, found)
     clear_searches(workload)
     figures = {name: values for name, (_, values) in found.items()}
     run.note(workload.search.descents * workload.search.evaluations, final_values(figures))

@@ -22,7 +22,6 @@ from lesa.atomic import write_bytes
 from lesa.errors import redacted
 from lesa.params import Workload
 from lesa.params_file import load_params
-from lesa.search.schedules_file import with_schedules
 
 _LOG = logging.getLogger("flows.stage")
 
@@ -36,7 +35,11 @@ def read_workload(name: str | None, *, searched: bool = False) -> Workload:
     """
     os.chdir(ROOT)
     workload = load_params("params.yaml", name)
-    return with_schedules(workload) if searched else workload
+    if not searched:
+        return workload
+    from lesa.search.jobs import with_schedules  # brings diffusers
+
+    return with_schedules(workload)
 
 
 @contextlib.contextmanager

@@ -157,6 +157,9 @@ class ClosedLoopParams:
     weight_decay: float = setting(0.0, low=0.0)
     gradient_clip: float = setting(1.0, low=0.0)
     gradient_checkpointing: bool = False  # recompute full steps in the backward pass: memory for time
+    # Share of the full steps, drawn for each optimiser step, whose call of the transformer the gradient goes through;
+    # the others' outputs are taken as constants, which saves their backward passes.
+    model_gradient: float = setting(1.0, low=0.0, high=1.0)
     checkpoint_every: int = setting(10, low=1)
 
 
@@ -245,6 +248,30 @@ class Workload:
         return Paths(self)
 
     @property
+    def recording(self) -> Recording:
+        paths = self.paths
+        return Recording(self.model, self.call, self.record, prompts=paths.prompts, trajectories=paths.trajectories)
+
+    def budgets(self) -> dict[str, Schedule]:
+        """The schedule of every budget.
+
+        Raises:
+            ValueError: naming the budgets that are still to be searched.
+        """
+        return budget_schedules(self.schedule, self.call.num_inference_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What of a workload decides its trajectories, and where its prompts and its store lie."""
+
+    model: ModelParams
+    call: CallParams
+    record: RecordParams
+    prompts: Path
+    trajectories: Path
+
+    @property
     def step_counts(self) -> tuple[int, ...]:
         """Every number of steps that is recorded, the call's own first."""
         return (self.call.num_inference_steps, *self.record.step_counts)
@@ -255,14 +282,6 @@ class Workload:
         if num_steps == self.call.num_inference_steps:
             return {"train": record.train_prompts, "validation": record.validation_prompts}
         return {"train": record.step_count_prompts, "validation": record.step_count_validation_prompts}
-
-    def budgets(self) -> dict[str, Schedule]:
-        """The schedule of every budget.
-
-        Raises:
-            ValueError: naming the budgets that are still to be searched.
-        """
-        return budget_schedules(self.schedule, self.call.num_inference_steps)
 
 
 def budget_schedules(rule: ScheduleParams, num_steps: int) -> dict[str, Schedule]:

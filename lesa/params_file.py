@@ -408,13 +408,17 @@ class _StrictLoader(yaml.SafeLoader):
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
-        for name, workloads in node.value if isinstance(node, yaml.MappingNode) else ():
-            for workload, section in workloads.value if name.value == "workloads" else ():
-                keys = [key for key, _ in section.value] if isinstance(section, yaml.MappingNode) else []
-                for key in keys:
+        for name, workloads in _entries(node):
+            for workload, section in _entries(workloads) if name.value == "workloads" else ():
+                for key, _ in _entries(section):
                     if key.tag == _MERGE_TAG:
                         raise yaml.YAMLError(
                             f"workloads.{workload.value} takes a whole workload by `<<`, line "
                             f"{key.start_mark.line + 1}: give every section a `<<` of its own"
                         )
         return node
+
+
+def _entries(node: Any) -> list[tuple[Any, Any]]:
+    """Key and value of each entry of a mapping; nothing of any other node."""
+    return node.value if isinstance(node, yaml.MappingNode) else []

@@ -53,7 +53,7 @@ def learned_peers(
         PromptError: prompts that are judged and trained or tuned on.
         ValueError: no recorded trajectories.
     """
-    train, _ = recorded_splits(workload)
+    train, _ = recorded_splits(workload.recording)
     refuse_overlap({"judged": judged, "trained on": train.prompts}, where="the learned peers")
     refuse_overlap({"judged": judged, "tuned on": prompts}, where="the learned peers")
     bench = Bench.of(pipe, prompts, seeds, workload.call, workload.evaluate.batch_size)

@@ -82,7 +82,7 @@ class Tuner:
         prompts = read_splits(workload.paths.prompts)["train"][:num_samples]
         # Noise from the recording's range, on training prompts: nothing is judged on either.
         seeds = [workload.record.seed_offset + i for i in range(len(prompts))]
-        train, _ = recorded_splits(workload)
+        train, _ = recorded_splits(workload.recording)
         arguments = (pipe, prompts, seeds, workload.call)
         latents = sample(*arguments, "latent", batch_size=workload.evaluate.batch_size)
         images = sample(*arguments, batch_size=workload.evaluate.batch_size)

@@ -32,8 +32,8 @@ from lesa.params_file import load_params
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.recording.prompts import read_splits
 from lesa.schedule import Schedule
+from lesa.search.jobs import with_schedules
 from lesa.search.path import cheapest_schedules
-from lesa.search.schedules_file import with_schedules
 from lesa.training.jobs import load_predictor, save_predictor, transformer_folder
 
 MENU = (6, 7, 8, 9, 10, 11, 12, 13, 14, 16)  # numbers of full steps
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(default) not in options.counts:
             raise ValueError(f"--counts must contain {default}, the full steps of the default budget")
         folder = Path("data/benchmarks") / workload.name / "menu"
-        train, validation = recorded_splits(workload)
+        train, validation = recorded_splits(workload.recording)
         found = schedules(workload, train, sorted(options.counts))
         pipe = load_pipeline(workload.model, workload.resources.device)
         part, parts = map(int, options.part.split("/"))

@@ -40,7 +40,7 @@ from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.recording.prompts import read_splits
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, remove_lesa_cache
 from lesa.schedule import Schedule
-from lesa.search.schedules_file import with_schedules
+from lesa.search.jobs import with_schedules
 from lesa.training.closed_loop import train_budget
 from lesa.training.experts import assemble, ground_truth_jobs, untrained
 from lesa.training.ground_truth import train_expert
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = Path("data/benchmarks") / workload.name / "choices"
     kept.mkdir(parents=True, exist_ok=True)
     names = [FIRST, *(options.only or [n for n in SETTINGS if n != FIRST])]
-    train, validation = recorded_splits(workload)
+    train, validation = recorded_splits(workload.recording)
     chosen = read_splits(workload.paths.prompts)["validation"][: options.prompts]
     prompts, seeds = samples(chosen, options.samples, SEED_OFFSET)
     pipe = load_pipeline(workload.model, workload.resources.device)

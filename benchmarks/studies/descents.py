@@ -66,7 +66,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 def searched(workload: Workload, budgets: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """A row for every budget and seed."""
-    train, _ = recorded_splits(workload)
+    train, _ = recorded_splits(workload.recording)
     pipe = load_pipeline(workload.model, workload.resources.device)
     jobs = [job for job in cheapest_starts(workload, None, lambda *_: None) if job.budget in budgets]
     rows = []

@@ -28,7 +28,7 @@ from lesa.params_file import load_params
 from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.schedule import Schedule
-from lesa.search.schedules_file import with_schedules
+from lesa.search.jobs import with_schedules
 from lesa.training.step_weights import fit_step_weights
 
 LONGER = (4, 5, 6)  # K, full steps of history
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         workload = with_schedules(load_params(workload=options.workload))
-        train, validation = recorded_splits(workload)
+        train, validation = recorded_splits(workload.recording)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ from lesa.params_file import load_params
 from lesa.recording.dataset import Trajectories, recorded_splits
 from lesa.search.descent import DECIBELS, judged_apart
 from lesa.search.finalists import error_after_training
-from lesa.search.schedules_file import with_schedules
+from lesa.search.jobs import with_schedules
 from lesa.training.step_weights import StepFits, StepWeights
 
 ITERATIONS = (20, 80)
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         workload = with_schedules(load_params(workload=options.workload))
-        train, _ = recorded_splits(workload)
+        train, _ = recorded_splits(workload.recording)
         pipe = load_pipeline(workload.model, workload.resources.device)
     except ValueError as error:
         print(error, file=sys.stderr)

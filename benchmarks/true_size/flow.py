@@ -111,7 +111,7 @@ def flow(work: Path, preset: Preset, device: torch.device, options: argparse.Nam
             with tracked_run(stage, experiment=NAME, params={}, tags={}, root=work) as tracker:
                 phases.run(stage, lambda train=train, tracker=tracker: train.fn(workload, tracker))  # type: ignore[misc]
         pipe = phases.run("load_pipeline", lambda: load_pipeline(workload.model, workload.resources.device))
-        splits = kept_splits(workload)
+        splits = kept_splits(workload.recording)
         created = revisions(work)
         predictor = load_predictor(workload.paths.closed_loop)
         bounds = phases.run("error_bounds", lambda: bounds_by_budget(pipe, workload, predictor, *splits))

@@ -27,6 +27,7 @@ UTILISATION = 0.4  # of it that a transformer call is taken to reach
 METHODS = 20  # that the evaluation and the gate run at every budget
 TUNING = 40 * 16  # runs at every budget in which the peers' thresholds are tuned: settings tried, prompts each
 BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the model's weights are frozen
+RECOMPUTED = 2  # forward passes of a full step with activations made again: the call, and each block of it
 _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
 _FITTING_COPIES = 3  # of the features that sums are made of: as read, as rows, and with a constant beside them
@@ -49,13 +50,15 @@ class CostEstimate:
     sampling: int  # bytes on the GPU beside the weights
     fitting: int  # bytes on the GPU beside the weights, in the search; 0 where nothing is searched
     closed_loop: int  # bytes on the GPU beside the weights; 0 where it has no iterations
+    loop_weights: int  # bytes of the parts that are on the GPU meanwhile
     run_flops: float  # of one unaccelerated run, all branches
     flops: dict[str, float]  # by stage
 
     @property
     def gpu(self) -> int:
         """Bytes of the GPU's memory that the largest stage takes."""
-        return sum(self.weights.values()) + max(self.sampling, self.fitting, self.closed_loop)
+        others = sum(self.weights.values()) + max(self.sampling, self.fitting)
+        return max(others, self.closed_loop + self.loop_weights)
 
     @property
     def disk(self) -> int:
@@ -82,6 +85,7 @@ class CostEstimate:
                 "sampling": self.sampling,
                 "fitting": self.fitting,
                 "closed_loop": self.closed_loop,
+                "closed_loop_weights": self.loop_weights,
                 "most": self.gpu,
             },
             "run_tflops": self.run_flops / 1e12,
@@ -107,18 +111,21 @@ def estimate_costs(workload: Workload) -> CostEstimate:
     run = branches * steps * model.total
     full = full_step_counts(workload.schedule, steps)
     trajectories = {
-        count: sum(workload.num_recorded(count).values()) * record.seeds_per_prompt
-        for count in workload.step_counts
+        count: sum(workload.recording.num_recorded(count).values()) * record.seeds_per_prompt
+        for count in workload.recording.step_counts
     }
     every_token = _recording(facts, steps, branches, model.channels, 1.0)
     kept = _recording(facts, steps, branches, model.channels, record.token_fraction)
     wide = (model.tokens + facts.text_tokens) * model.channels  # values of one block's streams
     feature = model.tokens * model.channels
     pixels = call.height * call.width * (call.num_frames or 1)
+    weights = {name: numbers * element for name, numbers in facts.numbers.items()}
+    # Where activations are made again, encoders and decoder are off the device (`lesa.training.encoded_prompts`).
+    in_loop = weights["transformer"] if workload.closed_loop.gradient_checkpointing else sum(weights.values())
     sampling = 2 * _BLOCK_VALUES * wide * element + pixels * _DECODER_BYTES
     return CostEstimate(
         facts=facts,
-        weights={name: numbers * element for name, numbers in facts.numbers.items()},
+        weights=weights,
         download=0 if facts.is_local else 2 * sum(facts.numbers.values()),
         trajectories=sum(trajectories.values()),
         store=kept.bytes_of(trajectories),
@@ -129,6 +136,7 @@ def estimate_costs(workload: Workload) -> CostEstimate:
         closed_loop=_closed_loop(
             workload.closed_loop, steps, full, branches, wide, feature, len(blocks(transformer, family)), element
         ),
+        loop_weights=in_loop,
         run_flops=run,
         flops=_flops(workload, full, run),
     )
@@ -200,10 +208,12 @@ def _closed_loop(
     """Activations that the gradient through the sampler needs, of the largest budget."""
     if settings.iterations == 0 or settings.gradient != "through_sampler":
         return 0
-    a_block = wide * element * (1 if settings.gradient_checkpointing else _BLOCK_VALUES)
-    recomputed = wide * element * _BLOCK_VALUES
+    a_block = wide * element * _BLOCK_VALUES
+    if settings.gradient_checkpointing:  # predictions and twice the kept features, then one call's blocks' inputs
+        held = [branches * (steps + count) * feature * element for count in full.values()]
+        return settings.batch_size * (max(held) + num_blocks * wide * element + a_block)
     return settings.batch_size * max(
-        branches * (count * num_blocks * a_block + (steps - count) * feature * 4 * _PREDICTED_VALUES) + recomputed
+        branches * (count * num_blocks * a_block + (steps - count) * feature * 4 * _PREDICTED_VALUES)
         for count in full.values()
     )
 
@@ -215,9 +225,10 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     searched = sum(accelerated[name] for name in searched_budgets(workload.schedule))
     loop = workload.closed_loop
     through = loop.gradient == "through_sampler"
-    an_iteration = loop.batch_size * (1 + through * (BACKWARD + loop.gradient_checkpointing))
+    again = RECOMPUTED * loop.gradient_checkpointing
+    an_iteration = loop.batch_size * (1 + through * loop.model_gradient * (BACKWARD + again))
     search = workload.search
-    an_update = loop.batch_size * (1 + BACKWARD + loop.gradient_checkpointing)
+    an_update = loop.batch_size * (1 + loop.model_gradient * (BACKWARD + again))
     screened = search.screened if search.screened > search.finalists else 0
     trained = search.finalists * (search.finalist_iterations * an_update + 2 * search.samples)
     trained += screened * (search.screen_iterations * an_update + 2 * search.samples)

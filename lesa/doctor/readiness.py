@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 from lesa.doctor.estimate import PEAK_FLOPS, UTILISATION, CostEstimate, estimate_costs
 from lesa.doctor.machine import INSTALL_PIPELINE, answers, version
 from lesa.errors import redacted
-from lesa.params import ModelParams, Workload
+from lesa.params import ClosedLoopParams, ModelParams, Workload
 from lesa.recording.plan import recorded_prompts
 from lesa.recording.prompts import PromptError, read_splits
 
@@ -46,7 +46,7 @@ def examine_workload(workload: Workload) -> dict[str, Any]:
     costs = estimate_costs(workload)
     checks = [
         _packages(),
-        _gpu(workload.resources.device, workload.closed_loop.batch_size, costs),
+        _gpu(workload.resources.device, workload.closed_loop, costs),
         *_model(workload.model, costs),
         *_scorer(workload.scorer, is_made=workload.base is not None),
         *_disk(workload.model, workload.paths.trajectories, costs),
@@ -91,14 +91,13 @@ def _packages() -> Check:
     return Check("packages", not absent, found, f"make install, or {INSTALL_PIPELINE}")
 
 
-def _gpu(device: str, batch_size: int, costs: CostEstimate) -> Check:
-    """`batch_size` is the closed loop's."""
+def _gpu(device: str, loop: ClosedLoopParams, costs: CostEstimate) -> Check:
     import torch
 
     parts = (
         f"about {_gb(costs.gpu)} needed (weights {_gb(sum(costs.weights.values()))}, a run {_gb(costs.sampling)}"
         + (f", search {_gb(costs.fitting)}" if costs.fitting > costs.sampling else "")
-        + (f", closed loop {_gb(costs.closed_loop)}" if costs.closed_loop else "")
+        + (f", closed loop {_gb(costs.closed_loop)} beside {_gb(costs.loop_weights)}" if costs.closed_loop else "")
         + ")"
     )
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -110,10 +109,11 @@ def _gpu(device: str, batch_size: int, costs: CostEstimate) -> Check:
         return Check("GPU memory", False, f"{parts}, torch sees no GPU", "device: cuda is asked for; use auto or cpu")
     total = torch.cuda.get_device_properties(0).total_memory
     remedy = "take a larger GPU"
-    if costs.closed_loop > max(costs.sampling, costs.fitting):
-        without = sum(costs.weights.values()) + max(costs.sampling, costs.fitting)
+    without = sum(costs.weights.values()) + max(costs.sampling, costs.fitting)
+    if costs.gpu > without:
+        again = "" if loop.gradient_checkpointing else ", set closed_loop.gradient_checkpointing to true"
         remedy += (
-            f", lower closed_loop.batch_size ({batch_size}), or set closed_loop.iterations to 0: "
+            f"{again}, lower closed_loop.batch_size ({loop.batch_size}), or set closed_loop.iterations to 0: "
             f"the predictor of the first training step then needs {_gb(without)}"
         )
     return Check("GPU memory", costs.gpu <= total, f"{parts}, {_gb(total)} on {torch.cuda.get_device_name(0)}", remedy)
@@ -189,7 +189,7 @@ def _prompts(workload: Workload) -> Check:
     """Training and validation prompts that are recorded, test prompts that are judged."""
     remedy = f"fill data/prompts/{workload.prompts}, or lower the numbers"
     try:
-        found = recorded_prompts(workload)
+        found = recorded_prompts(workload.recording)
         test = len(read_splits(workload.paths.prompts)["test"])
     except PromptError as error:
         return Check("prompts", False, str(error), remedy)

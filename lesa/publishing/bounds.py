@@ -28,7 +28,7 @@ def measure_bounds(workload: Workload, budgets: Sequence[str], report: Report) -
     Raises:
         ValueError: predictor or trajectories are missing or not what was written.
     """
-    train, validation = recorded_splits(workload)  # not kept: a process has one such job
+    train, validation = recorded_splits(workload.recording)  # not kept: a process has one such job
     predictor = load_predictor(workload.paths.closed_loop)
     pipe = load_pipeline(workload.model, workload.resources.device)
     return bounds_by_budget(pipe, workload, predictor, train, validation, budgets, report)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lesa.errors import LesaError
-from lesa.params import Workload
+from lesa.params import Recording
 from lesa.recording.catalogue import check_catalogue
 from lesa.recording.prompts import read_splits
 from lesa.recording.store import TrajectoryStore
@@ -100,18 +100,22 @@ def load_trajectories(
     rows: list[tuple[str, int]] = []
     temb, latents, features = [], [], []
     size, limit = 0, memory_limit()
+    shapes: dict[tuple[tuple[int, ...], ...], str] = {}  # of features, temb and latents: the first that has them
     for key in keys:
-        context = store.context(key, records[key])
+        context, recorded = store.context(key, records[key]), store.features(key, records[key])
+        shapes.setdefault(_shapes(path, key, recorded, context), key)
         for branch in range(context["temb"].shape[1]):
             rows.append((key, branch))
             temb.append(context["temb"][:, branch])
             latents.append(context["latents_final"][0])  # a trajectory is one sample
-        recorded = store.features(key, records[key])
         size += recorded.numel() * recorded.element_size()
         if size <= limit:
             features += list(recorded.unbind(1))
         else:
             features = []  # what is in memory already would help nobody
+    if len(shapes) != 1:
+        found = "; ".join(f"{key} {[list(shape) for shape in sizes]}" for sizes, key in list(shapes.items())[:3])
+        raise LesaError(f"{path}: trajectories of different sizes of features, temb and latents ({found}); record anew")
     return Trajectories(
         store=store,
         keys=tuple(key for key, _ in rows),
@@ -123,6 +127,33 @@ def load_trajectories(
         latents=torch.stack(latents),
         features=torch.stack(features) if size <= limit else None,
     )
+
+
+def _shapes(
+    path: Path, key: str, features: torch.Tensor, context: Mapping[str, torch.Tensor]
+) -> tuple[tuple[int, ...], ...]:
+    """Sizes of features [S, R, L, C], temb [S, R, D] and final latents [1, ...].
+
+    No digest covers which of the context's values are whose.
+
+    Raises:
+        LesaError: one is missing or does not belong to the features.
+    """
+    temb, latents = context.get("temb"), context.get("latents_final")
+    if (
+        temb is None
+        or latents is None
+        or not (temb.is_floating_point() and latents.is_floating_point())
+        or temb.ndim != 3
+        or temb.shape[:2] != features.shape[:2]
+        or latents.shape[:1] != (1,)
+    ):
+        found = {name: list(value.shape) for name, value in sorted(context.items())}
+        raise LesaError(
+            f"{path}: trajectory {key} needs temb [{features.shape[0]}, {features.shape[1]}, D] and latents_final "
+            f"[1, ...], its context has {str(found)[:200]}; record it again"
+        )
+    return tuple(features.shape), tuple(temb.shape), tuple(latents.shape)
 
 
 def trajectories_digest(*sets: Trajectories) -> str:
@@ -143,26 +174,26 @@ def noise_levels(others: Mapping[int, Splits]) -> dict[int, torch.Tensor]:
     return {count: train.sigmas for count, (train, _) in others.items()}
 
 
-def recorded_splits(workload: Workload) -> Splits:
+def recorded_splits(recording: Recording) -> Splits:
     """Training and validation trajectories, verified; prompts that stand in two splits are refused."""
-    steps = workload.call.num_inference_steps
-    return _recorded(workload, (steps,), _open_store(workload))[steps]
+    steps = recording.call.num_inference_steps
+    return _recorded(recording, (steps,), _open_store(recording))[steps]
 
 
-def recorded_elsewhere(workload: Workload) -> dict[int, Splits]:
+def recorded_elsewhere(recording: Recording) -> dict[int, Splits]:
     """`recorded_splits` at each of `record.step_counts`."""
-    return _recorded(workload, workload.record.step_counts, _open_store(workload))
+    return _recorded(recording, recording.record.step_counts, _open_store(recording))
 
 
-def kept_splits(workload: Workload) -> Splits:
+def kept_splits(recording: Recording) -> Splits:
     """`recorded_splits`, read and verified once a process as long as the store's files stay as they are."""
-    steps = workload.call.num_inference_steps
-    return _recorded(workload, (steps,), _kept_store(workload))[steps]
+    steps = recording.call.num_inference_steps
+    return _recorded(recording, (steps,), _kept_store(recording))[steps]
 
 
-def kept_elsewhere(workload: Workload) -> dict[int, Splits]:
+def kept_elsewhere(recording: Recording) -> dict[int, Splits]:
     """`recorded_elsewhere`, kept likewise."""
-    return _recorded(workload, workload.record.step_counts, _kept_store(workload))
+    return _recorded(recording, recording.record.step_counts, _kept_store(recording))
 
 
 @dataclass(frozen=True)
@@ -173,12 +204,12 @@ class _Verified:
     sets: dict[tuple[tuple[str, ...], int], Trajectories]  # by prompts and number of steps
 
 
-def _open_store(workload: Workload) -> _Verified:
-    return _catalogued(workload.paths.trajectories)
+def _open_store(recording: Recording) -> _Verified:
+    return _catalogued(recording.trajectories)
 
 
-def _kept_store(workload: Workload) -> _Verified:
-    path = workload.paths.trajectories.resolve()
+def _kept_store(recording: Recording) -> _Verified:
+    path = recording.trajectories.resolve()
     return _store_at(path, TrajectoryStore.open(path).state())
 
 
@@ -193,13 +224,13 @@ def _catalogued(path: Path) -> _Verified:
     return _Verified(records=records, sets={})
 
 
-def _recorded(workload: Workload, step_counts: Sequence[int], store: _Verified) -> dict[int, Splits]:
-    splits = read_splits(workload.paths.prompts)
+def _recorded(recording: Recording, step_counts: Sequence[int], store: _Verified) -> dict[int, Splits]:
+    splits = read_splits(recording.prompts)
 
     def load(split: Literal["train", "validation"], num_steps: int) -> Trajectories:
-        prompts = tuple(splits[split][: workload.num_recorded(num_steps)[split]])
+        prompts = tuple(splits[split][: recording.num_recorded(num_steps)[split]])
         if (prompts, num_steps) not in store.sets:
-            path = workload.paths.trajectories
+            path = recording.trajectories
             store.sets[prompts, num_steps] = load_trajectories(path, prompts, num_steps, store.records)
         return store.sets[prompts, num_steps]
 

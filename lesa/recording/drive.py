@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from lesa.atomic import format_bytes, require_space
-from lesa.params import Workload
+from lesa.params import Recording
 from lesa.recording.catalogue import write_catalogue
 from lesa.recording.ledger import Ledger
 from lesa.recording.plan import (
@@ -55,10 +55,10 @@ class Recorders(Protocol):
 class LocalRecorder:
     """Recorders that are one pipeline in this process; every Ray actor holds one too."""
 
-    def __init__(self, pipe: Any, workload: Workload, store: TrajectoryStore) -> None:
+    def __init__(self, pipe: Any, recording: Recording, store: TrajectoryStore) -> None:
         self._pipe, self._store = pipe, store
-        self._params, self._call = workload.record, workload.call
-        prompts = [prompt for split in recorded_prompts(workload).values() for prompt in split]
+        self._params, self._call = recording.record, recording.call
+        prompts = [prompt for split in recorded_prompts(recording).values() for prompt in split]
         self._longest_prompt = max(prompts, key=len)
         self._lengths: list[dict[str, int]] | None = None  # of the transformer's arguments; measured at first use
 
@@ -92,7 +92,7 @@ class LocalRecorder:
 
 
 def drive(
-    workload: Workload, store: TrajectoryStore, recorders: AbstractContextManager[Recorders], log: Log
+    recording: Recording, store: TrajectoryStore, recorders: AbstractContextManager[Recorders], log: Log
 ) -> dict[str, Any]:
     """Record what the plan names and the store lacks, set aside what the plan does not name, write the catalogue.
 
@@ -121,7 +121,7 @@ def drive(
         ledger, pruned = Ledger(store), PrunedTrajectories(store)
         with recorders as pool:
             source, size = pool.describe()
-            plan = plan_recording(workload, source)
+            plan = plan_recording(recording, source)
             every = {item.key for item in plan}
             restored = pruned.restore(every)
             pruned.drop_old()

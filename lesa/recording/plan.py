@@ -17,7 +17,7 @@ from lesa import atomic
 from lesa.errors import LesaError
 from lesa.models.families import TAP
 from lesa.models.fingerprint import base_parameters, fingerprint
-from lesa.params import Workload
+from lesa.params import Recording
 from lesa.recording.prompts import PromptError, read_splits
 from lesa.recording.store import TrajectoryStore, estimate_bytes, trajectory_key
 
@@ -121,7 +121,7 @@ def _text_digest(pipe: Any) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[PlannedTrajectory]:
+def plan_recording(recording: Recording, source: Mapping[str, Any]) -> list[PlannedTrajectory]:
     """Every trajectory of the workload: the first prompts of train.txt and validation.txt, in file order.
 
     The call's own number of steps comes first, then each of `record.step_counts` with the first of the same
@@ -135,15 +135,15 @@ def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[Planne
     Raises:
         PromptError: unusable files, prompts in two splits, or fewer of them than are asked for.
     """
-    known = recorded_prompts(workload)
+    known = recorded_prompts(recording)
     planned = []
-    for num_steps in workload.step_counts:
-        for split, count in workload.num_recorded(num_steps).items():
+    for num_steps in recording.step_counts:
+        for split, count in recording.num_recorded(num_steps).items():
             for index, prompt in enumerate(known[split][:count]):
-                for repeat in range(workload.record.seeds_per_prompt):
-                    number = index * workload.record.seeds_per_prompt + repeat
-                    seed = workload.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
-                    identity = _identity(workload, source, prompt, seed, num_steps)
+                for repeat in range(recording.record.seeds_per_prompt):
+                    number = index * recording.record.seeds_per_prompt + repeat
+                    seed = recording.record.seed_offset + 2 * number + RECORDED_SPLITS.index(split)
+                    identity = _identity(recording, source, prompt, seed, num_steps)
                     planned.append(
                         PlannedTrajectory(
                             key=trajectory_key(identity),
@@ -157,10 +157,10 @@ def plan_recording(workload: Workload, source: Mapping[str, Any]) -> list[Planne
     return planned
 
 
-def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
+def recorded_prompts(recording: Recording) -> dict[str, list[str]]:
     """The prompts that are recorded, by split, in file order; PromptError as in `plan_recording`."""
-    splits = read_splits(workload.paths.prompts)
-    counts = workload.num_recorded(workload.call.num_inference_steps)
+    splits = read_splits(recording.prompts)
+    counts = recording.num_recorded(recording.call.num_inference_steps)
     problems = [
         f"record.{split}_prompts: {count} asked for, {split}.txt has {len(splits[split])}"
         for split, count in counts.items()
@@ -172,20 +172,20 @@ def recorded_prompts(workload: Workload) -> dict[str, list[str]]:
 
 
 def _identity(
-    workload: Workload, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
+    recording: Recording, source: Mapping[str, Any], prompt: str, seed: int, num_steps: int
 ) -> dict[str, Any]:
-    batch_size = workload.record.batch_size
+    batch_size = recording.record.batch_size
     return {
         **source,
         # Left out at 1: who records one by one keeps the keys there were before there was a choice.
         **({"batch_size": batch_size} if batch_size > 1 else {}),
-        "call": dataclasses.asdict(workload.call) | {"num_inference_steps": num_steps},
-        "dtype": workload.model.dtype,
+        "call": dataclasses.asdict(recording.call) | {"num_inference_steps": num_steps},
+        "dtype": recording.model.dtype,
         "format": _CONTENT,
         "prompt": prompt,
         "seed": seed,
         "tap": TAP,
-        "token_fraction": workload.record.token_fraction,
+        "token_fraction": recording.record.token_fraction,
     }
 
 

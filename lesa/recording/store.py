@@ -33,18 +33,6 @@ from lesa.recording.store_format import StoreError, read_context, read_features
 _BLOCK = 4096  # bytes; what a file takes on disk is a multiple
 _KEY = re.compile(r"[0-9a-f]{32}")
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP)  # gone, or something else in its place
-_RECORD = (
-    "call_kwargs",
-    "digests",
-    "format",
-    "identity",
-    "key",
-    "prompt",
-    "seed",
-    "sigmas",
-    "timesteps",
-    "token_index",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,20 +214,19 @@ class TrajectoryStore:
         return key
 
     def record(self, key: str) -> dict[str, Any]:
-        """The commit record: a mapping with the names in `_RECORD`, its identity checked against the key."""
+        """The commit record: a mapping with the names in `form.RECORD`, its identity checked against the key."""
         format = self._format(key)
         metadata = form.read_metadata(self.path / key / "zarr.json")
         attributes = metadata.get("attributes")
         arrays = form.arrays_of(metadata)
         if not isinstance(attributes, dict) or metadata != form.group_metadata(attributes, arrays):
             raise StoreError(f"trajectory {key}: its zarr.json is not a Zarr v3 group's")
-        if tuple(sorted(attributes)) != _RECORD:
-            raise StoreError(f"trajectory {key}: record has {sorted(attributes)}, expected {list(_RECORD)}")
+        form.check_record(key, attributes)
         identity = attributes["identity"]
         if attributes["format"] != format or (arrays is None) != (format == 1):
             said = attributes["format"]
             raise StoreError(f"trajectory {key}: its record says format {said!r}, its files are {format}'s")
-        if not isinstance(identity, dict) or trajectory_key(identity) != key or attributes["key"] != key:
+        if trajectory_key(identity) != key or attributes["key"] != key:
             raise StoreError(f"trajectory {key}: its identity does not hash to its key; record it again")
         for name in ("prompt", "seed"):
             if attributes[name] != identity.get(name):

@@ -9,7 +9,7 @@ without folders, three files in three folders instead of five in eight, since DV
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,15 @@ def unpack(key: str, values: np.ndarray, layout: Mapping[str, Any]) -> dict[str,
         place = layout[name]
         if not isinstance(place, dict) or set(place) != {"dtype", "offset", "shape"}:
             raise StoreError(f"trajectory {key}: layout of {name} is {short(place)}")
-        shape = place["shape"]
-        if not _is_shape(shape) or place["offset"] != offset or place["dtype"] not in _DTYPES:
+        shape, kind = place["shape"], place["dtype"]
+        if not _is_shape(shape) or place["offset"] != offset or not isinstance(kind, str) or kind not in _DTYPES:
             raise StoreError(f"trajectory {key}: layout of {name} is {short(place)}")
         size = math.prod(shape)
         if offset + size > flat.numel():
             raise StoreError(
                 f"trajectory {key}: {name} ends at {offset + size}, the context at {flat.numel()}"
             )
-        context[name] = flat[offset : offset + size].reshape(shape).to(_DTYPES[place["dtype"]])
+        context[name] = flat[offset : offset + size].reshape(shape).to(_DTYPES[kind])
         offset += size
     if offset != flat.numel():
         raise StoreError(f"trajectory {key}: layout covers {offset} of {flat.numel()} context values")
@@ -179,6 +179,44 @@ def features_metadata(shape: tuple[int, ...], format: int = FORMAT) -> dict[str,
 
 def context_metadata(size: int, layout: Mapping[str, Any], format: int = FORMAT) -> dict[str, Any]:
     return _metadata((size,), "float32", "NaN", _plain_codecs(), ("value",), dict(layout), format)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) in (int, float) for item in value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(item) is int for item in value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+RECORD: dict[str, tuple[Callable[[Any], bool], str]] = {  # key of a commit record -> what it must be
+    "call_kwargs": (lambda value: isinstance(value, list) and all(map(_is_mapping, value)), "a list of mappings"),
+    "digests": (_is_mapping, "a mapping"),
+    "format": (lambda value: type(value) is int, "a number"),
+    "identity": (_is_mapping, "a mapping"),
+    "key": (lambda value: isinstance(value, str), "text"),
+    "prompt": (lambda value: isinstance(value, str), "text"),
+    "seed": (lambda value: type(value) is int, "a whole number"),
+    "sigmas": (_is_numbers, "a list of numbers"),
+    "timesteps": (_is_numbers, "a list of numbers"),
+    "token_index": (_is_tokens, "null or a list of whole numbers"),
+}
+
+
+def check_record(key: str, record: Mapping[str, Any]) -> None:
+    """Refuse a commit record with other keys, or with values of another kind."""
+    if set(record) != set(RECORD):
+        raise StoreError(f"trajectory {key}: record has {short(sorted(record))}, expected {list(RECORD)}")
+    for name, (accept, what) in RECORD.items():
+        if not accept(record[name]):
+            raise StoreError(f"trajectory {key}: {name} must be {what}, got {short(record[name])}; record it again")
+    if len(record["sigmas"]) != len(record["timesteps"]) + 1:
+        counts = f"{len(record['sigmas'])} noise levels for {len(record['timesteps'])} timesteps"
+        raise StoreError(f"trajectory {key}: {counts}, expected one more; record it again")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -123,6 +123,10 @@ class LesaRootHook(PlacedHook):
         )
         call.root = self
 
+    @property
+    def is_predicting(self) -> bool:
+        return self._call.skip
+
     @torch.compiler.disable(reason=WHOLE)
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.refuse_copies(module)
@@ -317,6 +321,12 @@ def cache_state(transformer: torch.nn.Module) -> RunStatistics:
 def is_lesa_cache_enabled(transformer: torch.nn.Module) -> bool:
     """Whether our hooks were put on the transformer; those that a copy brought along do not count."""
     return _root_hook(transformer) is not None
+
+
+def is_predicting(transformer: torch.nn.Module) -> bool:
+    """Whether the call that the transformer is in has its blocks skipped."""
+    root = _root_hook(transformer)
+    return root is not None and root.is_predicting
 
 
 def _root_hook(transformer: torch.nn.Module) -> LesaRootHook | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +26,10 @@ from lesa.predictor.step_weights import differences
 from lesa.recording.dataset import Trajectories, draw
 from lesa.schedule import Schedule
 from lesa.search.trials import Steps
+from lesa.training.encoded_prompts import prompts_encoded_once
 from lesa.training.loop import LoopSettings, TrainingError, optimise
 from lesa.training.losses import log_latents_loss
+from lesa.training.recompute import constant_steps
 from lesa.training.rollout import accelerated_latents, freeze_pipeline
 from lesa.training.step_weights import StepWeights
 
@@ -121,12 +124,14 @@ def error_after_training(
     freeze_pipeline(pipe)
     rule = StepRule(start, history_size)
 
-    def loss_of(indices: Sequence[int]) -> torch.Tensor:
-        latents = accelerated_latents(pipe, call, schedule, rule, data, indices, settings.gradient_checkpointing)
+    def loss_of(indices: Sequence[int], constants: frozenset[int] = frozenset()) -> torch.Tensor:
+        recomputed = settings.gradient_checkpointing and torch.is_grad_enabled()
+        latents = accelerated_latents(pipe, call, schedule, rule, data, indices, recomputed, constants)
         return log_latents_loss(latents, data.latents[list(indices)].to(latents.device))
 
     def batch_loss(batch: torch.Generator) -> torch.Tensor:
-        return loss_of([fitted[i] for i in draw(batch, len(fitted), settings.batch_size)])
+        chosen = [fitted[i] for i in draw(batch, len(fitted), settings.batch_size)]
+        return loss_of(chosen, constant_steps(schedule, settings.model_gradient, batch))
 
     @torch.no_grad()
     def judged_loss() -> float:
@@ -134,7 +139,8 @@ def error_after_training(
 
     loop = _loop_settings(settings, iterations, seed)
     weights = nn.ModuleDict({STEPS: start})
-    with TemporaryDirectory() as folder:  # training this short is not resumed
+    apart = prompts_encoded_once(pipe) if settings.gradient_checkpointing else nullcontext()
+    with apart, TemporaryDirectory() as folder:  # training this short is not resumed
         try:
             return optimise(
                 weights, batch_loss, judged_loss, settings=loop, folder=Path(folder), key="", report=_silent

@@ -1,11 +1,12 @@
 """The search cut into jobs: the cheapest paths of all budgets first, then each budget by itself.
 
 Ray pickles the functions of this module by name: a job's work stays importable from here. This is also where a workload
-is taken apart: the rest of the package, `schedules_file` excepted, takes the sections it reads.
+is taken apart: the rest of the package takes the sections it reads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from lesa.recording.dataset import kept_splits, recorded_splits
 from lesa.schedule import Schedule
 from lesa.search.descent import SearchSettings, refine, serves
 from lesa.search.path import cheapest_schedules
+from lesa.search.schedules_file import read_schedules
 from lesa.training.experts import Figures
 from lesa.training.jobs import transformer_folder, work_dir
 
@@ -41,12 +43,18 @@ def search_settings(workload: Workload) -> SearchSettings:
     )
 
 
+def with_schedules(workload: Workload) -> Workload:
+    """The workload with what its search stage found; `ValueError` as in `read_schedules`."""
+    schedule = read_schedules(workload.paths.schedules, workload.schedule, workload.call.num_inference_steps)
+    return dataclasses.replace(workload, schedule=schedule)
+
+
 def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[SearchJob]:
     """A job for every budget that is to be searched, started from the cheapest path and from even steps."""
     wanted = searched_budgets(workload.schedule)
     if not wanted:
         return []
-    train, _ = recorded_splits(workload)
+    train, _ = recorded_splits(workload.recording)
     head = load_output_head(transformer_folder(workload))
     leading = 1 if workload.predictor.kind == "per_step" else 2
     counts = sorted({*wanted.values()})
@@ -75,7 +83,7 @@ def even_schedule(num_steps: int, count: int, leading: int) -> Schedule:
 
 def run_search_job(workload: Workload, job: SearchJob, report: Report) -> tuple[Schedule, Figures]:
     """Search one budget; a search that was killed goes on from its journal."""
-    train, _ = kept_splits(workload)
+    train, _ = kept_splits(workload.recording)
     return refine(
         load_pipeline(workload.model, workload.resources.device),
         search_settings(workload),

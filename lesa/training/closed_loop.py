@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from lesa.predictor.spec import MIXED, STEPS, Variant
 from lesa.recording.dataset import Splits, Trajectories, noise_levels
 from lesa.training.cases import Case, data_digest, training_cases
 from lesa.training.design import ExpertDesign, training_key
+from lesa.training.encoded_prompts import prompts_encoded_once
 from lesa.training.expert import Expert
 from lesa.training.experts import Job, Tensors, Trained, expert_seed, new_expert, predictor_spec
 from lesa.training.ground_truth import step_weights_of_stage
 from lesa.training.loop import LoopSettings, Objective, fit
 from lesa.training.losses import CLOSED_LOOP, GROUND_TRUTH
+from lesa.training.recompute import constant_steps
 from lesa.training.rollout import ExpertRule, accelerated_latents, freeze_pipeline
 from lesa.training.step_weights import StepWeights
 from lesa.training.targets import whiten
@@ -90,17 +93,18 @@ def train_budget(
         modules[STEPS] = step_weights
     judge = _through_sampler(pipe, design.call, settings)
     data = data_digest(budget, train, validation, others) + predictor_digest(start)
-    figures = fit(
-        modules,
-        cases,
-        judge if settings.gradient == "through_sampler" else _drifted_states(pipe, design.call, feature_loss),
-        LoopSettings.of(settings, expert_seed(design.seed, Job(budget, 0))),
-        training_key(design, "closed_loop", settings, budget, data),
-        judge=judge,
-        batch_size=settings.batch_size,
-        folder=work_dir / budget,
-        report=report,
-    )
+    with prompts_encoded_once(pipe) if settings.gradient_checkpointing else nullcontext():
+        figures = fit(
+            modules,
+            cases,
+            judge if settings.gradient == "through_sampler" else _drifted_states(pipe, design.call, feature_loss),
+            LoopSettings.of(settings, expert_seed(design.seed, Job(budget, 0))),
+            training_key(design, "closed_loop", settings, budget, data),
+            judge=judge,
+            batch_size=settings.batch_size,
+            folder=work_dir / budget,
+            report=report,
+        )
     shared = step_weights.export() if step_weights is not None else {}
     return Trained(budget=budget, experts=_exported(experts), step_weights=shared, figures=figures)
 
@@ -151,9 +155,12 @@ def _through_sampler(pipe: Any, call: CallParams, settings: ClosedLoopParams) ->
     """The error of the final latents of accelerated runs, one for each recorded run."""
     compare = CLOSED_LOOP[settings.loss]
 
-    def loss(case: RolloutCase, data: Trajectories, rows: list[int]) -> torch.Tensor:
+    def loss(
+        case: RolloutCase, data: Trajectories, rows: list[int], batch: torch.Generator | None
+    ) -> torch.Tensor:
         recomputed = settings.gradient_checkpointing and torch.is_grad_enabled()
-        latents = accelerated_latents(pipe, call, case.schedule, case.rule, data, rows, recomputed)
+        constants = frozenset[int]() if batch is None else constant_steps(case.schedule, settings.model_gradient, batch)
+        latents = accelerated_latents(pipe, call, case.schedule, case.rule, data, rows, recomputed, constants)
         return compare(latents, data.latents[rows].to(latents.device))
 
     return Objective(loss, rows=Trajectories.first_branch_rows)
@@ -165,7 +172,9 @@ def _drifted_states(pipe: Any, call: CallParams, feature_loss: str) -> Objective
     if pipe.transformer.dtype != torch.float32:
         head = freeze(copy.deepcopy(head).float())
 
-    def loss(case: RolloutCase, data: Trajectories, rows: list[int]) -> torch.Tensor:
+    def loss(
+        case: RolloutCase, data: Trajectories, rows: list[int], batch: torch.Generator | None
+    ) -> torch.Tensor:
         return drifted_loss(pipe, call, case.rule, data, rows, head, feature_loss)
 
     return Objective(loss, rows=lambda data: range(len(data)))

@@ -71,7 +71,7 @@ def train_expert(
         whiten(expert, measured, ridge=design.predictor.ridge, batch_size=settings.batch_size)
         head = head.to(device)
 
-        def loss(case: TargetCase, data: Trajectories, rows: list[int]) -> torch.Tensor:
+        def loss(case: TargetCase, data: Trajectories, rows: list[int], _: torch.Generator | None) -> torch.Tensor:
             return true_history_loss(expert, case.targets, data, rows, head, settings.loss)
 
         figures = fit(

@@ -50,12 +50,12 @@ def closed_loop_budgets(workload: Workload) -> list[str]:
 
 def list_ground_truth_jobs(workload: Workload) -> list[Job]:
     """The jobs of the first training step; impossible histories are refused here, before anything is trained."""
-    return ground_truth_jobs(expert_design(workload), recorded_splits(workload)[1].sigmas)
+    return ground_truth_jobs(expert_design(workload), recorded_splits(workload.recording)[1].sigmas)
 
 
 def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> Trained:
     """Train one expert; resumes from checkpoints under `work_dir(workload)`."""
-    train, validation = kept_splits(workload)
+    train, validation = kept_splits(workload.recording)
     head = load_output_head(transformer_folder(workload))
     return train_expert(
         expert_design(workload),
@@ -65,7 +65,7 @@ def run_ground_truth_job(workload: Workload, job: Job, report: Report) -> Traine
         validation,
         head,
         device=pick_device(workload.resources.device),
-        others=kept_elsewhere(workload) if job.budget == MIXED else None,
+        others=kept_elsewhere(workload.recording) if job.budget == MIXED else None,
         work_dir=work_dir(workload) / "ground_truth",
         report=report,
     )
@@ -76,7 +76,7 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> Trai
     # The hooks of diffusers take seconds to import, and the first step needs none.
     from lesa.training.closed_loop import train_budget
 
-    train, validation = kept_splits(workload)
+    train, validation = kept_splits(workload.recording)
     return train_budget(
         expert_design(workload),
         workload.closed_loop,
@@ -86,7 +86,7 @@ def run_closed_loop_job(workload: Workload, budget: str, report: Report) -> Trai
         train,
         validation,
         feature_loss=workload.ground_truth.loss,
-        others=kept_elsewhere(workload) if budget == MIXED else None,
+        others=kept_elsewhere(workload.recording) if budget == MIXED else None,
         work_dir=work_dir(workload) / "closed_loop",
         report=report,
     )

@@ -58,7 +58,8 @@ C = TypeVar("C", bound=Case)
 class Objective(Generic[C]):
     """A loss of a case, and the trajectories it may be asked of."""
 
-    loss: Callable[[C, Trajectories, list[int]], torch.Tensor]  # of some rows of one of the case's sets
+    # Of some rows of one of the case's sets; a generator to draw from where it is learned from, None where it judges.
+    loss: Callable[[C, Trajectories, list[int], torch.Generator | None], torch.Tensor]
     rows: Callable[[Trajectories], Sequence[int]]  # of a set, those that count
 
 
@@ -95,7 +96,7 @@ def fit(
     def judged(case: C) -> float:
         rows = [row for row in judge.rows(case.validation) if row < case.judged]
         chunks = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-        return sum(float(judge.loss(case, case.validation, chunk)) * len(chunk) for chunk in chunks) / len(rows)
+        return sum(float(judge.loss(case, case.validation, chunk, None)) * len(chunk) for chunk in chunks) / len(rows)
 
     starts = [judged(case) for case in cases]
     units = starts if relative and len(cases) > 1 else [1.0] * len(cases)
@@ -108,7 +109,7 @@ def fit(
         case = cases[place]
         rows = objective.rows(case.train)
         chosen = [rows[index] for index in draw(batch, len(rows), batch_size)]
-        return objective.loss(case, case.train, chosen) / units[place]
+        return objective.loss(case, case.train, chosen, batch) / units[place]
 
     best = optimise(
         modules,

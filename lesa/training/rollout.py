@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lesa.errors import LesaError
 from lesa.models.families import blocks, family_of
@@ -24,6 +23,7 @@ from lesa.recording.dataset import Trajectories
 from lesa.sampling.hook import LesaCacheConfig, apply_lesa_cache, is_lesa_cache_enabled, remove_lesa_cache
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training.expert import Expert
+from lesa.training.recompute import RecomputedRule, constant_calls, recomputed_calls
 from lesa.training.step_weights import StepWeights
 from lesa.training.targets import Targets
 
@@ -92,6 +92,7 @@ def accelerated_latents(
     data: Trajectories,
     indices: Sequence[int],
     gradient_checkpointing: bool = False,
+    constants: frozenset[int] = frozenset(),
 ) -> torch.Tensor:
     """Final latents of the accelerated pipeline for the same prompts and noise as the recorded runs.
 
@@ -100,15 +101,18 @@ def accelerated_latents(
     Args:
         call: how the pipeline is called; the number of steps is the schedule's.
         data: recorded runs, of which `indices` are made again.
+        gradient_checkpointing: make activations again in the backward pass (`lesa.training.recompute`).
+        constants: full steps that no gradient goes through.
     """
     decorated: Any = type(pipe).__call__
     run_pipeline = decorated.__wrapped__
     call = dataclasses.replace(call, num_inference_steps=schedule.num_steps)
     prompts = [data.prompts[i] for i in indices]
     with ExitStack() as stack:
-        for expert in rule.experts.values() if isinstance(rule, ExpertRule) else ():
+        # What is held for one loss would be missed when a prediction is made again.
+        for expert in rule.experts.values() if isinstance(rule, ExpertRule) and not gradient_checkpointing else ():
             stack.enter_context(expert.projection.held())
-        stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing))
+        stack.enter_context(in_loop(pipe, schedule, rule, gradient_checkpointing, constants))
         return run_pipeline(
             pipe,
             prompt=prompts,
@@ -120,31 +124,23 @@ def accelerated_latents(
 
 
 @contextmanager
-def in_loop(pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: bool) -> Iterator[None]:
-    """The hook on the pipeline's transformer, with block activations recomputed in the backward pass if asked."""
+def in_loop(
+    pipe: Any, schedule: Schedule, rule: Rule, gradient_checkpointing: bool, constants: frozenset[int] = frozenset()
+) -> Iterator[None]:
+    """The hook on the pipeline's transformer, with activations recomputed in the backward pass if asked."""
     transformer = pipe.transformer
-    modules = [block for _, block, _ in blocks(transformer, family_of(transformer))] if gradient_checkpointing else []
+    if gradient_checkpointing:
+        rule = RecomputedRule(rule)
     config = LesaCacheConfig(
         schedule=schedule, rule=rule, scheduler=lambda: pipe.scheduler, measure=False, guard=False
     )
     if is_lesa_cache_enabled(transformer):
         raise LesaError("LESA is enabled on this pipeline: call lesa.disable(pipe) before training on it")
-    own = [block.__dict__.get("forward") for block in modules]  # of another tool's hook
-    try:
-        for block in modules:
-            block.forward = _recomputed(block.forward)  # beneath the hook: only full steps are recomputed
+    with ExitStack() as stack:
+        if gradient_checkpointing:
+            modules = [block for _, block, _ in blocks(transformer, family_of(transformer))]
+            stack.enter_context(recomputed_calls(transformer, modules))
+        stack.enter_context(constant_calls(pipe, constants))
+        stack.callback(remove_lesa_cache, transformer)
         apply_lesa_cache(transformer, config)
         yield
-    finally:
-        remove_lesa_cache(transformer)
-        for block, forward in zip(modules, own, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def recomputing(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recomputing

@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         )
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        train, validation = recorded_splits(workload)
+        train, validation = recorded_splits(workload.recording)
         predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
         make_bundle(
             workload.paths.bundle,

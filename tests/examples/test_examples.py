@@ -125,7 +125,7 @@ def test_retrain_shows_what_the_gate_decided(tmp_path: Path, monkeypatch, capsys
     assert capsys.readouterr().out.splitlines() == shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_retrain_brings_a_workload_up_to_date_and_shows_the_decision(tmp_path: Path) -> None:
     root = clone(tmp_path)

@@ -131,7 +131,7 @@ def train_to_bundle(workload: Workload, pipe: Any) -> tuple[Bundle, Trajectories
     finish(workload, "ground_truth", experts)
     tuned = run_closed_loop_job(workload, "fast", report)
     predictor = finish(workload, "closed_loop", {"fast": tuned})
-    train, validation = recorded_splits(workload)
+    train, validation = recorded_splits(workload.recording)
     bundle = make_bundle(
         workload.paths.bundle,
         workload,

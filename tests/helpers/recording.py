@@ -19,13 +19,13 @@ from lesa.recording.store import TrajectoryStore
 def record(workload: Workload, pipe: Any, store: TrajectoryStore | None = None) -> dict[str, Any]:
     """Record a workload with a loaded pipeline; what `drive` returns."""
     store = store or TrajectoryStore.create(workload.paths.trajectories)
-    recorder = LocalRecorder(pipe, workload, store)
-    return drive(workload, store, closing(recorder), logging.getLogger("tests.recording"))
+    recorder = LocalRecorder(pipe, workload.recording, store)
+    return drive(workload.recording, store, closing(recorder), logging.getLogger("tests.recording"))
 
 
 def measured_size(workload: Workload, pipe: Any) -> RecordingSize:
     """The size of one trajectory, as a recorder measures it before it records."""
-    return LocalRecorder(pipe, workload, TrajectoryStore.create(workload.paths.trajectories)).describe()[1]
+    return LocalRecorder(pipe, workload.recording, TrajectoryStore.create(workload.paths.trajectories)).describe()[1]
 
 
 def transformer_arguments(

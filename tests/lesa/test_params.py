@@ -272,13 +272,13 @@ def with_counts(**record: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def test_further_numbers_of_steps(tmp_path: Path) -> None:
-    assert load(tmp_path).step_counts == (50,) and load(tmp_path).record.step_counts == ()
+    assert load(tmp_path).recording.step_counts == (50,) and load(tmp_path).record.step_counts == ()
     workload = load(tmp_path, with_counts())
-    assert workload.step_counts == (50, 20, 100)
-    assert workload.num_recorded(50) == {"train": 32, "validation": 8}
-    assert workload.num_recorded(20) == {"train": 32, "validation": 8}
+    assert workload.recording.step_counts == (50, 20, 100)
+    assert workload.recording.num_recorded(50) == {"train": 32, "validation": 8}
+    assert workload.recording.num_recorded(20) == {"train": 32, "validation": 8}
     few = load(tmp_path, with_counts(step_count_prompts=4))
-    assert few.num_recorded(100) == {"train": 4, "validation": 2}
+    assert few.recording.num_recorded(100) == {"train": 4, "validation": 2}
 
 
 @pytest.mark.parametrize(
@@ -374,6 +374,8 @@ def test_missing_sections_and_workloads(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml", "else")
     for text, words in (
         ("a: 1", "workloads: must be a mapping"),
+        ("workloads: [{toy: 1}]", "workloads: must be a mapping"),
+        ("workloads: toy", "workloads: must be a mapping"),
         ("[]", "must be a mapping"),
         ("", "must be a mapping"),
         ("workloads: {toy: {}}", "workload None is not in the file"),

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         workload = load_params()
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        train, validation = recorded_splits(workload)
+        train, validation = recorded_splits(workload.recording)
         predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
         facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}

@@ -34,7 +34,7 @@ def workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_training_images_stand_beside_held_out_ones_and_a_rule(workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     record(workload, pipe)
-    train_set, _ = recorded_splits(workload)
+    train_set, _ = recorded_splits(workload.recording)
     noises = first_noises(train_set)
     assert sorted(noises) == sorted(SPLITS["train"]) and len(train_set.prompts) == 2 * len(noises)
     for prompt, noise in noises.items():

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         workload = dataclasses.replace(workload, predictor=changed)
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        (train, validation), others = recorded_splits(workload), recorded_elsewhere(workload)
+        (train, validation), others = recorded_splits(workload.recording), recorded_elsewhere(workload.recording)
         predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels, noise_levels(others))
         bounds = bounds_by_budget(pipe, workload, predictor, train, validation)
         facts = {"quality": {}, "error_bounds": bounds, "evaluation": {}, "created_from": {}}

@@ -12,7 +12,7 @@ from benchmarks.true_size.models import preset_at
 from flows.tracking import run as tracking
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_flow_runs_from_recording_to_an_enabled_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "start_sender", lambda root: None)
     monkeypatch.setattr(tracking, "DRAIN_SECONDS", 0.0)

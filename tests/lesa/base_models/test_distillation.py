@@ -17,7 +17,10 @@ from lesa.base_models.train import train_base
 CALLS = {"schnell-digits": (4, 0.75), "lightning-digits": (8, 21 / 22)}  # steps, second noise level
 
 
-@pytest.fixture(scope="module", params=STUDENTS.values(), ids=STUDENTS)
+_LONG = pytest.param(STUDENTS["lightning-digits"], id="lightning-digits", marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(STUDENTS["schnell-digits"], id="schnell-digits"), _LONG])
 def student(request: pytest.FixtureRequest) -> Student:
     return request.param
 

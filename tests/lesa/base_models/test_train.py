@@ -211,6 +211,7 @@ def test_training_is_deterministic(data_set: DataSet, trained: Path, tmp_path: P
         assert all(torch.equal(first[name], second[name]) for name in first), part
 
 
+@pytest.mark.parametrize("data_set", [DATA_SETS["flux-digits"]], indirect=True, ids=["flux-digits"])
 def test_without_a_reading_there_is_no_scorer(data_set: DataSet, trained: Path, tmp_path: Path) -> None:
     """No folder of it, and nothing reported that it would measure."""
     metrics, reports = train(dataclasses.replace(data_set, reading=None), tmp_path)

@@ -54,7 +54,7 @@ def test_what_is_missing_is_said_with_its_remedy(here: Path, capsys: pytest.Capt
     for words in (
         "workload  flux-dev: flux-dev, 16.87 billion parameters",
         "(computed, not measured)",
-        "NO        GPU memory: about 70.3 GB needed",
+        "NO        GPU memory: about 35.8 GB needed",
         "NO        hub: https://huggingface.co is not reachable",
         "NO        account: no access token",
         "accept the licence on https://huggingface.co/black-forest-labs/FLUX.1-dev",
@@ -80,10 +80,17 @@ def test_a_machine_that_has_everything(here: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_smaller_gpu_is_told_what_it_can_do(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 30)
+    assert checks("flux-dev")["GPU memory"]["remedy"] == "take a larger GPU"
     gpu(monkeypatch, 48)
-    found = checks("flux-dev")["GPU memory"]
-    assert not found["ok"] and "set closed_loop.iterations to 0" in str(found["remedy"])
-    assert "35.8 GB" in str(found["remedy"])
+    assert checks("flux-dev")["GPU memory"]["ok"]
+    workload = load_params(workload="flux-dev")
+    kept = dataclasses.replace(workload.closed_loop, gradient_checkpointing=False)
+    rows = readiness.examine_workload(dataclasses.replace(workload, closed_loop=kept))["checks"]
+    (found,) = (row for row in rows if row["name"] == "GPU memory")
+    assert not found["ok"]
+    for words in ("set closed_loop.gradient_checkpointing to true", "set closed_loop.iterations to 0", "35.8 GB"):
+        assert words in str(found["remedy"])
 
 
 def test_offline_disk_and_local_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         )
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        train, validation = recorded_splits(workload)
+        train, validation = recorded_splits(workload.recording)
         predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
 
         def make(folder: Path) -> Bundle:
@@ -101,7 +101,7 @@ def test_the_manifest_says_what_it_fits(made: Made) -> None:
     }
     assert all(0 < bound < 1 for bound in bounds)
     assert manifest["default_budget"] == "2x" and manifest["num_inference_steps"] == 8
-    train, validation = recorded_splits(made.workload)
+    train, validation = recorded_splits(made.workload.recording)
     assert manifest["sigmas"] == train.sigmas.tolist()
     training = manifest["training"]
     assert (training["num_trajectories"], training["num_validation_trajectories"]) == (4, 2)
@@ -150,7 +150,7 @@ def _assert_rounded_up(found: list[float | None], exact: dict[int, float]) -> No
 
 def test_bounds_rest_on_training_runs_too(made: Made) -> None:
     workload, pipe = made.workload, made.pipe
-    train, validation = recorded_splits(workload)
+    train, validation = recorded_splits(workload.recording)
     predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     schedule = workload.budgets()["2x"]
     rule = LazyPredictor(predictor, schedule, train.sigmas)
@@ -174,7 +174,7 @@ def test_bounds_rest_on_training_runs_too(made: Made) -> None:
 
 def test_a_job_finds_the_bounds_with_the_predictor_that_was_saved(made: Made) -> None:
     workload = made.workload
-    train, _ = recorded_splits(workload)
+    train, _ = recorded_splits(workload.recording)
     predictor = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     save_predictor(workload.paths.closed_loop, predictor, {})
     told: list[tuple[int, dict[str, float]]] = []

@@ -76,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
         def bundle(name: str, budgets: dict[str, BudgetParams], change: float) -> Bundle:
             workload = dataclasses.replace(base, schedule=dataclasses.replace(base.schedule, budgets=budgets))
-            train, validation = recorded_splits(workload)
+            train, validation = recorded_splits(workload.recording)
             start = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
             tensors = {
                 key: value + change * torch.ones_like(value) if "steps/bias" in key else value

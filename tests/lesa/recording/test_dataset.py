@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lesa.errors import LesaError
 from lesa.recording import dataset as trajectories
 from lesa.recording.dataset import draw, load_trajectories, recorded_splits, trajectories_digest
 from lesa.recording.store import TrajectoryStore
@@ -85,6 +87,27 @@ def test_damage_is_never_trained_on(tmp_path: Path) -> None:
         load_trajectories(store.path, ["a"])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda layout: layout.update(tamb=layout.pop("temb")), "needs temb \\[12, 1, D\\] and latents_final"),
+        (lambda layout: layout["temb"].update(shape=[1, STEPS, CHANNELS]), "needs temb"),
+        (lambda layout: layout["temb"].update(dtype="int32"), "needs temb"),
+        (lambda layout: layout["latents_final"].update(shape=[TOKENS, 1, OUTPUTS]), "needs temb"),
+        (lambda layout: layout["latents_final"].update(shape=[1, OUTPUTS, TOKENS]), "of different sizes of features"),
+    ],
+)
+def test_a_context_that_does_not_belong_to_the_features_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    """What its values are called is covered by no digest."""
+    store = make_store(tmp_path / "s.zarr", {"a": 1, "b": 2})
+    path = store.path / store.keys()[0] / "zarr.json"
+    document = json.loads(path.read_text())
+    change(document["consolidated_metadata"]["metadata"]["context"]["attributes"])
+    path.write_text(json.dumps(document))
+    with pytest.raises(LesaError, match=said):
+        load_trajectories(store.path, ["a", "b"])
+
+
 def test_the_digest_is_of_the_keys_and_of_which_split_they_are_in(tmp_path: Path) -> None:
     prompts = {str(i): i for i in range(4)}
     make_store(tmp_path / "s.zarr", prompts)
@@ -118,4 +141,4 @@ def test_each_split_is_read_for_its_own_prompts(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trajectories, "load_trajectories", lambda path, prompts, num_steps, records: prompts)
     monkeypatch.setattr(trajectories, "_open_store", lambda workload: trajectories._Verified(records={}, sets={}))
     recorded = workload(record={"train_prompts": 2, "validation_prompts": 1})
-    assert recorded_splits(recorded) == (("a", "b"), ("d",))
+    assert recorded_splits(recorded.recording) == (("a", "b"), ("d",))

@@ -52,7 +52,7 @@ def changed(workload: Workload, section: str, **values: Any) -> Workload:
 
 
 def test_the_plan_is_the_first_prompts_in_file_order(workload: Workload) -> None:
-    plan = plan_recording(changed(workload, "record", train_prompts=3, seeds_per_prompt=2), SOURCE)
+    plan = plan_recording(changed(workload, "record", train_prompts=3, seeds_per_prompt=2).recording, SOURCE)
     assert [item.prompt for item in plan if item.split == "train"] == [
         p for p in SPLITS["train"][:3] for _ in "ab"
     ]
@@ -63,22 +63,22 @@ def test_the_plan_is_the_first_prompts_in_file_order(workload: Workload) -> None
 
 
 def test_further_numbers_of_steps_come_after_and_change_no_key(workload: Workload) -> None:
-    before = plan_recording(workload, SOURCE)
+    before = plan_recording(workload.recording, SOURCE)
     more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
-    plan = plan_recording(more, SOURCE)
+    plan = plan_recording(more.recording, SOURCE)
     assert plan[: len(before)] == before and {item.num_steps for item in before} == {STEPS}
     further = plan[len(before) :]
     assert [item.num_steps for item in further] == [5] * 4 + [12] * 4
     assert [item.prompt for item in further[:4]] == [*SPLITS["train"][:2], *SPLITS["validation"]]
     # The noise is that of the same prompts: no further seeds, and the same key as if the call had so many steps.
     assert {item.seed for item in further} < {item.seed for item in before}
-    alone = plan_recording(changed(workload, "call", num_inference_steps=5), SOURCE)
+    alone = plan_recording(changed(workload, "call", num_inference_steps=5).recording, SOURCE)
     assert further[0].key == alone[0].key and len({item.key for item in plan}) == len(plan)
 
 
 def test_an_identity_is_what_it_always_was(workload: Workload) -> None:
     """Written out: a trajectory that was recorded before keeps its key."""
-    planned = plan_recording(workload, SOURCE)[0]
+    planned = plan_recording(workload.recording, SOURCE)[0]
     assert planned.key == trajectory_key(
         {
             **SOURCE,
@@ -105,7 +105,7 @@ def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> No
     pipe = load_pipeline(workload.model, workload.resources.device)
     more = changed(workload, "record", step_counts=(5, 12), step_count_prompts=2)
     store = TrajectoryStore.create(more.paths.trajectories)
-    size, plan = measured_size(more, pipe), plan_recording(more, describe_source(pipe))
+    size, plan = measured_size(more, pipe), plan_recording(more.recording, describe_source(pipe))
     assert record(more, pipe, store)["recorded"] == 14
     assert store.verify() == [] and store.keys() == sorted(item.key for item in plan) and len(plan) == 14
     for item in plan:
@@ -114,9 +114,9 @@ def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> No
     taken = sum(file.stat().st_blocks * 512 for file in store.path.rglob("*") if file.is_file())
     assert taken <= size.bytes_of(count_by_steps(plan)) + 4096 and size.bytes_of(count_by_steps(plan)) <= 1.5 * taken
     assert size.bytes_of(count_by_steps(plan[:6])) == size.bytes(6)
-    train, validation = recorded_splits(more)
+    train, validation = recorded_splits(more.recording)
     assert len(train.sigmas) == STEPS + 1 and (len(train), len(validation)) == (4, 2)
-    elsewhere = recorded_elsewhere(more)
+    elsewhere = recorded_elsewhere(more.recording)
     assert {count: (len(t.sigmas), len(t), len(v)) for count, (t, v) in elsewhere.items()} == {
         5: (6, 2, 2),
         12: (13, 2, 2),
@@ -131,40 +131,40 @@ def test_trajectories_of_several_lengths_share_a_store(workload: Workload) -> No
 
 
 def test_appended_prompts_leave_every_other_key_as_it_was(workload: Workload, tmp_path: Path) -> None:
-    before = {item.key for item in plan_recording(workload, SOURCE)}
+    before = {item.key for item in plan_recording(workload.recording, SOURCE)}
     longer = {**SPLITS, "train": [*SPLITS["train"], "a photo of a cat"]}
     write_prompts(tmp_path, longer)
-    after = {item.key for item in plan_recording(changed(workload, "record", train_prompts=5), SOURCE)}
+    after = {item.key for item in plan_recording(changed(workload, "record", train_prompts=5).recording, SOURCE)}
     assert before < after and len(after) == len(before) + 1
 
 
 def test_whatever_determines_the_bytes_is_in_the_key(workload: Workload) -> None:
-    base = plan_recording(workload, SOURCE)[0].key
+    base = plan_recording(workload.recording, SOURCE)[0].key
     other = {**SOURCE, "fingerprint": "sha256:1"}
     variants = [
-        plan_recording(workload, other)[0],
-        plan_recording(workload, {**SOURCE, "scheduler": {"class": "X", "config": {"shift": 2.0}}})[0],
-        plan_recording(changed(workload, "call", guidance_scale=2.0), SOURCE)[0],
-        plan_recording(changed(workload, "call", num_inference_steps=9), SOURCE)[0],
-        plan_recording(changed(workload, "model", dtype="bfloat16"), SOURCE)[0],
-        plan_recording(changed(workload, "record", token_fraction=0.5), SOURCE)[0],
-        plan_recording(changed(workload, "record", seed_offset=0), SOURCE)[0],
-        plan_recording(changed(workload, "record", batch_size=4), SOURCE)[0],
-        plan_recording(workload, SOURCE)[1],
+        plan_recording(workload.recording, other)[0],
+        plan_recording(workload.recording, {**SOURCE, "scheduler": {"class": "X", "config": {"shift": 2.0}}})[0],
+        plan_recording(changed(workload, "call", guidance_scale=2.0).recording, SOURCE)[0],
+        plan_recording(changed(workload, "call", num_inference_steps=9).recording, SOURCE)[0],
+        plan_recording(changed(workload, "model", dtype="bfloat16").recording, SOURCE)[0],
+        plan_recording(changed(workload, "record", token_fraction=0.5).recording, SOURCE)[0],
+        plan_recording(changed(workload, "record", seed_offset=0).recording, SOURCE)[0],
+        plan_recording(changed(workload, "record", batch_size=4).recording, SOURCE)[0],
+        plan_recording(workload.recording, SOURCE)[1],
     ]
     assert len({base, *(item.key for item in variants)}) == len(variants) + 1
     how = changed(workload, "record", validation_prompts=1)
-    assert plan_recording(how, SOURCE)[0].key == base
+    assert plan_recording(how.recording, SOURCE)[0].key == base
 
 
 def test_overlapping_or_too_few_prompts_are_refused(workload: Workload, tmp_path: Path) -> None:
     with pytest.raises(PromptError) as caught:
-        plan_recording(changed(workload, "record", train_prompts=9, validation_prompts=3), SOURCE)
+        plan_recording(changed(workload, "record", train_prompts=9, validation_prompts=3).recording, SOURCE)
     assert "record.train_prompts: 9 asked for, train.txt has 4" in str(caught.value)
     assert "record.validation_prompts: 3 asked for" in str(caught.value)
     write_prompts(tmp_path, {**SPLITS, "test": [SPLITS["train"][3]]})
     with pytest.raises(PromptError, match="both train and test"):
-        plan_recording(workload, SOURCE)
+        plan_recording(workload.recording, SOURCE)
 
 
 def test_a_scheduler_that_adds_noise_is_refused_before_anything_is_recorded(workload: Workload) -> None:
@@ -178,12 +178,12 @@ def test_a_scheduler_that_adds_noise_is_refused_before_anything_is_recorded(work
         (FlowMatchLCMScheduler(), "every scheduler of its kind"),
     ):
         pipe.scheduler = scheduler
-        recorder = LocalRecorder(pipe, workload, TrajectoryStore(workload.paths.trajectories))
+        recorder = LocalRecorder(pipe, workload.recording, TrajectoryStore(workload.paths.trajectories))
         with pytest.raises(LesaError, match=rf"scheduler: {type(scheduler).__name__} adds fresh noise .*{why}"):
             recorder.describe()
     assert calls == []
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own)
-    LocalRecorder(pipe, workload, TrajectoryStore(workload.paths.trajectories)).describe()
+    LocalRecorder(pipe, workload.recording, TrajectoryStore(workload.paths.trajectories)).describe()
 
 
 def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Workload) -> None:
@@ -199,7 +199,7 @@ def test_the_source_changes_with_weights_scheduler_and_encoders(workload: Worklo
 
 def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
-    planned = plan_recording(workload, describe_source(pipe))[0]
+    planned = plan_recording(workload.recording, describe_source(pipe))[0]
     [trajectory] = record_batch(pipe, [planned], workload.record, workload.call)
     assert trajectory.features.shape == (STEPS, 1, 16, 32) and trajectory.features.dtype == torch.bfloat16
     assert trajectory.sigmas.shape == (STEPS + 1,) and trajectory.sigmas[-1] == 0
@@ -232,7 +232,7 @@ def test_a_trajectory_holds_what_training_needs(workload: Workload) -> None:
 def test_both_branches_are_recorded(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     guided = changed(workload, "call", true_cfg_scale=2.0)
-    planned = plan_recording(guided, describe_source(pipe))[0]
+    planned = plan_recording(guided.recording, describe_source(pipe))[0]
     [trajectory] = record_batch(pipe, [planned], guided.record, guided.call)
     assert trajectory.features.shape == (STEPS, 2, 16, 32)
     assert not torch.equal(trajectory.features[0, 0], trajectory.features[0, 1])
@@ -247,7 +247,7 @@ def test_a_part_of_the_tokens_is_drawn_from_the_key(workload: Workload) -> None:
     part = changed(workload, "record", token_fraction=0.25)
     pipe = load_pipeline(workload.model, workload.resources.device)
     source = describe_source(pipe)
-    planned, whole = plan_recording(part, source)[0], plan_recording(workload, source)[0]
+    planned, whole = plan_recording(part.recording, source)[0], plan_recording(workload.recording, source)[0]
     [trajectory] = record_batch(pipe, [planned], part.record, part.call)
     assert trajectory.token_index is not None and trajectory.token_index.shape == (4,)
     [full] = record_batch(pipe, [whole], workload.record, workload.call)
@@ -266,14 +266,14 @@ def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
 ) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    keys = [item.key for item in plan_recording(workload, describe_source(pipe))]
+    keys = [item.key for item in plan_recording(workload.recording, describe_source(pipe))]
     done = record(workload, pipe, store)
     assert (done["planned"], done["recorded"], done["pruned"]) == (6, 6, 0) and sorted(keys) == store.keys()
     before = tree_digest(store.path)
     again = record(workload, pipe, store)
     assert (again["planned"], again["recorded"], again["pruned"]) == (6, 0, 0)
     assert tree_digest(store.path) == before
-    train, validation = recorded_splits(workload)
+    train, validation = recorded_splits(workload.recording)
     assert (sorted(train.keys), sorted(validation.keys)) == (sorted(keys[:4]), sorted(keys[4:]))
 
     fewer = record(changed(workload, "record", train_prompts=2), pipe, store)
@@ -286,7 +286,7 @@ def test_recording_again_records_nothing_and_a_changed_plan_only_the_rest(
 
 def test_bytes_do_not_depend_on_order_or_history(workload: Workload) -> None:
     pipe = load_pipeline(workload.model, workload.resources.device)
-    plan = plan_recording(workload, describe_source(pipe))
+    plan = plan_recording(workload.recording, describe_source(pipe))
     forwards, backwards = TrajectoryStore.create("a.zarr"), TrajectoryStore.create("b.zarr")
     for planned in plan:
         forwards.commit(*record_batch(pipe, [planned], workload.record, workload.call))
@@ -302,7 +302,7 @@ def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance
     workload = changed(workload, "call", true_cfg_scale=guidance)
     several = changed(workload, "record", batch_size=4, token_fraction=0.5)
     pipe = load_pipeline(several.model, several.resources.device)
-    plan = plan_recording(several, describe_source(pipe))
+    plan = plan_recording(several.recording, describe_source(pipe))
     whole, rest, backwards = (TrajectoryStore.create(f"{name}.zarr") for name in ("whole", "rest", "backwards"))
     record(several, pipe, whole)
     for item in (plan[1], plan[4]):
@@ -314,7 +314,7 @@ def test_bytes_do_not_depend_on_who_shares_the_call(workload: Workload, guidance
     assert tree_digest(whole.path) == tree_digest(rest.path) == tree_digest(backwards.path)
     # Alone in its call a sample is the same up to rounding, in every part of what is kept.
     alone = changed(workload, "record", token_fraction=0.5)
-    for item, single in zip(plan, plan_recording(alone, describe_source(pipe)), strict=True):
+    for item, single in zip(plan, plan_recording(alone.recording, describe_source(pipe)), strict=True):
         kept = record_batch(pipe, [single], alone.record, alone.call)[0].context
         shared = whole.context(item.key)
         assert kept.keys() == shared.keys() and item.key != single.key
@@ -338,17 +338,17 @@ def test_the_lengths_of_arguments_are_measured_once_a_recorder(
 
     monkeypatch.setattr(recording, "sample", counted)
     store = TrajectoryStore.create(several.paths.trajectories)
-    recorder = LocalRecorder(pipe, several, store)
+    recorder = LocalRecorder(pipe, several.recording, store)
     source, _ = recorder.describe()
     done: list[str] = []
-    plan = plan_recording(several, source)
+    plan = plan_recording(several.recording, source)
     recorder.record(plan, done.append)
     assert done == [item.key for item in plan] and sorted(done) == store.keys()
     assert batch_sizes == [1, 2, 2, 2, 2]  # one sample for the lengths, the size, three batches
 
 
 def test_a_batch_has_one_number_of_steps_and_at_most_so_many_entries(workload: Workload) -> None:
-    plan = plan_recording(changed(workload, "record", step_counts=(5,), step_count_prompts=3), SOURCE)
+    plan = plan_recording(changed(workload, "record", step_counts=(5,), step_count_prompts=3).recording, SOURCE)
     assert [(len(batch), batch[0].num_steps) for batch in batches(plan, 4)] == [(4, 8), (2, 8), (4, 5), (1, 5)]
     assert [item for batch in batches(plan, 4) for item in batch] == plan and batches([], 4) == []
     pipe = load_pipeline(workload.model, workload.resources.device)
@@ -393,7 +393,7 @@ def test_poisoned_features_are_refused_by_key_and_step(workload: Workload) -> No
 
     pipe.transformer.single_transformer_blocks[-1].register_forward_hook(poison)
     store = TrajectoryStore.create(workload.paths.trajectories)
-    plan = plan_recording(workload, describe_source(pipe))
+    plan = plan_recording(workload.recording, describe_source(pipe))
     with pytest.raises(StoreError, match=rf"{plan[0].key} is not recorded: NaN or infinity at step 5"):
         record(workload, pipe, store)
     assert store.keys() == [] and missing(store, plan) == plan
@@ -413,7 +413,7 @@ def test_bfloat16_pipelines_are_recorded_exactly(workload: Workload) -> None:
     half = changed(workload, "model", dtype="bfloat16")
     pipe = load_pipeline(half.model, half.resources.device)
     assert pipe.transformer.dtype == torch.bfloat16
-    [trajectory] = record_batch(pipe, plan_recording(half, describe_source(pipe))[:1], half.record, half.call)
+    [trajectory] = record_batch(pipe, plan_recording(half.recording, describe_source(pipe))[:1], half.record, half.call)
     store = TrajectoryStore.create(half.paths.trajectories)
     key = store.commit(trajectory)
     assert torch.equal(store.features(key), trajectory.features)

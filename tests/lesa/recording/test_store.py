@@ -432,6 +432,7 @@ def test_a_version_2_array_is_refused(store: TrajectoryStore) -> None:
         {"temb": {"dtype": "float32", "offset": 0, "shape": [10**12]}},
         {"temb": {"dtype": "float32", "offset": -4, "shape": [7]}},
         {"temb": {"dtype": "object", "offset": 0, "shape": [7]}},
+        {"temb": {"dtype": ["float32"], "offset": 0, "shape": [7]}},
         {"temb": {"dtype": "float32", "offset": 0, "shape": "7"}},
         {"temb": {"dtype": "float32", "offset": 0}},
         {"temb": {"dtype": "float32", "offset": 0, "shape": [6]}},
@@ -469,6 +470,33 @@ def test_a_record_that_is_not_strict_json_is_refused(store: TrajectoryStore, tex
     with pytest.raises(StoreError, match=key):
         store.record(key)
     assert len(store.verify()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("sigmas", None, "sigmas must be a list of numbers"),
+        ("sigmas", [[0.0]], "sigmas must be a list of numbers"),
+        ("sigmas", [0.5], "1 noise levels for 5 timesteps"),
+        ("timesteps", 3, "timesteps must be a list of numbers"),
+        ("timesteps", ["a"], "timesteps must be a list of numbers"),
+        ("token_index", {"0": 1}, "token_index must be null or a list of whole numbers"),
+        ("call_kwargs", [1], "call_kwargs must be a list of mappings"),
+        ("digests", [], "digests must be a mapping"),
+        ("format", True, "format must be a number"),
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_damaged(
+    store: TrajectoryStore, name: str, value: Any, said: str
+) -> None:
+    key = store.commit(trajectory())
+    path = store.path / key / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"][name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=f"{key}: {said}"):
+        store.record(key)
+    assert store.verify() and all(key in problem for problem in store.verify())
 
 
 @pytest.mark.parametrize("file", [FEATURES, "zarr.json"])

@@ -15,9 +15,9 @@ from lesa.params import BudgetParams, ScheduleParams, SearchParams, Workload
 from lesa.schedule import Schedule
 from lesa.search import descent, finalists, trials
 from lesa.search.descent import DECIBELS, judged_apart, moves, refine
-from lesa.search.jobs import cheapest_starts, run_search_job, search_settings
+from lesa.search.jobs import cheapest_starts, run_search_job, search_settings, with_schedules
 from lesa.search.local_search import moved
-from lesa.search.schedules_file import with_schedules, write_schedules
+from lesa.search.schedules_file import write_schedules
 from lesa.training.losses import log_latents_loss
 from lesa.training.rollout import accelerated_latents
 from lesa.training.step_weights import StepFits
@@ -244,7 +244,7 @@ def test_search_jobs_and_their_file(place: Place) -> None:  # noqa: F811
         with_schedules(workload)
     (job,) = cheapest_starts(workload, None, lambda *_: None)
     schedule, figures = run_search_job(workload, job, lambda *_: None)
-    write_schedules(workload, {job.budget: (schedule, figures)})
+    write_schedules(workload.paths.schedules, 8, {job.budget: (schedule, figures)})
     assert with_schedules(workload).budgets() == {"2x": schedule}
     with pytest.raises(ValueError, match="2x: 5 full steps wanted, found"):
         with_schedules(searched(place.workload, count=5))

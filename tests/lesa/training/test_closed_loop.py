@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         workload = small(load_params())
         pipe = load_pipeline(workload.model, workload.resources.device)
         record(workload, pipe)
-        train_set, validation = recorded_splits(workload)
+        train_set, validation = recorded_splits(workload.recording)
         start = untrained_predictor(expert_design(workload), train_set.sigmas, train_set.channels)
         yield Place(workload, pipe, train_set, validation, start)
     finally:
@@ -86,6 +86,20 @@ def train(workload: Workload, *given: Any, **more: Any) -> Trained:
     """`train_budget` with the sections of a workload."""
     settings, loss = workload.closed_loop, workload.ground_truth.loss
     return train_budget(expert_design(workload), settings, *given, feature_loss=loss, **more)
+
+
+def train_at(place: Place, workload: Workload, work_dir: Path) -> Trained:
+    """The place's budget trained from its start, as the workload says."""
+    return train(
+        workload,
+        "2x",
+        place.start,
+        place.pipe,
+        place.train,
+        place.validation,
+        work_dir=work_dir,
+        report=lambda *_: None,
+    )
 
 
 def rule_of(place: Place, workload: Workload | None = None) -> ExpertRule:
@@ -202,16 +216,7 @@ def test_never_worse_than_the_start_and_the_pipeline_as_it_was(
 
 def test_training_through_the_sampler_improves_it(place: Place, tmp_path: Path) -> None:
     workload = small(place.workload, closed_loop={"iterations": 12, "learning_rate": 5e-3, "batch_size": 4})
-    trained = train(
-        workload,
-        "2x",
-        place.start,
-        place.pipe,
-        place.train,
-        place.validation,
-        work_dir=tmp_path,
-        report=lambda *_: None,
-    )
+    trained = train_at(place, workload, tmp_path)
     assert trained.figures["validation_loss"] < trained.figures["validation_loss_start"] - 0.02
     changed = [
         name
@@ -459,7 +464,7 @@ def test_a_rollout_is_compared_with_its_own_recorded_latents(monkeypatch: pytest
     monkeypatch.setattr(closed_loop, "accelerated_latents", latents)
     case: Any = SimpleNamespace(schedule=None, rule=None)
     objective = closed_loop._through_sampler(None, None, ClosedLoopParams(loss="latents"))  # type: ignore[arg-type]
-    assert float(objective.loss(case, data, [3, 1])) == 0.0 and asked == [[3, 1]]
+    assert float(objective.loss(case, data, [3, 1], None)) == 0.0 and asked == [[3, 1]]
 
 
 class Remembers:

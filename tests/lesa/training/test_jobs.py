@@ -206,29 +206,29 @@ def test_training_on_what_is_judged_is_refused(trained: Trained) -> None:
     write_prompts(trained.root, SPLITS | {"test": [SPLITS["train"][0]]})
     try:
         with pytest.raises(PromptError, match="1 in both train and test"):
-            dataset.recorded_splits(trained.workload)
+            dataset.recorded_splits(trained.workload.recording)
     finally:
         write_prompts(trained.root, SPLITS)
-    train, validation = dataset.recorded_splits(trained.workload)
+    train, validation = dataset.recorded_splits(trained.workload.recording)
     assert set(train.prompts) == set(SPLITS["train"]) and set(validation.prompts) == set(SPLITS["validation"])
     assert not set(train.seeds) & set(validation.seeds)
 
 
 def test_a_store_is_read_once_a_process_while_it_stays_as_it_is(trained: Trained) -> None:
-    train, validation = dataset.kept_splits(trained.workload)
-    again = dataset.kept_splits(trained.workload)
+    train, validation = dataset.kept_splits(trained.workload.recording)
+    again = dataset.kept_splits(trained.workload.recording)
     assert again[0] is train and again[1] is validation
-    assert train.keys == dataset.recorded_splits(trained.workload)[0].keys
+    assert train.keys == dataset.recorded_splits(trained.workload.recording)[0].keys
     file = trained.workload.paths.trajectories / train.keys[0] / "features/c.0.0.0.0"
     good, times = file.read_bytes(), file.stat()
     file.write_bytes(good[:40] + bytes([good[40] ^ 1]) + good[41:])
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
     try:
         with pytest.raises(StoreError, match=train.keys[0]):
-            dataset.kept_splits(trained.workload)
+            dataset.kept_splits(trained.workload.recording)
     finally:
         file.write_bytes(good)
-    assert dataset.kept_splits(trained.workload)[0].keys == train.keys
+    assert dataset.kept_splits(trained.workload.recording)[0].keys == train.keys
 
 
 def test_the_second_step_wants_the_first_of_the_same_settings(trained: Trained) -> None:

@@ -242,7 +242,7 @@ def fitted(folder: Path, **given: Any) -> tuple[dict[str, float], list[tuple[int
     asked: list[tuple[int, list[int]]] = []
     told: list[dict[str, float]] = []
 
-    def loss(case: Any, data: Any, rows: list[int]) -> torch.Tensor:
+    def loss(case: Any, data: Any, rows: list[int], _: torch.Generator | None) -> torch.Tensor:
         if torch.is_grad_enabled():
             assert data is case.train
             asked.append((cases.index(case), rows))
@@ -289,7 +289,7 @@ def test_relative_losses_are_in_units_of_the_start_where_there_are_several(tmp_p
 
 def test_validation_may_judge_by_something_else_and_by_other_rows(tmp_path: Path) -> None:
     judge: Objective[Any] = Objective(
-        lambda case, data, rows: torch.tensor([float(len(data.losses)) * row for row in rows]).mean(),
+        lambda case, data, rows, _: torch.tensor([float(len(data.losses)) * row for row in rows]).mean(),
         rows=lambda data: [row for row in range(len(data.losses)) if row % 2],
     )
     figures, asked, _ = fitted(tmp_path, judge=judge)
@@ -303,7 +303,7 @@ def test_batches_are_training_rows_and_validation_is_of_validation_rows(tmp_path
     experts = new_experts()
     case: Any = SimpleNamespace(train="train", validation="validation", judged=5)
 
-    def loss(case: Any, data: Any, rows: list[int]) -> torch.Tensor:
+    def loss(case: Any, data: Any, rows: list[int], _: torch.Generator | None) -> torch.Tensor:
         asked.append((data, torch.is_grad_enabled(), list(rows)))
         return loss_of(experts, torch.Generator().manual_seed(0))
 

@@ -109,7 +109,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         }
         second = jobs.finish(workload, "closed_loop", budgets)
         figures = {name: part.figures for name, part in {**experts, **budgets}.items()}
-        splits, others = dataset.recorded_splits(workload), dataset.recorded_elsewhere(workload)
+        splits, others = dataset.recorded_splits(workload.recording), dataset.recorded_elsewhere(workload.recording)
         bundle = make_bundle(
             workload.paths.bundle,
             workload,
