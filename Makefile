@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test faults planted lint audit retrain-local clean
+.PHONY: help install repro test long faults planted lint audit retrain-local clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -30,10 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 repro: $(STAMP)  ## the whole pipeline: from nothing to a registered champion, its table and its report
 	python -m flows.repro --repro $(if $(WORKLOAD),--workload $(WORKLOAD))
 
-# What starts servers and actors and kills them has the machine to itself: its waits have ends.
-test: $(STAMP)  ## all tests: the quick ones two files at a time, then those with real servers and actors
-	python -m pytest -n 2 --dist loadfile -m "not slow"
-	python -m pytest -m slow
+# Two files at a time: what starts servers and actors mostly waits, and its waits are long enough for a busy machine.
+test: $(STAMP)  ## the tests, but for those that take minutes each
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+long: $(STAMP)  ## the tests that `make test` leaves out: minutes each, variations on what shorter ones show
+	python -m pytest -m long
 
 faults: $(STAMP)  ## the tests of every fault, the races longer; writes docs/faults.md
 	python -m tests.faults --write

@@ -8,9 +8,22 @@ RECORDING = "tests/faults/test_recording.py"
 TRAINING = "tests/faults/test_training.py"
 PUBLISHING = "tests/faults/test_publish.py"
 TRACKING = "tests/faults/test_tracking.py"
+DVC = "tests/faults/test_dvc.py"
+POWER = "tests/faults/test_power_loss.py"
+ENDINGS = "tests/faults/test_endings.py"
+CHANGES = "tests/faults/test_bundle_changes.py"
+SECRETS = "tests/faults/test_secrets.py"
+LISTENERS = "tests/faults/test_listeners.py"
+DRIVE = "tests/lesa/recording/test_drive.py"
+PRUNED = "tests/lesa/recording/test_pruned.py"
+SUPERVISOR = "tests/flows/test_supervisor.py"
+SIGNS = "tests/flows/test_job_signs.py"
+PREFLIGHT = "tests/flows/test_preflight.py"
 STORE = "tests/lesa/recording/test_store.py"
 RECORD = "tests/lesa/recording/test_record.py"
 DATASET = "tests/lesa/recording/test_dataset.py"
+MEMORY = "tests/faults/test_out_of_memory.py"
+FUZZING = "tests/attacks/test_fuzzing.py"
 PROMPTS = "tests/lesa/recording/test_prompts.py"
 CHECKPOINT = "tests/lesa/training/test_checkpoint.py"
 LOOP = "tests/lesa/training/test_loop.py"
@@ -70,13 +83,37 @@ CRASHES = Group(
             "tests/flows/test_ray_guard.py::test_nothing_of_a_killed_session_is_left_and_nobody_else_is_touched",
         ),
         case(
+            "a recorder has not the memory for a trajectory",
+            "a MemoryError, torch's and the system's words for it, an actor with little memory, SIGKILL each time",
+            "the actor is replaced, the batch tried again; after three attempts the key is named, and what takes less",
+            f"{MEMORY}::test_whoever_says_it_it_is_the_same_error_with_a_remedy",
+            f"{MEMORY}::test_another_error_stays_what_it_is",
+            f"{MEMORY}::test_a_death_and_too_little_memory_are_tried_again_and_nothing_else",
+            f"{MEMORY}::test_a_recorder_without_memory_is_replaced_and_given_up_by_name",
+            f"{MEMORY}::test_one_that_the_system_ends_each_time_is_given_up_by_name",
+        ),
+        case(
+            "faults in any order",
+            "record, kill, damage, delete, lose the ledger, change the plan, race, train and publish, drawn at random",
+            "nothing partial is listed, nothing damaged is read, a recording ends with the undisturbed bytes",
+            "tests/faults/test_stateful.py::test_a_store_under_faults_in_any_order",
+        ),
+        case(
+            "a process samples for long",
+            "plain, accelerated and adaptive runs in turn",
+            "no tensor and no memory more than after the first ones, the same latents",
+            "tests/lesa/sampling/test_long_runs.py::test_a_thousand_samples_leave_nothing_behind",
+        ),
+        case(
             "a trainer dies at any step, also while it saves",
             "SIGKILL at iterations and inside a checkpoint, again and again, in both trainings",
             "it goes on from the newest whole checkpoint; the final weights are those of an undisturbed run",
             f"{TRAINING}::test_killed_at_an_iteration",
+            f"{TRAINING}::test_killed_at_any_moment",
             f"{TRAINING}::test_killed_inside_a_checkpoint",
             f"{TRAINING}::test_killed_again_and_again",
             f"{TRAINING}::test_a_torn_newest_checkpoint_costs_two_iterations",
+            f"{TRAINING}::test_a_changed_setting_never_goes_on_from_the_old_checkpoint",
         ),
         case(
             "what a dead process left half written",
@@ -98,6 +135,7 @@ CRASHES = Group(
             "signals to a stage and to `make repro`",
             "one line, 143 or 130, and everything that was committed stays",
             f"{ENVIRONMENT}::test_sigterm_ends_a_stage_with_143",
+            f"{ENDINGS}::test_a_signal_while_ray_runs",
             "tests/flows/test_repro.py::test_who_ends_takes_dvc_and_its_stage_along",
         ),
         case(
@@ -105,6 +143,11 @@ CRASHES = Group(
             "the order of writes, syncs and renames is recorded and checked",
             "everything is synced before the rename that commits it",
             f"{RECORDING}::test_everything_is_synced_before_the_rename_that_commits_it",
+            f"{POWER}::test_the_model_loses_what_is_not_synced",
+            f"{POWER}::test_a_bundle_is_the_old_one_the_new_one_or_not_there",
+            f"{POWER}::test_a_checkpoint_is_whole_and_the_one_before_it_stays_until_it_is",
+            f"{POWER}::test_a_catalogue_and_a_ledger_are_the_old_or_the_new",
+            f"{POWER}::test_a_trajectory_on_its_way_out_of_the_store_or_back_is_never_torn",
         ),
         case(
             "two recorders on one store",
@@ -133,17 +176,58 @@ CRASHES = Group(
             "one at a time; the second says who is at work",
             "tests/flows/test_repro.py::test_one_at_a_time",
         ),
+        case(
+            "the Prefect server dies or hangs while a stage runs",
+            "SIGKILL and SIGSTOP of the server",
+            "the stage ends soon after its work and says how",
+            f"{ENDINGS}::test_the_prefect_server_is_gone",
+            f"{ENDINGS}::test_a_signal_when_the_prefect_server_hangs",
+        ),
+        case(
+            "`dvc repro` dies in the middle",
+            "SIGKILL of DVC and of the stage that it runs",
+            "the next one records what is missing; lock file and store are those of an undisturbed run",
+            f"{DVC}::test_killed_in_the_middle_it_goes_on",
+        ),
+        case(
+            "who started a command dies, or the command does not hear",
+            "SIGKILL of the asker, a command that ignores signals",
+            "the whole group ends, by force where it must",
+            f"{SUPERVISOR}::test_a_killed_asker_is_as_good_and_the_next_one_waits",
+            f"{SUPERVISOR}::test_what_does_not_hear_is_forced",
+        ),
+        case(
+            "a job stops or gives no sign",
+            "SIGSTOP, a job that reports nothing any more",
+            "found, said on the screen and ended; one that reports is left alone",
+            f"{SIGNS}::test_a_stopped_process_is_found_and_ended",
+            f"{SIGNS}::test_a_job_that_reports_nothing_any_more_is_ended",
+            f"{SIGNS}::test_a_job_that_reports_is_left_alone",
+        ),
     ),
 )
 BYTES = Group(
     "Disk and bytes",
     (
         case(
+            "files of any content",
+            "seeded changes of bytes and of meaning to manifests, weights, stores, what lies beside them, params.yaml",
+            "read with the same meaning or refused in words, in bounded time",
+            f"{FUZZING}::test_manifests",
+            f"{FUZZING}::test_weights_that_a_manifest_vouches_for",
+            f"{FUZZING}::test_stores",
+            f"{FUZZING}::test_what_lies_beside_a_store",
+            f"{FUZZING}::test_saved_predictors",
+            f"{FUZZING}::test_parameter_files",
+        ),
+        case(
             "the disk is full",
             "a small tmpfs and /dev/full, for trajectory and checkpoint",
             "an error with path and need; nothing is committed; afterwards the same bytes",
             f"{RECORDING}::test_a_full_disk_surfaces_and_leaves_nothing_committed",
             f"{TRAINING}::test_a_full_disk_says_so_and_keeps_what_was_saved",
+            "tests/faults/test_full_disk.py::"
+            "test_what_was_there_survives_and_what_was_meant_is_written_once_there_is_room",
             f"{RECORD}::test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_recorded",
         ),
         case(
@@ -195,6 +279,32 @@ BYTES = Group(
             f"{RECORD}::test_bytes_do_not_depend_on_order_or_history",
             f"{STORE}::test_two_stores_of_the_same_trajectories_are_the_same_bytes",
             "tests/flows/test_record.py::test_the_stage_records_what_a_plain_process_records",
+        ),
+        case(
+            "DVC's lock file or cache is damaged",
+            "torn and foreign lock files, a byte of a cached object changed",
+            "reported by name, or recorded anew; never taken for a trajectory",
+            f"{DVC}::test_a_damaged_lock_file_is_reported_by_name_and_nothing_runs",
+            f"{DVC}::test_a_lock_file_that_names_another_store_runs_the_stage_and_nothing_is_recorded",
+            f"{DVC}::test_a_damaged_object_of_the_cache_is_not_taken_for_a_trajectory",
+            f"{DVC}::test_a_damaged_trajectory_does_not_get_into_the_lock_file",
+            f"{PREFLIGHT}::test_a_torn_lock_is_named_with_the_remedy",
+        ),
+        case(
+            "damage met while recording",
+            "trajectories and the root damaged before, while and after others are recorded",
+            "recorded anew; never in the catalogue",
+            f"{DRIVE}::test_a_damaged_trajectory_is_recorded_anew",
+            f"{DRIVE}::test_damage_while_others_are_recorded_is_not_catalogued",
+            f"{DRIVE}::test_a_damaged_root_is_written_anew",
+        ),
+        case(
+            "a plan that shrinks, and grows again",
+            "prompts taken from the settings and given back",
+            "what was recorded is set aside and comes back as it was",
+            f"{DVC}::test_a_plan_that_shrinks_and_grows_again_costs_nothing",
+            f"{PRUNED}::test_they_come_back_as_they_were",
+            f"{DRIVE}::test_what_was_damaged_while_it_was_set_aside_is_recorded_anew",
         ),
     ),
 )
@@ -254,6 +364,15 @@ BUNDLES = Group(
             "newer: refused with both numbers; older: read, or the peers decide",
             f"{BUNDLE}::test_attack",
             "tests/flows/test_publish.py::test_after_the_format_has_changed_the_peers_decide",
+        ),
+        case(
+            "a bundle whose files change while it is read, or after",
+            "files overwritten between any two steps of reading",
+            "the bytes that were verified are the bytes that are used",
+            f"{CHANGES}::test_files_that_change_after_they_were_read_change_nothing",
+            f"{CHANGES}::test_weights_that_change_after_the_manifest_was_read_are_refused",
+            f"{CHANGES}::test_a_loaded_bundle_does_not_read_its_files_again",
+            f"{CHANGES}::test_a_bundle_that_is_rewritten_all_the_time_is_the_pinned_one_or_refused",
         ),
     ),
 )
@@ -319,6 +438,7 @@ OPERATIONS = Group(
             "a server that refuses, hangs, lies",
             "training goes on; what was not taken is kept and sent once later",
             f"{TRACKING}::test_training_does_not_wait_for_a_broken_server",
+            f"{TRACKING}::test_a_sender_that_nobody_needs_ends",
             "tests/flows/test_tracking.py::test_sending_twice_doubles_nothing",
         ),
         case(
@@ -371,6 +491,27 @@ OPERATIONS = Group(
             "refused; ours are private",
             f"{PULL}::test_a_cache_that_others_can_write_is_refused",
             "tests/flows/test_tracking.py::test_state_is_private",
+        ),
+        case(
+            "there is no registry",
+            "a port that nobody listens on; a database that cannot be read",
+            "refused by address within seconds; nothing is created",
+            f"{PUBLISHING}::test_publishing_without_a_registry_fails_clearly_and_in_time",
+            f"{PREFLIGHT}::test_a_registry_that_cannot_be_read_is_named_before_hours_of_work",
+        ),
+        case(
+            "others reach what listens",
+            "everything of the project runs at once",
+            "loopback alone",
+            f"{LISTENERS}::test_everything_listens_on_loopback_alone",
+            f"{LISTENERS}::test_addresses_as_the_kernel_writes_them",
+        ),
+        case(
+            "secrets in the environment",
+            "canaries planted before stages that succeed and fail",
+            "none is in anything that they write or say",
+            f"{SECRETS}::test_no_canary_is_written_or_said_by_any_stage",
+            f"{SECRETS}::test_the_sweep_finds_what_is_there",
         ),
     ),
 )

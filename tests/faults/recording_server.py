@@ -61,8 +61,8 @@ def record(folder: str) -> str:
         stop_at(int(Path("stop-at").read_text()))
     workload = load_params("params.yaml")
     store = TrajectoryStore.create(workload.paths.trajectories)
-    recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
-    return json.dumps(drive(workload, store, contextlib.closing(recorder), logging.getLogger("record")))
+    recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload.recording, store)
+    return json.dumps(drive(workload.recording, store, contextlib.closing(recorder), logging.getLogger("record")))
 
 
 def serve(client: socket.socket) -> None:

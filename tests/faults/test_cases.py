@@ -19,6 +19,18 @@ def test_every_fault_has_tests_that_there_are(test: str) -> None:
     assert name in functions
 
 
+def test_every_test_of_a_fault_is_in_the_list() -> None:
+    here = ROOT / "tests/faults"
+    found = {
+        f"tests/faults/{path.name}::{node.name}"
+        for path in here.glob("test_*.py")
+        if path.name != Path(__file__).name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    assert found - set(all_tests()) == set()
+
+
 def test_the_page_says_what_failed_and_what_did_not_run() -> None:
     first, second = all_tests()[:2]
     results = {first: {"ran": 3, "failed": 1, "seconds": 1.0}}

@@ -81,6 +81,8 @@ def begin(folder: Path, kind: str, home: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As a terminal's: tests in the background may have been told to ignore it, and so would the stage.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -99,7 +101,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long)],
 )
 def test_a_signal_while_ray_runs(tmp_path: Path, home: Path, number: int, code: int, word: str) -> None:
     process = begin(tmp_path, "ray", home)
@@ -112,7 +115,11 @@ def test_a_signal_while_ray_runs(tmp_path: Path, home: Path, number: int, code: 
 
 @pytest.mark.parametrize(
     ("fault", "kind", "code"),
-    [(signal.SIGKILL, "done", 0), (signal.SIGSTOP, "done", 0), (signal.SIGKILL, "refused", 2)],
+    [
+        pytest.param(signal.SIGKILL, "done", 0, marks=pytest.mark.long),
+        (signal.SIGSTOP, "done", 0),
+        pytest.param(signal.SIGKILL, "refused", 2, marks=pytest.mark.long),
+    ],
 )
 def test_the_prefect_server_is_gone(tmp_path: Path, home: Path, fault: int, kind: str, code: int) -> None:
     """What is done is done, whether the server died or hangs, and so is what was refused."""

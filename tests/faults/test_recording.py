@@ -25,6 +25,7 @@ from lesa import locks
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.recording.store import TrajectoryStore
+from tests.faults import sweep
 from tests.helpers.digests import tree_digest
 from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository
@@ -125,28 +126,32 @@ def committed(store: Path) -> list[str]:
 
 
 def test_a_kill_at_any_moment_and_a_rerun_end_as_undisturbed(
-    root: Path, undisturbed: str, recorder: subprocess.Popen[str], tmp_path: Path
-) -> None:
+    root: Path, undisturbed: str, recorder: subprocess.Popen[str], tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
     started = time.monotonic()
     start(recorder, tmp_path / "timed.zarr")
     assert status(recorder) == 0
     whole = time.monotonic() - started  # kills are spread over what a recording takes on this machine
-    delays = random.Random(0)
-    interrupted = 0
-    for trial in range(5):
+    pairs = max(1, sweep.kills(4) // 2)
+    first, second = (sweep.moments(whole, pairs, seed) for seed in (0, 1))
+    killed = interrupted = 0
+    for trial, delays in enumerate(zip(first, reversed(second), strict=True)):
         store = tmp_path / f"{trial}.zarr"
-        for _ in range(2):  # killed twice, the second time while it goes on where the first was
+        for delay in delays:  # killed twice, the second time while it goes on where the first was
             pid = start(recorder, store)
-            time.sleep(delays.uniform(0.02, 0.5) * whole)
+            time.sleep(delay)
             kill(pid)
             ended = status(recorder)
+            killed += ended == -signal.SIGKILL
             interrupted += ended == -signal.SIGKILL and len(committed(store)) < 6
             assert TrajectoryStore.create(store).verify() == []
         start(recorder, store)
         assert status(recorder) == 0
         assert tree_digest(store) == undisturbed, f"trial {trial}"
         assert len(committed(store)) == 6
-    assert interrupted >= 5  # the sweep did hit recordings in the middle
+    record_property("kills", killed)
+    assert interrupted >= pairs / 2  # the sweep did hit recordings in the middle
 
 
 def test_a_kill_while_a_trajectory_is_being_written(

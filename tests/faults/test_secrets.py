@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -12,22 +10,12 @@ import tempfile
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 
 from tests.flows.test_retrain import FIRST_RUN
+from tests.helpers.canaries import CANARIES, IN_ADDRESS, spellings, sweep
 from tests.helpers.clone import clone, environment, run
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # every stage of a tiny workload, two of them twice
-
-CANARIES = {
-    "MLFLOW_TRACKING_PASSWORD": "canary-mlflow/1",
-    "AWS_SECRET_ACCESS_KEY": "canary+aws/2",
-    "HF_TOKEN": "hf_canary3",
-    "PREFECT_API_AUTH_STRING": "admin:canary-prefect-4",
-}
-IN_ADDRESS = "canary-address-5"
 
 # What a stage meets whose registry is down, and a job that tells all it knows, in a process of Ray's.
 FAILING = """
@@ -69,6 +57,8 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)  # every stage of a tiny workload, two of them twice
 def test_no_canary_is_written_or_said_by_any_stage(tmp_path: Path, ray_folder: Path) -> None:
     repository = clone(tmp_path / "clone")
     (repository / "failing.py").write_text(FAILING)
@@ -108,26 +98,3 @@ def test_the_sweep_finds_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("canary%2Baws%2F2")
     (tmp_path / "d").write_text("harmless canary")
     assert {line.partition(" ")[0] for line in sweep(tmp_path)} == {"a", "b", "c"}
-
-
-def spellings() -> list[bytes]:
-    pair = f"user:{IN_ADDRESS}"
-    whole = [*CANARIES.values(), CANARIES["PREFECT_API_AUTH_STRING"].partition(":")[2], IN_ADDRESS, pair]
-    return [text.encode() for secret in whole for text in (secret, quote(secret, safe=""), b64_of(secret))]
-
-
-def b64_of(text: str) -> str:
-    return b64encode(text.encode()).decode()
-
-
-def sweep(folder: Path) -> list[str]:
-    """Every file below a folder that holds a canary, and which."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            with contextlib.suppress(OSError):  # a socket, a file that is gone
-                if path.is_file():
-                    data = path.read_bytes()
-                    found += [f"{path.relative_to(folder)} {canary!r}" for canary in spellings() if canary in data]
-    return found

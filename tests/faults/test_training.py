@@ -16,6 +16,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lesa.predictor.predictor import Predictor
 from lesa.recording.store import TrajectoryStore
 from lesa.recording.store_format import StoreError
 from lesa.training import jobs
+from tests.faults import sweep
 from tests.helpers.recording import record
 from tests.helpers.tiny import tiny_repository
 
@@ -204,6 +206,32 @@ def test_killed_inside_a_checkpoint(
         assert done["digests"] == undisturbed[step, "table"]["digests"], write
         assert done["figures"] == undisturbed[step, "table"]["figures"], write
         assert not list((own / "data/checkpoints").rglob("*.partial")), write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_moment(
+    root: Path, undisturbed: Any, tmp_path: Path, step: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Kills from outside, over all that a training takes, its start and its last checkpoint included."""
+    started = time.monotonic()
+    resumed(copy_of(root, tmp_path / "timed", "table"), step, "table")
+    whole = time.monotonic() - started
+    killed = 0
+    for number, moment in enumerate(sweep.moments(whole, sweep.kills(1), seed=len(step))):
+        own = copy_of(root, tmp_path / str(number), "table")
+        process = CONTEXT.Process(target=child, args=(str(own), step, "table", None, str(own / "none")))
+        process.start()
+        process.join(moment)  # one that was quicker than its killer needs no rerun to be whole
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        done = resumed(own, step, "table")
+        assert done["digests"] == undisturbed[step, "table"]["digests"], moment
+        assert done["figures"] == undisturbed[step, "table"]["figures"], moment
+        assert not list((own / "data/checkpoints").rglob("*.partial")), moment
+    record_property("kills", killed)
+    assert killed >= sweep.kills(1) // 2, "the sweep did hit trainings in the middle"
 
 
 def test_killed_again_and_again(root: Path, undisturbed: Any, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def workload(made, tmp_path, monkeypatch) -> Workload:
 
 
 def write_predictor(workload: Workload, change: float) -> None:
-    train, _ = recorded_splits(workload)
+    train, _ = recorded_splits(workload.recording)
     start = untrained_predictor(expert_design(workload), train.sigmas, train.channels)
     tensors = {
         name: value + change * torch.ones_like(value) if "projection" in name else value

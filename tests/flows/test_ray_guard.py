@@ -39,7 +39,7 @@ def test_nothing_of_a_killed_session_is_left_and_nobody_else_is_touched(tmp_path
         assert folder.startswith("/")
         ours = identify(driver.pid)
         assert ours is not None
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while len(titles := _titles(folder, ours)) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         assert any("Agent" in title for title in titles), titles
@@ -50,7 +50,7 @@ def test_nothing_of_a_killed_session_is_left_and_nobody_else_is_touched(tmp_path
         assert {driver.pid, reader.pid} < holding
         driver.kill()
         driver.wait()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120  # beside other tests
         while _holding(folder) != {reader.pid} and time.monotonic() < deadline:
             time.sleep(0.2)
         assert _holding(folder) == {reader.pid}

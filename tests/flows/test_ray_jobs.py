@@ -90,12 +90,12 @@ def reporter(tmp_path, monkeypatch) -> Reporter:
     return Reporter(path=spool, name="train")
 
 
-def go(work, reporter, workers, jobs=None, timeout_s=600):
+def go(work, reporter, workers, jobs=None, timeout_s=600, threads=1):
     return run_jobs(
         work,
         load_params(ROOT / "params.yaml"),
         jobs or {"a": 2, "b": 3},
-        share=WorkerResources(workers=workers, timeout_s=timeout_s),
+        share=WorkerResources(workers=workers, threads_per_worker=threads, timeout_s=timeout_s),
         reporter=reporter,
     )
 
@@ -116,10 +116,12 @@ def test_one_after_the_other(reporter):
 
 
 @pytest.mark.slow
-def test_side_by_side(reporter):
-    with ray_session(2):  # one for all four: starting one takes seconds
+def test_side_by_side(reporter, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-of-a-job")
+    with ray_session(2):  # one for all five: starting one takes seconds
         assert go(square, reporter, 2) == {"a": (4, 1, "flux-digits"), "b": (9, 1, "flux-digits")}
         assert parts(reporter) == {"a/value", "b/value"}
+        assert go(square, reporter, 2, threads=2) == {"a": (4, 2, "flux-digits"), "b": (9, 2, "flux-digits")}
         with pytest.raises(ValueError, match=r"nowhere/train\.txt does not exist"):
             go(refuse, reporter, 2)
         with pytest.raises(BundleError, match="not a usable bundle") as caught:
@@ -128,6 +130,9 @@ def test_side_by_side(reporter):
         with pytest.raises(Exception, match="JSONDecodeError"):
             go(stumble, reporter, 2)
         assert go(die_once, reporter, 2) == {"a": "resumed", "b": "resumed"}
+        with pytest.raises(Exception, match=r"http://\*\*\*@host") as caught:
+            go(tell, reporter, 2)
+        assert "canary" not in str(caught.value)
 
 
 @pytest.mark.slow
@@ -146,14 +151,6 @@ def test_a_process_that_hangs_is_replaced(reporter, monkeypatch, capsys):
         monkeypatch.setattr(job_signs, "SILENT_SECONDS", 60.0)
         assert go(say_nothing_once, reporter, 2, timeout_s=3) == {"a": "resumed", "b": "resumed"}
         assert "nothing reported for" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_what_a_job_raises_says_no_secret(reporter, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "canary-of-a-job")
-    with pytest.raises(Exception, match=r"http://\*\*\*@host") as caught:
-        go(tell, reporter, 2)
-    assert "canary" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

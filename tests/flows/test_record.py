@@ -40,7 +40,7 @@ def test_a_recorder_commits_and_does_nothing_the_second_time(workload: Workload)
         assert torch.get_num_threads() == workload.resources.record.threads_per_actor
         assert recorder.process() == identify(os.getpid())
         source, size = recorder.describe()
-        plan = plan_recording(workload, source)
+        plan = plan_recording(workload.recording, source)
         assert size.num_steps == 8
         store = TrajectoryStore.open(workload.paths.trajectories)
         assert recorder.record(plan[:1]) == [plan[0].key]
@@ -109,7 +109,7 @@ def test_a_trajectory_that_never_ends_is_given_up_by_name(
     with ray_session(2) as ray:
         pool = RecorderPool(ray, workload, Path.cwd())
         try:
-            plan = plan_recording(workload, pool.describe()[0])
+            plan = plan_recording(workload.recording, pool.describe()[0])
             with pytest.raises(RecordingFailed, match=f"{plan[0].key} failed {MAX_ATTEMPTS} times.*in time"):
                 pool.record(plan[:1], lambda key: None)
         finally:

@@ -120,7 +120,9 @@ with WatcherThreadCancelScope() as scope:  # what Prefect ends a run with that h
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["terminated", "killed", "lease"])
+@pytest.mark.parametrize(
+    "how", ["terminated", *(pytest.param(how, marks=pytest.mark.long) for how in ("killed", "lease"))]
+)
 def test_who_ends_takes_dvc_and_its_stage_along(repository, how):
     """They are asked, also where there is nobody left to ask them; the next one waits for them and goes on."""
     (repository / "work.py").write_text(STAGE)

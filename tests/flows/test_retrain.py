@@ -17,11 +17,13 @@ import yaml
 
 from flows.processes import descendants, identify, is_running
 from flows.retrain import is_superseded
+from tests.helpers.canaries import CANARIES, spellings, sweep
 from tests.helpers.clone import clone, commit, environment, run
 from tests.helpers.tiny import write_prompts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a minute's schedule, then a whole retraining
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute's schedule, then a whole retraining
 NEW_PROMPT = "a heavy three"
+SCHEDULED = {name: secret for name, secret in CANARIES.items() if not name.startswith("PREFECT_")}
 GATE = "gate: (promoted|kept): "  # the retraining's last line
 
 # A first champion, made as the stages make it but in one process: what is tested here is the second one.
@@ -37,8 +39,8 @@ from lesa.recording.store import TrajectoryStore
 
 workload = read_workload(None)
 store = TrajectoryStore.create(workload.paths.trajectories)
-recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload, store)
-drive(workload, store, closing(recorder), logging.getLogger("record"))
+recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload.recording, store)
+drive(workload.recording, store, closing(recorder), logging.getLogger("record"))
 with stage_run("search", workload, ("seed",)) as tracked:
     search.find.fn(workload, tracked)
 workload = read_workload(None, searched=True)
@@ -57,11 +59,12 @@ def repository(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, "-c", FIRST_RUN],
         cwd=folder,
-        env=environment(),
+        env=environment(**CANARIES),
         capture_output=True,
         text=True,
         timeout=600,
     )
+    assert [canary for canary in spellings() if canary in (done.stdout + done.stderr).encode()] == []
     assert done.returncode == 0 and "FIRST 1" in done.stdout, done.stdout + done.stderr
     return folder
 
@@ -81,12 +84,12 @@ def test_the_schedule_retrains_on_new_prompts(repository):
         local = subprocess.Popen(
             [sys.executable, "-m", "flows.retrain_local", "--port", str(port)],
             cwd=repository,
-            env=environment(PREFECT_WORKER_QUERY_SECONDS="2"),
+            env=environment(PREFECT_WORKER_QUERY_SECONDS="2", **SCHEDULED),
             stdout=output,
             stderr=output,
         )
         try:
-            wait_for(log, rf"{GATE}[\s\S]*Finished in state|in state Failed|Crashed", local, 400)
+            wait_for(log, rf"{GATE}[\s\S]*Finished in state|in state Failed|Crashed", local, 800)
             ours = identify(local.pid)
             assert ours is not None
             family = {ours, *descendants([ours])}
@@ -112,6 +115,8 @@ def test_the_schedule_retrains_on_new_prompts(repository):
     assert versions["2"]["gate"] in {"promoted", "kept out"}
     assert versions["1"]["manifest_sha256"] != versions["2"]["manifest_sha256"]
 
+    assert [canary for canary in spellings() if canary in text.encode()] == []
+    assert sweep(repository) == [], "secrets of the environment are written nowhere"
     time.sleep(1)
     assert [process for process in family if is_running(process)] == [], "nothing is left running"
 

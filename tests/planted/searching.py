@@ -14,15 +14,15 @@ FAULTS = [
     Fault(
         "the-search-judges-on-validation",
         "lesa/search/jobs.py",
-        "train, _ = kept_splits(workload)",
-        "_, train = kept_splits(workload)",
+        "train, _ = kept_splits(workload.recording)",
+        "_, train = kept_splits(workload.recording)",
         (*JOBS, *DESCENT),
     ),
     Fault(
         "the-cheapest-path-is-that-of-validation",
         "lesa/search/jobs.py",
-        "train, _ = recorded_splits(workload)",
-        "_, train = recorded_splits(workload)",
+        "train, _ = recorded_splits(workload.recording)",
+        "_, train = recorded_splits(workload.recording)",
         (*JOBS, *DESCENT),
     ),
     Fault(

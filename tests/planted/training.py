@@ -8,6 +8,7 @@ LOSSES, TARGETS = ("tests/lesa/training/test_losses.py",), ("tests/lesa/training
 LOOP, GROUND = ("tests/lesa/training/test_loop.py",), ("tests/lesa/training/test_ground_truth.py",)
 CASES = ("tests/lesa/training/test_cases.py",)
 CLOSED, JOBS = ("tests/lesa/training/test_closed_loop.py",), ("tests/lesa/training/test_jobs.py",)
+RECOMPUTE = ("tests/lesa/training/test_recompute.py", "tests/benchmarks/true_size/test_loop_memory.py")
 COUNTS = ("tests/lesa/training/test_step_counts.py",)
 RECORD, DATASET = ("tests/lesa/recording/test_record.py",), ("tests/lesa/recording/test_dataset.py",)
 
@@ -126,12 +127,69 @@ FAULTS = [
         "load_predictor(workload.paths.closed_loop)",
         JOBS,
     ),
+    # lesa/training/recompute.py and encoded_prompts.py, and where they are called
+    Fault(
+        "a-calls-activations-are-kept",
+        "lesa/training/recompute.py",
+        "return _checkpoint(call, *args, **kwargs)",
+        "return call(*args, **kwargs)",
+        RECOMPUTE,
+    ),
+    Fault(
+        "a-predictions-activations-are-kept",
+        "lesa/training/rollout.py",
+        "rule = RecomputedRule(rule)",
+        "pass",
+        RECOMPUTE,
+    ),
+    Fault(
+        "a-checkpoint-holds-what-is-given-by-name",
+        "lesa/training/recompute.py",
+        "return checkpoint(by_name, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=False)",
+        "return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)",
+        RECOMPUTE,
+    ),
+    Fault(
+        "what-is-held-for-one-loss-is-missed-in-recomputing",
+        "lesa/training/rollout.py",
+        "if isinstance(rule, ExpertRule) and not gradient_checkpointing else ()",
+        "if isinstance(rule, ExpertRule) else ()",
+        RECOMPUTE,
+    ),
+    Fault(
+        "the-gradient-goes-through-steps-that-were-to-be-constants",
+        "lesa/training/rollout.py",
+        "stack.enter_context(constant_calls(pipe, constants))",
+        "stack.enter_context(constant_calls(pipe, frozenset()))",
+        RECOMPUTE,
+    ),
+    Fault(
+        "the-share-of-constant-steps-is-upside-down",
+        "lesa/training/recompute.py",
+        "if place >= model_gradient)",
+        "if place < model_gradient)",
+        RECOMPUTE,
+    ),
+    Fault(
+        "constant-steps-are-not-those-of-the-settings",
+        "lesa/training/closed_loop.py",
+        "constant_steps(case.schedule, settings.model_gradient, batch)",
+        "constant_steps(case.schedule, 1.0, batch)",
+        RECOMPUTE,
+    ),
+    Fault(
+        "a-prompt-is-remembered-as-another",
+        "lesa/training/encoded_prompts.py",
+        "key = (text, repr(",
+        'key = ("", repr(',
+        ("tests/lesa/training/test_encoded_prompts.py",),
+    ),
     # lesa/training/loop.py and cases.py
     Fault(
         "validation-is-done-on-training-trajectories",
         "lesa/training/loop.py",
-        "judge.loss(case, case.validation, chunk)",
-        "judge.loss(case, case.train, chunk)",
+        "judge.loss(case, case.validation, chunk, None)",
+        "judge.loss(case, case.train, chunk, None)",
         LOOP,
     ),
     Fault(
@@ -209,7 +267,7 @@ FAULTS = [
     Fault(
         "prompts-share-the-noise-of-their-neighbours",
         "lesa/recording/plan.py",
-        "index * workload.record.seeds_per_prompt + repeat",
+        "index * recording.record.seeds_per_prompt + repeat",
         "index + repeat",
         RECORD,
     ),
@@ -237,8 +295,8 @@ FAULTS = [
     Fault(
         "validation-reads-training-trajectories",
         "lesa/recording/dataset.py",
-        "tuple(splits[split][: workload",
-        'tuple(splits["train"][: workload',
+        "tuple(splits[split][: recording",
+        'tuple(splits["train"][: recording',
         DATASET,
     ),
     Fault(

@@ -40,7 +40,7 @@ LIBRARIES = (  # modules of ours whose imports are those of most tests
     "tests.helpers.tiny",
 )
 # What is not needed to tell whether a test fails is left out: other plugins, explained assertions, the cache.
-OPTIONS = ("-q", "-m", "not slow", "--assert=plain", "-p", "pytest_timeout", "-p", "no:cacheprovider")
+OPTIONS = ("-q", "-m", "not slow and not long", "--assert=plain", "-p", "pytest_timeout", "-p", "no:cacheprovider")
 TEST_SECONDS = 900  # of one test: a fault may make a loop endless, and the machine may be busy
 Result = Literal["caught", "survived", "broken"]
 
