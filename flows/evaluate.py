@@ -13,10 +13,7 @@ from flows.ray_jobs import kept_workers, run_jobs
 from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
 from lesa.atomic import write_bytes
-from lesa.evaluation.compare import evaluate_workload
-from lesa.evaluation.table import format_table
 from lesa.params import Workload
-from lesa.training.jobs import load_predictor
 
 
 @flow(name="evaluate")
@@ -30,6 +27,10 @@ def evaluate(workload: str | None = None) -> dict[str, Any]:
 @task(name="judge")
 def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
     """The report folder is written as a whole; its numbers go to the run."""
+    from lesa.evaluation.compare import evaluate_workload
+    from lesa.evaluation.table import format_table
+    from lesa.training.jobs import load_predictor
+
     predictors = {
         "lesa": load_predictor(workload.paths.closed_loop),
         "lesa_ground_truth": load_predictor(workload.paths.ground_truth),

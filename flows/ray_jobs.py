@@ -17,7 +17,6 @@ from flows.job_signs import Report, Watch, signs_of_life
 from flows.ray_guard import no_orphans
 from flows.tracking.run import Reporter
 from lesa.errors import LesaError
-from lesa.models.pipelines import release_memory
 from lesa.params import WorkerResources, Workload
 
 RAY_ATTEMPTS = 3  # to start Ray
@@ -205,6 +204,8 @@ def _job(
 ) -> Any:
     os.chdir(Path(folder))
     import torch
+
+    from lesa.models.pipelines import release_memory
 
     torch.set_num_threads(threads)
     try:

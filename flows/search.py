@@ -13,8 +13,6 @@ from flows.ray_jobs import run_jobs
 from flows.stage import final_values, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
 from lesa.params import Workload
-from lesa.search.jobs import cheapest_starts, clear_searches, run_search_job
-from lesa.search.schedules_file import write_schedules
 
 
 @flow(name="search")
@@ -28,6 +26,9 @@ def search(workload: str | None = None) -> dict[str, Any]:
 @task(name="search schedules")
 def find(workload: Workload, run: Tracker) -> dict[str, Any]:
     """The cheapest paths first, then one job a budget."""
+    from lesa.search.jobs import cheapest_starts, clear_searches, run_search_job
+    from lesa.search.schedules_file import write_schedules
+
     share = workload.resources.search
     alone = dataclasses.replace(share, workers=1)
     starts = run_jobs(cheapest_starts, workload, {"paths": None}, share=alone, reporter=run.reporter)["paths"]

@@ -13,7 +13,6 @@ from flows.stage import final_values, metrics_folder, read_workload, stage_main,
 from flows.tracking.run import Tracker
 from lesa.params import Workload
 from lesa.predictor.spec import MIXED
-from lesa.training.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
 
 
 @flow(name="train_stage1")
@@ -27,6 +26,8 @@ def train_stage1(workload: str | None = None) -> dict[str, Any]:
 @task(name="train experts")
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job an expert, side by side as far as the settings allow."""
+    from lesa.training.jobs import finish, list_ground_truth_jobs, run_ground_truth_job
+
     # Those for other numbers of steps take longest and come first.
     listed = sorted(list_ground_truth_jobs(workload), key=lambda job: job.budget != MIXED)
     jobs = {str(job): job for job in listed}

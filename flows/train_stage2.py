@@ -12,7 +12,6 @@ from flows.ray_jobs import run_jobs
 from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
 from flows.tracking.run import Tracker
 from lesa.params import Workload
-from lesa.training.jobs import closed_loop_budgets, finish, run_closed_loop_job
 
 
 @flow(name="train_stage2")
@@ -26,6 +25,8 @@ def train_stage2(workload: str | None = None) -> dict[str, Any]:
 @task(name="train budgets")
 def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job a budget and one for other numbers of steps, side by side as far as the settings allow."""
+    from lesa.training.jobs import closed_loop_budgets, finish, run_closed_loop_job
+
     done = run_jobs(
         run_closed_loop_job,
         workload,

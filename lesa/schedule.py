@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lesa.errors import LesaError
 from lesa.validation import is_int
+
+if TYPE_CHECKING:
+    import torch  # reading settings takes no second of it
 
 MIN_CARRIED = 3  # full steps that a schedule keeps, however short the run it is carried to
 

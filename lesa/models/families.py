@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lesa.errors import LesaError
+
+if TYPE_CHECKING:
+    import torch  # settings name families; reading them takes no second of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Grid:
 
 def by_ids(given: Mapping[str, Any]) -> Grid | None:
     """FLUX: `img_ids` [L, 3] of image, row and column; the image being made is number 0 and comes first."""
+    import torch
+
     ids = given.get("img_ids")
     if not isinstance(ids, torch.Tensor):
         return None
@@ -51,6 +54,8 @@ def by_shapes(given: Mapping[str, Any]) -> Grid | None:
 
 def by_latents(given: Mapping[str, Any]) -> Grid | None:
     """Video transformers that are given the latents themselves, `hidden_states` [B, C, F, H, W]."""
+    import torch
+
     latents = given.get("hidden_states")
     if not (isinstance(latents, torch.Tensor) and latents.ndim == 5):
         return None

@@ -17,7 +17,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import unwrap_module
 
 from lesa.errors import LesaError
 
@@ -40,7 +39,7 @@ def fingerprint(transformer: torch.nn.Module) -> str:
     Raises:
         ValueError: for weights that are on the meta device with no offload hook to read them from.
     """
-    transformer = unwrap_module(transformer)
+    transformer = _uncompiled(transformer)
     digest = hashlib.sha256(_VERSION.encode())
     digest.update(type(transformer).__name__.encode())
     digest.update(json.dumps(_architecture(transformer), sort_keys=True, default=str).encode())
@@ -60,12 +59,12 @@ def fingerprint(transformer: torch.nn.Module) -> str:
 
 def adapters(transformer: torch.nn.Module) -> list[str]:
     """Names of the adapters (LoRA and the like) loaded into the transformer, fused ones not included."""
-    return sorted(getattr(unwrap_module(transformer), "peft_config", None) or {})
+    return sorted(getattr(_uncompiled(transformer), "peft_config", None) or {})
 
 
 def is_quantized(transformer: torch.nn.Module) -> bool:
     """Whether the weights are stored in fewer bits than a floating type of 16."""
-    transformer = unwrap_module(transformer)
+    transformer = _uncompiled(transformer)
     if getattr(transformer, "hf_quantizer", None) is not None or getattr(transformer, "is_quantized", False):
         return True
     if any(type(module).__module__.startswith(_INTEGER_MODULES) for module in transformer.modules()):
@@ -133,7 +132,7 @@ class WeightSample:
         groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         kept: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Size, int]]] = {}
         with torch.inference_mode():
-            for name, value in base_parameters(unwrap_module(transformer)):
+            for name, value in base_parameters(_uncompiled(transformer)):
                 local = getattr(value, "_local_tensor", value)  # the part of a distributed one that is here
                 entries = local if local.is_contiguous() else local.reshape(-1)
                 size, group = local.numel(), (local.device, local.dtype)
@@ -215,3 +214,11 @@ def _sample(value: torch.Tensor) -> torch.Tensor:
 def _is_tensor_subclass(value: torch.Tensor) -> bool:
     inner = value.data if isinstance(value, torch.nn.Parameter) else value
     return type(inner).__module__.split(".")[0] in ("torchao", "bitsandbytes", "optimum")
+
+
+def _uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """What torch.compile wraps, where it wraps anything."""
+    from diffusers.utils.torch_utils import unwrap_module  # seconds to import; who plans a recording needs none of it
+
+    inner: torch.nn.Module = unwrap_module(module)
+    return inner

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from lesa.schedule import Schedule
 
-ALPHA_KINDS = ("kan", "mlp", "table")
 KAN_LAYERS = 2  # history offsets -> hidden -> alpha
 MIN_RANGE = 1e-5  # a narrower range of offsets is one point and rounding: scaled up, it would be noise
 

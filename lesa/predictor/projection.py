@@ -14,8 +14,6 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-KINDS = ("dense", "low_rank", "per_channel")
-
 
 def projection_shapes(kind: str, channels: int, history_size: int, rank: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a projection's tensors."""

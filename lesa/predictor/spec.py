@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa.errors import LesaError
-from lesa.predictor import projection as projections
-from lesa.predictor.alpha import ALPHA_KINDS
 from lesa.schedule import Schedule, boundary_problems
 from lesa.validation import build
 
 KINDS = ("lesa", "per_step")
+PROJECTIONS = ("dense", "low_rank", "per_channel")
+GATES = ("kan", "mlp", "table")  # what gives alpha
 MIXED = "mixed"  # name of the experts for other numbers of steps, beside those of the budgets
 MIXED_HISTORY = 2  # K of these: the full steps that every carried schedule starts with
 STEPS = "steps"  # name of a variant's step weights, where its stages have their numbers
@@ -70,8 +70,8 @@ class PredictorSpec:
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("history", self.history, ("full_steps", "steps")),
-            ("projection", self.projection, projections.KINDS),
-            ("gate", self.gate, ALPHA_KINDS),
+            ("projection", self.projection, PROJECTIONS),
+            ("gate", self.gate, GATES),
         ):
             if value not in known:
                 problems.append(f"{name} {value!r} is not one of {', '.join(known)}")

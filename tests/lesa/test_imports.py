@@ -218,6 +218,20 @@ def test_import_brings_nothing_heavy():
     assert out.strip() == "[]"
 
 
+def test_what_starts_a_stage_loads_no_torch():
+    """`dvc repro` with nothing to do, a refusal of settings and a stage that hands its work to others start in tenths
+    of a second, and every test that starts one."""
+    light = "flows.stage, flows.repro, flows.champion, flows.prefect_server, flows.tracking.sender"
+    heavy = "{'torch', 'diffusers', 'prefect', 'mlflow'}"
+    out = python(f"import sys, {light}\nprint(sorted({heavy} & set(sys.modules)))")
+    assert out.strip() == "[]"
+    stages = "flows.search, flows.train_stage1, flows.train_stage2, flows.evaluate, flows.retrain"
+    out = python(f"import sys, {stages}\nprint(sorted({{'torch', 'diffusers'}} & set(sys.modules)))")
+    assert out.strip() == "[]"
+    out = python("import sys, flows.base, flows.record\nprint(sorted({'diffusers', 'ray'} & set(sys.modules)))")
+    assert out.strip() == "[]"
+
+
 @pytest.mark.slow
 def test_loading_a_bundle_takes_little_longer_than_importing_diffusers(tmp_path):
     from tests.helpers.bundles import make_bundle

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lesa.predictor.alpha import (
-    ALPHA_KINDS,
     evaluate_alpha,
     gate_shapes,
     history_steps,
@@ -17,6 +16,7 @@ from lesa.predictor.alpha import (
     scale_offsets,
     time_offsets,
 )
+from lesa.predictor.spec import GATES
 from lesa.schedule import Schedule
 
 SCHEDULE = Schedule.uniform(12, 4, warmup_steps=2)  # full 0 1 2 6 10
@@ -89,7 +89,7 @@ def test_each_gate_by_hand() -> None:
     torch.testing.assert_close(evaluate_alpha("kan", kan, torch.tensor([[1.0]]), [0]), expected)
 
 
-@pytest.mark.parametrize("kind", ALPHA_KINDS)
+@pytest.mark.parametrize("kind", GATES)
 def test_shapes_are_those_alpha_reads(kind: str) -> None:
     shapes = gate_shapes(kind, 3, 4, 5, 12)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -11,9 +11,9 @@ import torch
 
 from lesa.predictor.alpha import linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
-from lesa.predictor.projection import KINDS, fold
+from lesa.predictor.projection import fold
 from lesa.predictor.rule import History
-from lesa.predictor.spec import PredictorSpec, Variant
+from lesa.predictor.spec import PROJECTIONS, PredictorSpec, Variant
 from lesa.schedule import Schedule, stage_of_steps
 from tests.helpers.training_set import sigmas
 
@@ -61,7 +61,7 @@ def run_history(seed: int = 0, dtype: torch.dtype = torch.float32, upto: int = 7
     return history
 
 
-@pytest.mark.parametrize("projection", KINDS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("gate", ["kan", "mlp", "table"])
 def test_a_bound_predictor_is_the_formula(projection: str, gate: str) -> None:
     """h_t + alpha z with the stage's own projection, alpha from the stage's own gate."""

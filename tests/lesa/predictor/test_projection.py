@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lesa.predictor.projection import KINDS, fold, initial_projection, project, project_folded, projection_shapes
+from lesa.predictor.projection import fold, initial_projection, project, project_folded, projection_shapes
+from lesa.predictor.spec import PROJECTIONS
 
 C, K, RANK = 3, 2, 2
 
@@ -18,7 +19,7 @@ def random_projection(kind: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROJECTIONS)
 def test_against_the_formula(kind: str) -> None:
     tensors = random_projection(kind)
     newest, second = torch.randn(2, 5, C), torch.randn(2, 5, C)
@@ -37,7 +38,7 @@ def test_per_channel_by_hand() -> None:
     assert z.tolist() == [[2.0 - 10.0 + 0.5, 60.0 - 0.5]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROJECTIONS)
 def test_folded_is_the_same(kind: str) -> None:
     tensors = random_projection(kind)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -48,7 +49,7 @@ def test_folded_is_the_same(kind: str) -> None:
     assert all(torch.equal(tensors[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROJECTIONS)
 def test_starts(kind: str) -> None:
     features = [torch.randn(4, C) for _ in range(3)]
 

@@ -14,8 +14,7 @@ import torch
 from lesa.params import PredictorParams
 from lesa.predictor.alpha import history_steps, linear_alpha, time_offsets
 from lesa.predictor.predictor import Predictor
-from lesa.predictor.projection import KINDS
-from lesa.predictor.spec import PredictorSpec, Variant
+from lesa.predictor.spec import PROJECTIONS, PredictorSpec, Variant
 from lesa.schedule import Schedule
 from lesa.training.expert import Expert
 from tests.helpers.training_set import sigmas
@@ -91,7 +90,7 @@ def test_construction_is_seeded_and_touches_nothing(
         assert any(not torch.equal(value, other[name]) for name, value in first.export().items())
 
 
-@pytest.mark.parametrize(("projection", "gate"), list(itertools.product(KINDS, ["kan", "mlp", "table"])))
+@pytest.mark.parametrize(("projection", "gate"), list(itertools.product(PROJECTIONS, ["kan", "mlp", "table"])))
 def test_an_export_holds_every_number(projection: str, gate: str) -> None:
     trained = new(projection=projection, gate=gate, start="random")
     train_a_little(trained)

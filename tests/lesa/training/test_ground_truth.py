@@ -13,7 +13,7 @@ from torch import nn
 from lesa.models.output_head import OutputHead
 from lesa.params import WorkerResources, Workload
 from lesa.predictor.alpha import linear_alpha, time_offsets
-from lesa.predictor.projection import KINDS
+from lesa.predictor.spec import PROJECTIONS
 from lesa.recording.dataset import Trajectories
 from lesa.schedule import Schedule, stage_of_steps
 from lesa.training import ground_truth
@@ -83,7 +83,7 @@ def test_training_beats_the_start(
 
 @pytest.mark.parametrize(
     ("gate", "projection", "start"),
-    list(itertools.product(["kan", "mlp", "table"], KINDS, ["extrapolation", "random"])),
+    list(itertools.product(["kan", "mlp", "table"], PROJECTIONS, ["extrapolation", "random"])),
 )
 def test_every_form_trains(
     data: tuple[Trajectories, Trajectories], tmp_path: Path, gate: str, projection: str, start: str

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lesa.predictor.projection import KINDS, initial_projection, project, projection_shapes
+from lesa.predictor.projection import initial_projection, project, projection_shapes
+from lesa.predictor.spec import PROJECTIONS
 from lesa.training.whitened_projection import WhitenedProjection
 
 C, K, RANK = 5, 2, 3
@@ -34,7 +35,7 @@ def started(kind: str, start: str = "extrapolation") -> WhitenedProjection:
 
 
 @pytest.mark.parametrize("start", ["extrapolation", "random"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROJECTIONS)
 def test_whitening_changes_no_prediction(kind: str, start: str) -> None:
     projection, history = started(kind, start), features()
     before = project(history, projection.tensors())
