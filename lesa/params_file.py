@@ -29,8 +29,8 @@ from lesa.params import (
     budget_schedules,
     searched_budgets,
 )
-from lesa.predictor.spec import MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS, MIXED
-from lesa.schedule import MIN_CARRIED, Schedule, boundary_problems, history_problems
+from lesa.predictor.spec import MAX_HISTORY, MAX_STAGES, MAX_STEPS, MAX_VARIANTS, MIXED, leading_steps
+from lesa.schedule import MIN_CARRIED, Schedule, boundary_problems, history_problems, longest_run
 from lesa.validation import NAME, build
 
 MERGE = "<<"  # takes a preset's section: `search: {<<: *small-search, samples: 16}`
@@ -212,7 +212,7 @@ def _search_problems(
     problems = []
     searched = searched_budgets(rule)
     for name, count in searched.items():
-        if 1 + count * search.max_gap <= call.num_inference_steps:
+        if longest_run(count, search.max_gap, leading_steps(predictor.kind)) < call.num_inference_steps:
             problems.append(
                 f"search.max_gap: {search.max_gap} leaves steps out of reach of budget {name} ({count} full steps of "
                 f"{call.num_inference_steps})"

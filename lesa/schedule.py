@@ -145,6 +145,11 @@ class Schedule:
         return f"{self.num_full} full of {self.num_steps}: {self.ratio:.2f}x"
 
 
+def longest_run(num_full: int, max_gap: int, leading: int = 1) -> int:
+    """Steps of the longest run that so many full steps serve: the first `leading` in a row, then gaps of `max_gap`."""
+    return leading - 1 + (num_full - leading + 1) * max_gap
+
+
 def least_full(budgets: Iterable[Schedule]) -> int:
     """Full steps that every budget of a bundle keeps at any number of steps: as many as the fastest has at its own.
 

@@ -22,6 +22,11 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 MAX_CHANNELS, MAX_HISTORY, MAX_STAGES, MAX_VARIANTS, MAX_HIDDEN, MAX_STEPS = 65536, 16, 16, 32, 4096, 10000
 
 
+def leading_steps(kind: str) -> int:
+    """Full steps in a row at the start of a searched schedule: what the first prediction of this kind needs."""
+    return 1 if kind == "per_step" else 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """Experts trained for one budget, or for other numbers of steps (`MIXED_VARIANT`)."""

@@ -14,6 +14,7 @@ from lesa.errors import LesaError
 from lesa.models.output_head import load_output_head
 from lesa.models.pipelines import load_pipeline
 from lesa.params import Report, Workload, searched_budgets
+from lesa.predictor.spec import leading_steps
 from lesa.recording.dataset import kept_splits, recorded_splits
 from lesa.schedule import Schedule
 from lesa.search.descent import SearchSettings, refine, serves
@@ -56,7 +57,7 @@ def cheapest_starts(workload: Workload, nothing: None, report: Report) -> list[S
         return []
     train, _ = recorded_splits(workload.recording)
     head = load_output_head(transformer_folder(workload))
-    leading = 1 if workload.predictor.kind == "per_step" else 2
+    leading = leading_steps(workload.predictor.kind)
     counts = sorted({*wanted.values()})
     paths = cheapest_schedules(train, head, counts, max_gap=workload.search.max_gap, leading=leading)
     jobs, impossible = [], []

@@ -19,7 +19,7 @@ import torch
 from lesa.errors import LesaError
 from lesa.models.output_head import OutputHead
 from lesa.recording.dataset import Trajectories
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, longest_run
 
 MAX_GAP = 16  # steps between neighbouring full steps that are considered
 TRAJECTORIES = 32  # that the cost is averaged over
@@ -46,7 +46,11 @@ def cheapest_schedules(
         ValueError: numbers of full steps that no schedule of the run can have.
     """
     num_steps = len(data.sigmas) - 1
-    impossible = [count for count in num_full if not 2 <= count <= num_steps or 1 + (count - 1) * max_gap < num_steps]
+    impossible = [
+        count
+        for count in num_full
+        if not 2 <= count <= num_steps or longest_run(count, max_gap, leading) < num_steps
+    ]
     if impossible:
         raise LesaError(
             f"full steps {impossible} of {num_steps}: at least 2 and at most all, with gaps of at most {max_gap}"

@@ -15,16 +15,14 @@ import pytest
 import torch
 import yaml
 
-import lesa
 from flows import search, train_stage1, train_stage2
 from flows.publish import publish_bundle
 from flows.registry.registry import CHAMPION, Registry
 from flows.tracking.client import connect
 from flows.tracking.run import Reporter
-from lesa import metrics
 from lesa.atomic import write_json
 from lesa.bundle import Bundle, load_bundle
-from lesa.models.pipelines import load_pipeline, sample
+from lesa.models.pipelines import load_pipeline
 from lesa.params import Workload
 from lesa.params_file import load_params
 from lesa.peers.lineup import peer_methods
@@ -38,6 +36,7 @@ from lesa.search.jobs import with_schedules
 from lesa.training.jobs import load_predictor, save_predictor
 from tests.helpers.clone import PROMPTS, SETTINGS
 from tests.helpers.recording import record
+from tests.helpers.served import mean_psnr
 from tests.helpers.tiny import tiny_repository, write_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -153,19 +152,6 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Retrained]
             ]
         finally:
             torch.set_num_threads(threads)
-
-
-def mean_psnr(pipe: Any, bundle: Bundle, budget: str, prompts: list[str], seeds: list[int]) -> float:
-    """dB of what a user gets who enables `bundle`."""
-    call = bundle.manifest.call
-    plain = sample(pipe, prompts, seeds, call, batch_size=2)
-    lesa.enable(pipe, bundle, budget=budget)
-    try:
-        images = sample(pipe, prompts, seeds, call, batch_size=2)
-    finally:
-        lesa.disable(pipe)
-    return float(metrics.psnr(images, plain).mean())
-
 
 
 def test_new_prompts_and_a_longer_search_find_other_full_steps_and_the_better_is_promoted(

@@ -11,14 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from flows.processes import descendants, identify, is_running
 from flows.retrain import is_superseded
+from lesa.bundle import load_bundle
+from lesa.models.pipelines import load_pipeline
+from lesa.params import ModelParams
+from lesa.pull import pull
 from tests.helpers.canaries import CANARIES, spellings, sweep
-from tests.helpers.clone import clone, commit, environment, run
+from tests.helpers.clone import PROMPTS, clone, commit, environment, run
+from tests.helpers.served import mean_psnr
 from tests.helpers.tiny import write_prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute's schedule, then a whole retraining
@@ -33,9 +39,12 @@ from flows.publish import publish_bundle
 from flows.stage import read_workload, stage_run
 from flows import evaluate, search, train_stage1, train_stage2
 from contextlib import closing
+from flows.registry.registry import Registry
 from lesa.models.pipelines import load_pipeline
 from lesa.recording.drive import LocalRecorder, drive
 from lesa.recording.store import TrajectoryStore
+from lesa.schedule import Schedule
+from lesa.search.schedules_file import write_schedules
 
 workload = read_workload(None)
 store = TrajectoryStore.create(workload.paths.trajectories)
@@ -43,13 +52,17 @@ recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device
 drive(workload.recording, store, closing(recorder), logging.getLogger("record"))
 with stage_run("search", workload, ("seed",)) as tracked:
     search.find.fn(workload, tracked)
+write_schedules(workload.paths.schedules, 8, {"2x": (Schedule.explicit(8, [0, 1, 2, 3]), {})})  # the worst there is
 workload = read_workload(None, searched=True)
 for stage, work in (
     ("train_stage1", train_stage1.train), ("train_stage2", train_stage2.train), ("evaluate", evaluate.judge)
 ):
     with stage_run(stage, workload, ("seed",)) as tracked:
         work.fn(workload, tracked)
-print("FIRST", publish_bundle(workload, logging.getLogger())["candidate"])
+candidate = publish_bundle(workload, logging.getLogger())["candidate"]
+registry = Registry("lesa-tiny")
+registry.make_champion(registry.version(candidate), "there is no other")
+print("FIRST", candidate)
 """
 
 
@@ -114,11 +127,31 @@ def test_the_schedule_retrains_on_new_prompts(repository):
     assert sorted(versions) == ["1", "2"]
     assert versions["2"]["gate"] in {"promoted", "kept out"}
     assert versions["1"]["manifest_sha256"] != versions["2"]["manifest_sha256"]
+    judged_at_their_own_full_steps(repository, decision)
 
     assert [canary for canary in spellings() if canary in text.encode()] == []
     assert sweep(repository) == [], "secrets of the environment are written nowhere"
     time.sleep(1)
     assert [process for process in family if is_running(process)] == [], "nothing is left running"
+
+
+def judged_at_their_own_full_steps(repository: Path, decision: dict[str, Any]) -> None:
+    """The search has found other full steps: champion and candidate were each judged as their users run them."""
+    uri = f"sqlite:///{repository}/mlflow.db"
+    before, after = (load_bundle(pull(f"models:/lesa-tiny/{number}", tracking_uri=uri)) for number in "12")
+    assert before.manifest.budgets["2x"].schedule.full_steps == (0, 1, 2, 3)
+    assert after.manifest.budgets["2x"].schedule.full_steps != (0, 1, 2, 3)
+    assert decision["champion_before"] == "1" and decision["measured_on"]["paired_budgets"] == {"2x": "2x"}
+    pipe = load_pipeline(ModelParams(family="flux", source=str(repository / "data/base/tiny")), "cpu")
+    test, taken = list(PROMPTS["test"]), decision["samples"]
+    prompts = [test[index % len(test)] for index in range(taken)]
+    first = decision["measured_on"]["first_seed"]
+    seeds = list(range(first, first + taken))
+    difference = mean_psnr(pipe, after, "2x", prompts, seeds) - mean_psnr(pipe, before, "2x", prompts, seeds)
+    numbers = decision["numbers"]
+    assert difference == pytest.approx(numbers["champion"]["2x"]["mean"]["difference"], abs=1e-3)
+    yes = all(found["2x"]["mean"]["low"] > 0 and found["2x"]["tail"]["low"] > -0.5 for found in numbers.values())
+    assert decision["promote"] == yes and decision["champion"] == ("2" if yes else "1")
 
 
 def test_runs_that_came_late_are_one(tmp_path):

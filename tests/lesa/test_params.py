@@ -211,6 +211,21 @@ def test_the_search_runs_other_prompts_than_it_fits(tmp_path: Path) -> None:
     assert load(tmp_path, change(16)).search.samples == 16
 
 
+@pytest.mark.parametrize(("kind", "enough"), [("per_step", 5), ("lesa", 6)])  # two full steps lead the latter's run
+def test_gaps_that_no_schedule_can_bridge_are_refused(tmp_path: Path, kind: str, enough: int) -> None:
+    def change(max_gap: int) -> Callable[[dict[str, Any]], None]:
+        def apply(workload: dict[str, Any]) -> None:
+            workload["schedule"] = {"budgets": {"5x": {"num_full": 10}}, "default_budget": "5x"}
+            workload["predictor"]["kind"] = kind
+            workload["search"] = {"max_gap": max_gap, "samples": 1}
+
+        return apply
+
+    (problem,) = problems(tmp_path, change(enough - 1))
+    assert problem.startswith(f"workloads.toy.search.max_gap: {enough - 1} leaves steps out of reach of budget 5x")
+    assert load(tmp_path, change(enough)).search.max_gap == enough
+
+
 def test_batches_are_refused_where_prompts_are_padded_to_the_longest(tmp_path: Path) -> None:
     def change(workload: dict[str, Any]) -> None:
         workload["model"]["family"] = "qwen-image"

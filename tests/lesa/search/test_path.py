@@ -69,8 +69,11 @@ def test_impossible_numbers_are_refused(kinked: Trajectories) -> None:
         cheapest_schedules(kinked, head(), [1, 4, 13])
     with pytest.raises(ValueError, match="gaps of at most 2"):
         cheapest_schedules(kinked, head(), [3], max_gap=2)
-    for leading in (1, 2):  # the longest gaps that are accepted reach the end
-        assert cheapest_schedules(kinked, head(), [5], max_gap=3, leading=leading)[5].num_full == 5
+    for leading, max_gap in ((1, 3), (2, 4)):  # the longest gaps that are accepted reach the end, and no shorter ones
+        found = cheapest_schedules(kinked, head(), [4], max_gap=max_gap, leading=leading)[4]
+        assert found.num_full == 4
+        with pytest.raises(ValueError, match=f"gaps of at most {max_gap - 1}"):
+            cheapest_schedules(kinked, head(), [4], max_gap=max_gap - 1, leading=leading)
 
 
 def test_a_drift_weighs_every_step_by_how_far_it_moves_the_latents(kinked: Trajectories) -> None:
