@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.prefect_flow import flow, task
 from flows.ray_jobs import kept_workers, run_jobs
-from flows.stage import final_values, metrics_folder, read_curves, read_workload, stage_main, stage_run
+from flows.stage import final_values, metrics_folder, read_bills, read_curves, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
 from lesa.atomic import write_bytes
 from lesa.params import Workload
@@ -41,7 +41,9 @@ def judge(workload: Workload, run: Tracker) -> dict[str, Any]:
         return run_jobs(work, settings, jobs, share=share, reporter=run.reporter)
 
     with kept_workers(share):
-        results = evaluate_workload(workload, predictors, training=curves, run=side_by_side)
+        results = evaluate_workload(
+            workload, predictors, training=curves, run=side_by_side, bills=read_bills(workload)
+        )
     metrics = results.metrics()
     run.note(0, final_values(metrics))
     table = format_table(results)

@@ -26,6 +26,7 @@ from lesa.atomic import new_dir, write_json
 from lesa.bundle import Bundle
 from lesa.errors import LesaError, redacted
 from lesa.locks import file_lock
+from lesa.models.bill import counted
 from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import Workload
 from lesa.publishing.bounds import measure_bounds, shared_out
@@ -63,9 +64,11 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
     """
     with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"):
-        bundle = build_bundle(workload, log, root)
-        release_memory()  # gigabytes of a real model; the gate's jobs load what they need
-        outcome, obstacle = register_and_judge(workload, bundle, log, root)
+        with counted() as bill:
+            bundle = build_bundle(workload, log, root)
+            release_memory()  # gigabytes of a real model; the gate's jobs load what they need
+            outcome, obstacle = register_and_judge(workload, bundle, log, root)
+        outcome["bill"] = bill.to_dict()
         write_json(metrics_folder(workload) / "decision.json", outcome)
     reasons = "; ".join(outcome["reasons"])
     log.info("gate: version %s %s: %s", outcome["candidate"], registry_word(outcome), reasons)

@@ -17,6 +17,7 @@ from flows.job_signs import Report, Watch, signs_of_life
 from flows.ray_guard import no_orphans
 from flows.tracking.run import Reporter
 from lesa.errors import LesaError
+from lesa.models.bill import Bill, charge, counted
 from lesa.params import WorkerResources, Workload
 
 RAY_ATTEMPTS = 3  # to start Ray
@@ -167,7 +168,8 @@ def _collect(ray: Any, calls: Mapping[Any, str], watch: Watch) -> dict[str, Any]
         for call in done:
             name = calls[call]
             try:
-                results[name] = ray.get(call)
+                results[name], passes = ray.get(call)
+                charge(passes)
             except WorkerCrashedError:
                 last = watch.reasons.get(name, "it died")
                 raise JobFailed(
@@ -188,10 +190,10 @@ def _watched_job(
     reporter: Reporter,
     folder: str,
     signs: Path,
-) -> Any:
-    """`_job` in a process of Ray's, which logs what is raised."""
-    with signs_of_life(signs, reporter.report) as report:
-        return confidential(_job, work, workload, job, threads, report, folder)
+) -> tuple[Any, Bill]:
+    """`_job` in a process of Ray's, which logs what is raised; its result, and what it computed."""
+    with signs_of_life(signs, reporter.report) as report, counted() as bill:
+        return confidential(_job, work, workload, job, threads, report, folder), bill
 
 
 def _job(

@@ -15,7 +15,7 @@ from prefect import get_run_logger
 from flows.prefect_flow import flow, task
 from flows.ray_jobs import ray_session
 from flows.recorders import RecorderPool
-from flows.stage import read_workload, stage_main
+from flows.stage import billed, read_workload, stage_main
 from lesa.params import Workload
 from lesa.recording.drive import Log, drive
 from lesa.recording.plan import recorded_prompts
@@ -33,7 +33,8 @@ def record(workload: str | None = None) -> dict[str, Any]:
 @task(name="record trajectories")
 def record_trajectories(workload: Workload) -> dict[str, Any]:
     """A task so that Prefect shows it; the work is `record_with_ray`."""
-    return record_with_ray(workload, get_run_logger())
+    with billed("record", workload):
+        return record_with_ray(workload, get_run_logger())
 
 
 def record_with_ray(workload: Workload, log: Log) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from flows.confidential import confidential
 from flows.processes import Process, identify, send
+from lesa.models.bill import Bill, charge, counted
 from lesa.params import Workload
 from lesa.recording.drive import LocalRecorder
 from lesa.recording.plan import PlannedTrajectory, RecordingSize, batches
@@ -49,17 +50,22 @@ class Recorder:
         """This actor's process; answering means that the pipeline is loaded."""
         return identify(os.getpid())
 
-    def describe(self) -> tuple[dict[str, Any], RecordingSize]:
-        """What of the pipeline determines a recording, and how large one trajectory is."""
-        return confidential(_within_memory, self._recorder.describe)
+    def describe(self) -> tuple[tuple[dict[str, Any], RecordingSize], Bill]:
+        """What of the pipeline determines a recording, and how large one trajectory is; and what telling it took."""
+        return confidential(_billed, self._recorder.describe)
 
-    def record(self, batch: Batch) -> list[str]:
-        """Record and commit a batch; nothing to do for what is there. Returns its keys."""
-        return confidential(_within_memory, self._recorder.record_batch, batch)
+    def record(self, batch: Batch) -> tuple[list[str], Bill]:
+        """Record and commit a batch; nothing to do for what is there. Returns its keys, and what they took."""
+        return confidential(_billed, self._recorder.record_batch, batch)
 
 
 class OutOfMemory(RuntimeError):
     """A recorder, or its device, has not the memory for a batch; another one may have, once this one's is free."""
+
+
+def _billed(work: Callable[..., R], *arguments: Any) -> tuple[R, Bill]:
+    with counted() as bill:
+        return _within_memory(work, *arguments), bill
 
 
 def _within_memory(work: Callable[..., R], *arguments: Any) -> R:
@@ -125,9 +131,9 @@ class RecorderPool:
         """
         actor = _Actor(self._new_handle())
         try:
-            answer: tuple[dict[str, Any], RecordingSize] = self._ray.get(
-                actor.handle.describe.remote(), timeout=START_TIMEOUT_S
-            )
+            answer: tuple[dict[str, Any], RecordingSize]
+            answer, passes = self._ray.get(actor.handle.describe.remote(), timeout=START_TIMEOUT_S)
+            charge(passes)
             actor.process = self._ray.get(actor.handle.process.remote())
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor.handle, no_restart=True)
@@ -206,6 +212,8 @@ class RecorderPool:
                 continue
             if batch is None:
                 actor.process = answer
+            else:
+                charge(answer[1])
             ended.append((actor, batch, None))
         for call, actor in [(c, a) for c, a in self._calls.items() if a.deadline <= time.monotonic()]:
             del self._calls[call]

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.prefect_flow import flow, task
 from flows.ray_jobs import run_jobs
-from flows.stage import final_values, read_workload, stage_main, stage_run
+from flows.stage import billed, final_values, read_workload, stage_main, stage_run
 from flows.tracking.run import Tracker
 from lesa.params import Workload
 
@@ -31,14 +31,15 @@ def find(workload: Workload, run: Tracker) -> dict[str, Any]:
 
     share = workload.resources.search
     alone = dataclasses.replace(share, workers=1)
-    starts = run_jobs(cheapest_starts, workload, {"paths": None}, share=alone, reporter=run.reporter)["paths"]
-    found = run_jobs(
-        run_search_job,
-        workload,
-        {job.budget: job for job in starts},
-        share=share,
-        reporter=run.reporter,
-    )
+    with billed("search", workload):
+        starts = run_jobs(cheapest_starts, workload, {"paths": None}, share=alone, reporter=run.reporter)["paths"]
+        found = run_jobs(
+            run_search_job,
+            workload,
+            {job.budget: job for job in starts},
+            share=share,
+            reporter=run.reporter,
+        )
     write_schedules(workload.paths.schedules, workload.call.num_inference_steps, found)
     clear_searches(workload)
     figures = {name: values for name, (_, values) in found.items()}

@@ -18,10 +18,12 @@ from flows.environment import ROOT, prefect_home, quiet_environment
 from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
-from lesa.atomic import write_bytes
+from lesa.atomic import write_bytes, write_json
 from lesa.errors import redacted
+from lesa.models.bill import counted
 from lesa.params import Workload
 from lesa.params_file import load_params
+from lesa.strict_json import parse
 
 _LOG = logging.getLogger("flows.stage")
 
@@ -61,6 +63,28 @@ def metrics_folder(workload: Workload) -> Path:
     folder = Path("data/metrics") / workload.name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def billed(stage: str, workload: Workload) -> Iterator[None]:
+    """Counts the passes through the model within the block, in whichever process, into the stage's bill.
+
+    What a process had computed before it died is not on it.
+    """
+    with counted() as bill:
+        yield
+    write_json(metrics_folder(workload) / f"{stage}_bill.json", bill.to_dict())
+
+
+def read_bills(workload: Workload) -> dict[str, dict[str, float]]:
+    """The bills of the stages that make a predictor, by stage; `ValueError` for a file that is none."""
+    bills = {}
+    for stage in ("record", "search", "train_stage2"):
+        path = metrics_folder(workload) / f"{stage}_bill.json"
+        if path.is_file():
+            bill = parse(path.read_bytes(), max_bytes=1 << 12)
+            bills[stage] = {name: float(bill[name]) for name in ("forwards", "backwards")}
+    return bills
 
 
 def write_curves(path: Path, points: Sequence[tuple[str, int, float]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.prefect_flow import flow, task
 from flows.ray_jobs import run_jobs
-from flows.stage import final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
+from flows.stage import billed, final_values, metrics_folder, read_workload, stage_main, stage_run, write_curves
 from flows.tracking.run import Tracker
 from lesa.params import Workload
 
@@ -27,13 +27,14 @@ def train(workload: Workload, run: Tracker) -> dict[str, Any]:
     """One job a budget and one for other numbers of steps, side by side as far as the settings allow."""
     from lesa.training.jobs import closed_loop_budgets, finish, run_closed_loop_job
 
-    done = run_jobs(
-        run_closed_loop_job,
-        workload,
-        {budget: budget for budget in closed_loop_budgets(workload)},
-        share=workload.resources.closed_loop,
-        reporter=run.reporter,
-    )
+    with billed("train_stage2", workload):
+        done = run_jobs(
+            run_closed_loop_job,
+            workload,
+            {budget: budget for budget in closed_loop_budgets(workload)},
+            share=workload.resources.closed_loop,
+            reporter=run.reporter,
+        )
     figures = {budget: trained.figures for budget, trained in done.items()}
     finish(workload, "closed_loop", done)
     write_curves(metrics_folder(workload) / "train_stage2.csv", run.curves())

@@ -28,6 +28,7 @@ from benchmarks.studies.error_meter import RESULTS
 from lesa.atomic import write_json
 from lesa.evaluation.bootstrap import paired_interval
 from lesa.evaluation.measure import samples
+from lesa.models.bill import BACKWARD
 from lesa.models.pipelines import load_pipeline, sample
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -35,7 +36,6 @@ from lesa.recording.dataset import recorded_splits
 from lesa.recording.prompts import read_splits
 from lesa.search.jobs import with_schedules
 
-BACKWARD = 2  # forward passes that a backward pass costs
 # Share of full steps with a gradient, and optimiser steps in units of the workload's.
 ROWS: dict[str, tuple[float, float]] = {
     "whole": (1.0, 1.0),

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from lesa.doctor.model_size import ModelFacts, model_facts
+from lesa.models.bill import BACKWARD
 from lesa.models.families import blocks, family_of
 from lesa.models.flops import call_inputs, predictor_bytes
 from lesa.models.published import call_flops
 from lesa.params import ClosedLoopParams, PredictorParams, ScheduleParams, Workload, searched_budgets
-from lesa.predictor.spec import PredictorSpec, Variant
+from lesa.peers.tuning import TUNING_SAMPLES
+from lesa.predictor.spec import PredictorSpec, Variant, leading_steps
 from lesa.recording.plan import RecordingSize
 from lesa.schedule import Schedule
 from lesa.training.step_weights import CHUNK
@@ -25,8 +27,7 @@ from lesa.training.step_weights import CHUNK
 PEAK_FLOPS = 989e12  # of an H100 SXM in bfloat16, dense, as its data sheet says
 UTILISATION = 0.4  # of it that a transformer call is taken to reach
 METHODS = 20  # that the evaluation and the gate run at every budget
-TUNING = 40 * 16  # runs at every budget in which the peers' thresholds are tuned: settings tried, prompts each
-BACKWARD = 2.0  # forward passes that a backward pass costs; fewer, since the model's weights are frozen
+TRIED = 40  # settings of the peers' thresholds at every budget
 RECOMPUTED = 2  # forward passes of a full step with activations made again: the call, and each block of it
 _BLOCK_VALUES = 17  # values a token and channel that a block keeps for its backward pass (34 bytes in 16 bits)
 _PREDICTED_VALUES = 6  # float32 values a token and channel that a predicted step keeps for its backward pass
@@ -52,6 +53,7 @@ class CostEstimate:
     closed_loop: int  # bytes on the GPU beside the weights; 0 where it has no iterations
     loop_weights: int  # bytes of the parts that are on the GPU meanwhile
     run_flops: float  # of one unaccelerated run, all branches
+    forward_flops: float  # of one call, one branch
     flops: dict[str, float]  # by stage
 
     @property
@@ -69,6 +71,10 @@ class CostEstimate:
         """GPU hours of a stage, or of all, at `UTILISATION` of `PEAK_FLOPS`."""
         operations = sum(self.flops.values()) if stage is None else self.flops[stage]
         return operations / (PEAK_FLOPS * UTILISATION) / 3600
+
+    def forwards(self, stage: str) -> float:
+        """A stage's work in forwards of the transformer, as `lesa.models.bill` counts it; a backward is two."""
+        return self.flops[stage] / self.forward_flops
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,6 +95,7 @@ class CostEstimate:
                 "most": self.gpu,
             },
             "run_tflops": self.run_flops / 1e12,
+            "forwards": {stage: round(self.forwards(stage)) for stage in self.flops},
             "gpu_hours": {stage: self.hours(stage) for stage in self.flops} | {"all": self.hours()},
         }
 
@@ -138,20 +145,27 @@ def estimate_costs(workload: Workload) -> CostEstimate:
         ),
         loop_weights=in_loop,
         run_flops=run,
+        forward_flops=model.total,
         flops=_flops(workload, full, run),
     )
 
 
 def full_step_counts(rule: ScheduleParams, num_steps: int) -> dict[str, int]:
     """Full steps of every budget, searched or not."""
+    given = {name: schedule.num_full for name, schedule in _given_schedules(rule, num_steps).items()}
+    searched = searched_budgets(rule)
+    return {name: searched[name] if name in searched else given[name] for name in rule.budgets}
+
+
+def _given_schedules(rule: ScheduleParams, num_steps: int) -> dict[str, Schedule]:
+    """Of the budgets that nothing is searched for."""
     searched = searched_budgets(rule)
     return {
-        name: searched[name]
-        if name in searched
-        else len(budget.full_steps)
+        name: Schedule.explicit(num_steps, budget.full_steps)
         if budget.full_steps is not None
-        else Schedule.uniform(num_steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps).num_full
+        else Schedule.uniform(num_steps, budget.interval or 1, rule.warmup_steps, rule.cooldown_steps)
         for name, budget in rule.budgets.items()
+        if name not in searched
     }
 
 
@@ -222,28 +236,44 @@ def _flops(workload: Workload, full: dict[str, int], run: float) -> dict[str, fl
     """Transformer calls of each stage; training the experts on recorded features is little beside them."""
     steps, record, judged = workload.call.num_inference_steps, workload.record, workload.evaluate
     accelerated = {name: run * count / steps for name, count in full.items()}
-    searched = sum(accelerated[name] for name in searched_budgets(workload.schedule))
     loop = workload.closed_loop
     through = loop.gradient == "through_sampler"
     again = RECOMPUTED * loop.gradient_checkpointing
-    an_iteration = loop.batch_size * (1 + through * loop.model_gradient * (BACKWARD + again))
+    # A full step before the first predicted one depends on nothing that is trained; of a search, the fewest there are.
+    given, fewest = _given_schedules(workload.schedule, steps), leading_steps(workload.predictor.kind)
+    leading = {name: (*given[name].predicted_steps, steps)[0] if name in given else fewest for name in full}
+    learned = {name: 1 - min(leading[name], count) / count for name, count in full.items()}
+
+    def an_update(name: str, through: bool = True) -> float:
+        """Of a trajectory, in accelerated runs."""
+        return 1 + through * learned[name] * loop.model_gradient * (BACKWARD + again)
+
     search = workload.search
-    an_update = loop.batch_size * (1 + loop.model_gradient * (BACKWARD + again))
     screened = search.screened if search.screened > search.finalists else 0
-    trained = search.finalists * (search.finalist_iterations * an_update + 2 * search.samples)
-    trained += screened * (search.screen_iterations * an_update + 2 * search.samples)
-    validations = record.validation_prompts * record.seeds_per_prompt * (1 + loop.iterations // loop.checkpoint_every)
+
+    def a_search(name: str) -> float:
+        """Of a budget, in accelerated runs."""
+        short = screened * search.screen_iterations + search.finalists * search.finalist_iterations
+        judged = 2 * search.samples * (screened + search.finalists)
+        trained = short * loop.batch_size * an_update(name) + judged
+        return search.descents * search.evaluations * search.samples + trained * (search.finalists > 1)
+
+    validations = 1 + math.ceil(loop.iterations / loop.checkpoint_every)
+    validated = record.validation_prompts * record.seeds_per_prompt * validations
     samples = judged.prompts * judged.seeds_per_prompt
     converged = samples * judged.converged_fraction * run * judged.converged_steps / steps
     at_gate = workload.publish.gate_prompts * judged.seeds_per_prompt
     every_method = METHODS * sum(accelerated.values())
-    tuning = TUNING * sum(accelerated.values())
+    tuning = TRIED * min(TUNING_SAMPLES, record.train_prompts) * sum(accelerated.values())
     of_training = min(workload.publish.bound_samples, record.train_prompts * record.seeds_per_prompt)
     bounds = (record.validation_prompts * record.seeds_per_prompt + of_training) * sum(accelerated.values())
     return {
         "record": (record.train_prompts + record.validation_prompts) * record.seeds_per_prompt * run,
-        "search": searched * (search.descents * search.evaluations * search.samples + trained * (search.finalists > 1)),
-        "train_stage2": sum(accelerated.values()) * (loop.iterations * an_iteration + validations),
+        "search": sum(accelerated[name] * a_search(name) for name in searched_budgets(workload.schedule)),
+        "train_stage2": sum(
+            work * (loop.iterations * loop.batch_size * an_update(name, through) + validated)
+            for name, work in accelerated.items()
+        ),
         "evaluate": samples * (run + every_method) + converged + tuning,
         "publish": at_gate * (run + every_method) + tuning + bounds,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from lesa.bundle import Bundle
 from lesa.evaluation.aggregate import gather
 from lesa.evaluation.measure import MeasuredPart, Part, Scorer, check, measure_part, samples, share_out
 from lesa.evaluation.results import Results
+from lesa.models.bill import counted
 from lesa.models.pipelines import load_pipeline, release_memory
 from lesa.params import CallParams, EvaluateParams, Report, Workload
 from lesa.peers.caches import CACHES, tuned_caches
@@ -141,6 +143,7 @@ def evaluate_workload(
     predictors: Mapping[str, Predictor],
     training: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     run: Runner = one_by_one,
+    bills: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Results:
     """Judge predictors on the workload's held-out prompts with fresh seeds, and write the report.
 
@@ -152,6 +155,7 @@ def evaluate_workload(
         predictors: by name; "lesa" first.
         training: curves of the closed loop for the report, budget -> [(optimiser step, loss)].
         run: runs jobs, `resources.evaluate.workers` of them at once if it can; by default one after the other, here.
+        bills: of the stages that made the predictors, for the report.
 
     Raises:
         PromptError: splits that overlap, or fewer test prompts than are to be judged.
@@ -167,7 +171,8 @@ def evaluate_workload(
     workers = workload.resources.evaluate.workers
     together = [CACHES] if workers == 1 else [(cache,) for cache in CACHES]
     tunings = {" ".join(caches): TuneJob(caches=caches, predictor=predictors["lesa"]) for caches in together}
-    caches = run(tune, workload, tunings)
+    with counted() as tuning:
+        caches = run(tune, workload, tunings)
     peers = [*peer_methods(budgets), *(method for tuned in caches.values() for method in tuned)]
     methods = by_budget([*ours, *peers], budgets)
     prompts, seeds = samples(
@@ -178,8 +183,10 @@ def evaluate_workload(
         f"part{index}": MeasureJob(methods=methods, prompts=prompts, seeds=seeds, part=part)
         for index, part in enumerate(share_out(len(prompts), settings, workers))
     }
+    with counted() as measuring:
+        measured = list(run(measure_samples, workload, jobs).values())
     results = gather(
-        list(run(measure_samples, workload, jobs).values()),
+        measured,
         methods,
         prompts,
         seeds,
@@ -187,6 +194,8 @@ def evaluate_workload(
         settings=settings,
         about={"workload": workload.name, "default_budget": workload.schedule.default_budget},
     )
+    tuning.add(measuring)
+    results = dataclasses.replace(results, bills={**(bills or {}), "evaluate": tuning.to_dict()})
     from lesa.evaluation.report import write_report  # matplotlib: only here
 
     write_report(results, workload.paths.report, training)

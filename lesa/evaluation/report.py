@@ -20,6 +20,7 @@ from lesa.evaluation.exports import write_exports
 from lesa.evaluation.results import Results, Row
 from lesa.evaluation.table import format_bytes
 from lesa.metrics import OUTLIER_DB
+from lesa.models.bill import Bill
 
 GRID_ROWS = 6  # prompts in the grids of methods
 PROMPT_IMAGES = 32  # images in the grid of prompts
@@ -140,6 +141,7 @@ def _page(results: Results, figures: Sequence[Figure]) -> str:
         title=f"LESA on {results.about.get('workload', 'a bundle')}",
         leads=_leads(results),
         facts=_facts(results),
+        bill=_bill(results),
         tables=[_table(results, budget) for budget in results.budgets],
         figures=figures,
     )
@@ -184,6 +186,30 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     if "bundle" in results.about:
         facts.append(("Bundle", f"manifest sha256 {results.about['bundle']}"))
     return facts
+
+
+_MAKING = ("record", "search", "train_stage2")  # stages whose passes are the price of a predictor
+
+
+def _bill(results: Results) -> dict[str, Any] | None:
+    """What the transformer computed, by stage, and the work of making the predictor beside what it gains."""
+    if not results.bills:
+        return None
+    bills = {stage: Bill(**values) for stage, values in results.bills.items()}
+    branches = 2 if (results.call.get("true_cfg_scale") or 0.0) > 1.0 else 1
+    run = float(branches * results.call["num_inference_steps"])
+    making = sum(bill.work for stage, bill in bills.items() if stage in _MAKING) / run
+    lead = next((lead for lead in _leads(results) if lead["ours"].budget == results.about.get("default_budget")), None)
+    gain = lead["gain"].mean if lead else 0.0
+    return {
+        "lines": [
+            {"stage": stage, "forwards": bill.forwards, "backwards": bill.backwards, "runs": bill.work / run}
+            for stage, bill in bills.items()
+        ],
+        "making": making,
+        "runs_a_db": making / gain if gain > 0 else None,
+        "budget": results.about.get("default_budget"),
+    }
 
 
 def _processes(counts: Mapping[str, int]) -> str:

@@ -108,6 +108,7 @@ class Results:
     images: Mapping[tuple[str, str], torch.Tensor] = field(default_factory=dict, repr=False)
     resamples: int = 2000
     about: Mapping[str, Any] = field(default_factory=dict)  # what was judged: workload, bundle
+    bills: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # stage -> passes, as `lesa.models.bill`
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -190,7 +191,8 @@ class Results:
                     other: {"mean": gain.mean, "low": gain.low, "high": gain.high}
                     for other, gain in gains.items()
                 }
-        return _plain({"counts": dict(self.counts), "plain": self.plain(), "budgets": budgets})
+        bills = {stage: dict(bill) for stage, bill in self.bills.items()}
+        return _plain({"counts": dict(self.counts), "plain": self.plain(), "budgets": budgets, "bills": bills})
 
 
 def estimate(values: NDArray[np.float64], groups: NDArray[np.int64], resamples: int) -> Estimate:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lesa.errors import LesaError
+from lesa.models import bill
 from lesa.models.families import FAMILIES, Family
 from lesa.params import CallParams, ModelParams
 
@@ -63,6 +64,7 @@ def load_pipeline(model: ModelParams, device: str = "auto") -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(pick_device(device))
+    bill.watch(pipe.transformer)
     return pipe
 
 

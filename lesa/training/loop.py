@@ -119,6 +119,7 @@ def fit(
         folder=folder,
         key=key,
         report=report,
+        start_loss=mean(starts),
     )
     return {"validation_loss_start": mean(starts), "validation_loss": best}
 
@@ -132,6 +133,7 @@ def optimise(
     folder: Path,
     key: str,
     report: Report,
+    start_loss: float | None = None,
 ) -> float:
     """Train in place and leave the experts at their lowest validation loss, the start included.
 
@@ -142,6 +144,7 @@ def optimise(
         folder: of this run's checkpoints.
         key: identity of the run.
         report: called after every iteration with loss, learning rate and iterations a second.
+        start_loss: the validation loss before the first iteration, where it is known.
 
     Returns:
         The lowest validation loss.
@@ -156,7 +159,8 @@ def optimise(
     optimizer = torch.optim.AdamW(groups)
     state = load_checkpoint(folder, key, experts, optimizer)
     if state is None:
-        state = _note_best(TrainingState(0, None, {}), experts, validation_loss())
+        known = validation_loss() if start_loss is None else start_loss
+        state = _note_best(TrainingState(0, None, {}), experts, known)
     while state.iteration < settings.iterations:
         started = time.perf_counter()
         for group in optimizer.param_groups:

@@ -16,6 +16,7 @@ from flows.ray_jobs import JobFailed, ray_session, run_jobs
 from flows.tracking.run import Reporter
 from lesa.bundle import BundleError
 from lesa.errors import LesaError
+from lesa.models.bill import counted
 from lesa.params import WorkerResources
 from lesa.params_file import load_params
 
@@ -27,6 +28,12 @@ def square(workload, job, report):
 
     report(job, {"value": float(job)})
     return job * job, torch.get_num_threads(), workload.name
+
+
+def compute(workload, job, report):
+    from lesa.models.bill import Bill, charge
+
+    charge(Bill(forwards=job, backwards=1.0))
 
 
 def die_once(workload, job, report):
@@ -115,12 +122,21 @@ def test_one_after_the_other(reporter):
     assert parts(reporter) == {"a/value", "b/value"}
 
 
+def test_what_a_job_of_this_process_computes_is_on_the_bill_once(reporter):
+    with counted() as bill:
+        go(compute, reporter, 1)
+    assert (bill.forwards, bill.backwards) == (2 + 3, 2)
+
+
 @pytest.mark.slow
 def test_side_by_side(reporter, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "canary-of-a-job")
     with ray_session(2):  # one for all five: starting one takes seconds
         assert go(square, reporter, 2) == {"a": (4, 1, "flux-digits"), "b": (9, 1, "flux-digits")}
         assert parts(reporter) == {"a/value", "b/value"}
+        with counted() as bill:
+            go(compute, reporter, 2)
+        assert (bill.forwards, bill.backwards) == (2 + 3, 2)
         assert go(square, reporter, 2, threads=2) == {"a": (4, 2, "flux-digits"), "b": (9, 2, "flux-digits")}
         with pytest.raises(ValueError, match=r"nowhere/train\.txt does not exist"):
             go(refuse, reporter, 2)

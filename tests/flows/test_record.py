@@ -39,13 +39,15 @@ def test_a_recorder_commits_and_does_nothing_the_second_time(workload: Workload)
         recorder = Recorder(workload, str(Path.cwd()))
         assert torch.get_num_threads() == workload.resources.record.threads_per_actor
         assert recorder.process() == identify(os.getpid())
-        source, size = recorder.describe()
+        (source, size), _ = recorder.describe()
         plan = plan_recording(workload.recording, source)
         assert size.num_steps == 8
         store = TrajectoryStore.open(workload.paths.trajectories)
-        assert recorder.record(plan[:1]) == [plan[0].key]
+        keys, passes = recorder.record(plan[:1])
+        assert keys == [plan[0].key] and passes.forwards == pytest.approx(8)
         inode = (store.path / plan[0].key).stat().st_ino
-        assert recorder.record(plan[:1]) == [plan[0].key]
+        keys, passes = recorder.record(plan[:1])
+        assert keys == [plan[0].key] and passes.forwards == 0
         assert store.keys() == [plan[0].key] and (store.path / plan[0].key).stat().st_ino == inode
     finally:
         torch.set_num_threads(threads)

@@ -38,6 +38,31 @@ def test_the_page_stands_alone(folder: Path) -> None:
     assert "held-out prompts" in page and "20 steps from the same noise" in page
 
 
+def test_the_bill_is_shown_beside_what_it_gained(tmp_path: Path) -> None:
+    budget = next(iter(BUDGETS))
+    lead = results().difference(budget, "lesa", best_peer(budget))
+    bills = {
+        "record": {"forwards": 40.0 * NUM_STEPS, "backwards": 0.0},
+        "train_stage2": {"forwards": 10.0 * NUM_STEPS, "backwards": 5.0 * NUM_STEPS},
+        "evaluate": {"forwards": 900.0 * NUM_STEPS, "backwards": 0.0},
+    }
+    billed = dataclasses.replace(results(), bills=bills, about={"default_budget": budget})
+    page = write_report(billed, tmp_path).read_text()
+    assert f"<td>{40 * NUM_STEPS}</td><td>0</td>\n<td>40</td>" in page
+    assert f"<td>{10 * NUM_STEPS}</td><td>{5 * NUM_STEPS}</td>\n<td>20</td>" in page
+    assert "the work of 60 plain runs" in page, "judging is no part of making"
+    assert ("for each decibel" in page) == (lead.mean > 0)
+    if lead.mean > 0:
+        assert f"{60 / lead.mean:,.0f} for each decibel that LESA leads by at {budget}" in page
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["bills"] == bills
+
+
+def best_peer(budget: str) -> str:
+    peers = [row for row in results().at(budget) if row.kind != "lesa"]
+    return max(peers, key=lambda row: row.psnr.mean).method
+
+
 def test_what_others_put_there_stays(folder: Path) -> None:
     assert (folder / "base.json").read_text() == "{}"
     assert not list(folder.glob("*.partial"))
