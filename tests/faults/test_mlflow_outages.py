@@ -89,7 +89,9 @@ def register(registry: Registry, folder: Path, content: str, score: int) -> Vers
     return registry.register(bundle(folder, content), tags=tags, run_tags={})
 
 
-def test_a_run_arrives_once_whatever_happened_to_the_answers(tmp_path, proxy, monkeypatch, capsys):
+def test_a_run_arrives_once_whatever_happened_to_the_answers(
+    tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The sender meets each fault once, at each kind of request; then the network is well."""
     monkeypatch.setattr(tracking, "start_sender", lambda root: None)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # as the sender has it
@@ -128,7 +130,7 @@ def test_a_run_arrives_once_whatever_happened_to_the_answers(tmp_path, proxy, mo
     assert CANARY not in capsys.readouterr().err
 
 
-def test_after_an_outage_a_run_arrives_by_itself(tmp_path, proxy):
+def test_after_an_outage_a_run_arrives_by_itself(tmp_path: Path, proxy: Proxy) -> None:
     """With the sender's own process, which meets the outage while the training goes on."""
     proxy.set(DROPPED)
     run = Tracker("stage x", experiment="lesa-itself", params={}, tags={}, root=tmp_path)
@@ -152,7 +154,7 @@ def test_after_an_outage_a_run_arrives_by_itself(tmp_path, proxy):
 
 
 @pytest.mark.parametrize("how", ["lost", "said to have failed"])
-def test_what_was_done_without_an_answer_is_not_done_twice(tmp_path, proxy, how):
+def test_what_was_done_without_an_answer_is_not_done_twice(tmp_path: Path, proxy: Proxy, how: str) -> None:
     """Of every write the first answer does not come, on a slow network."""
     fault = LOST if how == "lost" else lying(UNAVAILABLE, is_carried_out=True)
     registry = Registry(f"lesa-{how.replace(' ', '-')}", tmp_path)
@@ -179,7 +181,9 @@ def test_what_was_done_without_an_answer_is_not_done_twice(tmp_path, proxy, how)
     assert names == ["README.md", "manifest.json", "weights.safetensors"]
 
 
-def test_two_publishers_of_whom_one_never_hears_an_answer(tmp_path, proxy, server, monkeypatch):
+def test_two_publishers_of_whom_one_never_hears_an_answer(
+    tmp_path: Path, proxy: Proxy, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The champion only gets better; who is told that it promoted has promoted, and nobody else."""
     roots = [tmp_path / "here", tmp_path / "there"]
     for root in roots:
@@ -223,7 +227,9 @@ def better(candidate: Version, champion: Version | None) -> Version | None:
 
 
 @pytest.mark.parametrize("fault", ["down", *LIES])
-def test_a_registry_that_does_not_answer_is_named_before_any_work(tmp_path, proxy, monkeypatch, fault):
+def test_a_registry_that_does_not_answer_is_named_before_any_work(
+    tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if fault == "hanging" else "60")
     monkeypatch.setattr(publish, "build_bundle", lambda *_: pytest.fail("hours of work, for nothing"))
@@ -243,7 +249,7 @@ def test_a_registry_that_does_not_answer_is_named_before_any_work(tmp_path, prox
 
 
 @pytest.mark.parametrize("lie", ["nothing", "another model"])
-def test_an_answer_about_something_else_promotes_nobody(tmp_path, proxy, lie):
+def test_an_answer_about_something_else_promotes_nobody(tmp_path: Path, proxy: Proxy, lie: str) -> None:
     """Taken for a version without a name, the champion would be of no transformer, and any candidate better."""
     registry = Registry(f"lesa-lie-{lie.split()[0]}", tmp_path)
     good, worse = register(registry, tmp_path, "good", 2), register(registry, tmp_path, "worse", 1)
@@ -272,7 +278,9 @@ def published(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return version.digest
 
 
-def test_a_pulled_bundle_is_whole_or_not_there(tmp_path, proxy, published, monkeypatch):
+def test_a_pulled_bundle_is_whole_or_not_there(
+    tmp_path: Path, proxy: Proxy, published: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LESA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     bundles = tmp_path / "cache" / "bundles"
@@ -296,7 +304,9 @@ def test_a_pulled_bundle_is_whole_or_not_there(tmp_path, proxy, published, monke
     assert load_bundle(folder, expected_digest=published).manifest.workload == "tiny"
 
 
-def test_a_cached_champion_is_served_whatever_the_network_says(tmp_path, proxy, published, monkeypatch, caplog):
+def test_a_cached_champion_is_served_whatever_the_network_says(
+    tmp_path: Path, proxy: Proxy, published: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LESA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setattr("lesa.pull.ANSWER_SECONDS", 60.0)  # while it is well, on a machine that is busy
