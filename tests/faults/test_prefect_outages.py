@@ -73,7 +73,7 @@ def test_a_server_that_fails_while_a_stage_works(
             proxy, environment = stack.enter_context(proxied(server))
             folder = tmp_path / fault
             folder.mkdir()
-            stages[fault] = proxy, start(folder, kind, prefect_home(), **environment)
+            stages[fault] = proxy, start(folder, kind, prefect_home(), LESA_TEST_NOTE_SECONDS="5", **environment)
         for fault, (proxy, process) in stages.items():
             at_work(process)
             proxy.set(FAULTS[fault])
