@@ -14,6 +14,7 @@ from flows.environment import ROOT, quiet_environment
 from flows.registry.history import barred
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.stage import experiment_name, read_workload
+from flows.tracking.client import named_failures
 from lesa.errors import LesaError
 
 
@@ -28,12 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     quiet_environment()
     try:
-        registry = Registry(experiment_name(read_workload(arguments.workload)), ROOT)
-        if arguments.make is not None:
-            registry.make_champion(_version(registry, arguments.make), arguments.reason)
-        elif arguments.lift is not None:
-            registry.lift(_version(registry, arguments.lift), arguments.reason)
-        print(history_text(registry))
+        name = experiment_name(read_workload(arguments.workload))
+        with named_failures(ROOT):
+            registry = Registry(name, ROOT)
+            if arguments.make is not None:
+                registry.make_champion(_version(registry, arguments.make), arguments.reason)
+            elif arguments.lift is not None:
+                registry.lift(_version(registry, arguments.lift), arguments.reason)
+            print(history_text(registry))
     except LesaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ STOP_SECONDS = 25.0  # after a signal so long for its work to let go; `flows.rep
 class Outcome:
     """How the work of a flow ended, whatever becomes of Prefect's record of it."""
 
+    began: bool = False
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
     result: Any = None
     error: BaseException | None = None

@@ -24,6 +24,7 @@ def flow(*, name: str) -> Callable[[Callable[..., Any]], Any]:
         @functools.wraps(work)
         def noted(*args: Any, **kwargs: Any) -> Any:
             outcome = watched()
+            outcome.began = True
             if outcome.on_sigterm is not None:  # Prefect has put its own in the place, and puts this one back
                 signal.signal(signal.SIGTERM, outcome.on_sigterm)
             try:

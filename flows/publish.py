@@ -19,7 +19,7 @@ from flows.registry.promotion import Judgement
 from flows.registry.registry import CANDIDATE, Registry, RolledBack, Version
 from flows.registry.tags import budget_quality, evaluation_facts, read_metrics, registry_tags
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
-from flows.tracking.client import tracking_uri
+from flows.tracking.client import named_failures, tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
 from lesa.atomic import new_dir, write_json
@@ -59,11 +59,13 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         root: repository whose registry is used where MLFLOW_TRACKING_URI names none.
 
     Raises:
-        LesaError: something to publish is missing, or the champion cannot be had: what was registered stays.
+        LesaError: something to publish is missing, the registry does not answer, or the champion cannot be had:
+            what was registered stays, and the next run goes on from there.
         Locked: another publisher of this workload is at work in this repository.
-        mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
     """
-    with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"):
+    with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"), named_failures(root):
+        if tracking_uri(root).startswith(("http:", "https:")):  # before hours of work; a database would be made here
+            Registry(experiment_name(workload), root).history.entries()
         with counted() as bill:
             bundle = build_bundle(workload, log, root)
             release_memory()  # gigabytes of a real model; the gate's jobs load what they need

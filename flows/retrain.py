@@ -18,6 +18,7 @@ from flows.prefect_flow import flow
 from flows.registry.registry import CHAMPION, Registry
 from flows.repro import dvc_repro, dvc_target
 from flows.stage import experiment_name, metrics_folder, read_workload, stage_main
+from flows.tracking.client import named_failures
 from lesa.atomic import write_json
 from lesa.locks import Locked
 from lesa.params_file import load_params
@@ -47,7 +48,8 @@ def retrain(workload: str | None = None) -> dict[str, Any]:
         )
     write_json(noted, {"began": began})
     decision = json.loads((metrics_folder(settings) / "decision.json").read_text())
-    champion = Registry(experiment_name(settings)).alias(CHAMPION)
+    with named_failures():
+        champion = Registry(experiment_name(settings)).alias(CHAMPION)
     logger.info("gate: %s: %s", "promoted" if decision["promote"] else "kept", "; ".join(decision["reasons"]))
     return {
         "status": "done",

@@ -19,7 +19,7 @@ from flows.prefect_server import shared_server
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Tracker, flatten, tracked_run
 from lesa.atomic import write_bytes, write_json
-from lesa.errors import redacted
+from lesa.errors import LesaError, redacted
 from lesa.models.bill import counted
 from lesa.params import Workload
 from lesa.params_file import load_params
@@ -154,6 +154,13 @@ def _run_watched(flow: Callable[..., Any], outcome: Outcome, **params: Any) -> A
         try:
             return flow(**params)
         except Exception as error:
+            if not outcome.began:
+                address = redacted(os.environ.get("PREFECT_API_URL", ""))
+                raise LesaError(
+                    f"the Prefect server at {address} did not let the run begin "
+                    f"({type(error).__name__}: {_first_line(error)}): start it, or unset PREFECT_API_URL and a server "
+                    "is started here"
+                ) from error
             if not outcome.ended.is_set() or outcome.error is not None:
                 raise
             _LOG.warning("%s: Prefect has not noted the end of this run", _first_line(error))

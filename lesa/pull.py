@@ -86,9 +86,10 @@ def pull(uri: str, tracking_uri: str | None = None, *, cached_days: float = 0.0)
 
     def ask() -> tuple[Any, Any]:
         client = client_class(tracking_uri=registry, registry_uri=registry)
-        return client, (
-            client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-        )
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        if str(version.name) != name:  # what MLflow's client makes of an empty answer
+            raise ConnectionError("what answers there is not the registry: the answer names no version of the model")
+        return client, version
 
     try:
         is_remote = registry.startswith(("http:", "https:"))
@@ -238,6 +239,7 @@ def _client_class() -> Any:
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # the default keeps a caller waiting for minutes
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+        ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false"),  # an answer 429 or 503 may ask for hours of patience
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
     ):
         os.environ.setdefault(name, value)

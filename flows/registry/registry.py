@@ -16,7 +16,7 @@ from typing import Any
 
 from flows.environment import ROOT, state_folder
 from flows.registry.history import Entry, Kind, PromotionHistory, barred, last_promotion
-from flows.tracking.client import connect, experiment_id, find_or_create_run
+from flows.tracking.client import connect, experiment_id, find_or_create_run, made_once
 from lesa.atomic import sha256_file
 from lesa.bundle.manifest import READ
 from lesa.errors import LesaError
@@ -93,13 +93,23 @@ class Registry:
             )  # fmt: skip
             self.client.log_artifacts(run_id, str(bundle), artifact_path="bundle")
             source = f"{self.client.get_run(run_id).info.artifact_uri}/bundle"
-            made = self.client.create_model_version(self.name, source=source, run_id=run_id, tags=tags)
+
+            def make() -> Version:
+                return self._version(
+                    self.client.create_model_version(self.name, source=source, run_id=run_id, tags=tags)
+                )
+
+            version = made_once(lambda: self.find(digest), make)
             self.client.set_terminated(run_id)
-            return self._version(made)
+            return version
 
     def find(self, digest: str) -> Version | None:
         """The version whose manifest has this SHA-256, the oldest if there are several."""
-        versions = [self._version(v) for v in self.client.search_model_versions(f"name = '{self.name}'")]
+
+        def ask() -> list[Any]:
+            return list(self.client.search_model_versions(f"name = '{self.name}'"))
+
+        versions = map(self._version, ask() or ask())  # an answer that was cut off in its head looks like none found
         same = sorted((v for v in versions if v.digest == digest), key=lambda v: int(v.number))
         return same[0] if same else None
 
@@ -181,6 +191,8 @@ class Registry:
         Raises:
             LesaError: the alias was moved by hand since.
         """
+        from mlflow.exceptions import MlflowException
+
         set_here: set[str] = set()  # who waited here while others promoted has set an alias that is theirs to set
         looks = 0
         while True:
@@ -203,8 +215,14 @@ class Registry:
                 time.sleep(_LOOK_SECONDS)
                 continue
             before = self.version(last.before) if last.before else None
-            for name, version in _aliases(champion, before):
-                self.set_alias(name, version)
+            try:
+                for name, version in _aliases(champion, before):
+                    self.set_alias(name, version)
+            except MlflowException:
+                newer = last_promotion(self.history.entries())
+                if newer is None or newer.number == last.number:
+                    raise
+                continue  # what was read back after a lost answer was set by who promoted since
             set_here.add(champion.number)
             self.history.mark_applied(last)
 
@@ -266,6 +284,12 @@ class Registry:
                 raise
 
     def _version(self, found: Any) -> Version:
+        # MLflow's client takes an empty answer for a version without name, number and tags.
+        if str(found.name) != self.name or not str(found.version).isdecimal():
+            raise LesaError(
+                f"asked for a version of {self.name}, the registry named {found.name!r} {found.version!r}: is it "
+                "MLflow that answers there, and is nothing in between?"
+            )
         return Version(name=self.name, number=str(found.version), tags=dict(found.tags))
 
     def _lock(self, what: str) -> Any:

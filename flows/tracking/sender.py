@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.environment import ROOT, state_folder
+from flows.environment import ROOT, quiet_environment, state_folder
 from flows.tracking.client import connect, experiment_id, find_or_create_run
 from lesa.atomic import sweep_partials, write_json
 from lesa.errors import redacted
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         "--background", action="store_true", help="stay while runs are open (used by the flows)"
     )
     args = parser.parse_args(argv)
+    quiet_environment()
     # One slow answer must not hold up the others: the sender has its own patience and its own retries.
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(REQUEST_SECONDS)
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"

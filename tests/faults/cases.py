@@ -13,6 +13,8 @@ POWER = "tests/faults/test_power_loss.py"
 ENDINGS = "tests/faults/test_endings.py"
 CHANGES = "tests/faults/test_bundle_changes.py"
 SECRETS = "tests/faults/test_secrets.py"
+MLFLOW_OUTAGES = "tests/faults/test_mlflow_outages.py"
+PREFECT_OUTAGES = "tests/faults/test_prefect_outages.py"
 LISTENERS = "tests/faults/test_listeners.py"
 DRIVE = "tests/lesa/recording/test_drive.py"
 PRUNED = "tests/lesa/recording/test_pruned.py"
@@ -182,6 +184,19 @@ CRASHES = Group(
             "the stage ends soon after its work and says how",
             f"{ENDINGS}::test_the_prefect_server_is_gone",
             f"{ENDINGS}::test_a_signal_when_the_prefect_server_hangs",
+        ),
+        case(
+            "the network to the Prefect server is slow, cut, or lies while a stage runs",
+            "a proxy that delays, hangs, refuses and comes back, answers errors, other text or nothing, loses answers",
+            "the exit code is the work's, within seconds of its end; what comes back in time is noted",
+            f"{PREFECT_OUTAGES}::test_a_server_that_fails_while_a_stage_works",
+            f"{PREFECT_OUTAGES}::test_a_slow_server_and_one_that_comes_back_note_the_run",
+        ),
+        case(
+            "a Prefect server that lets no run begin",
+            "a proxy that refuses, hangs, answers errors or other text from the start",
+            "one line with the address and the remedy, before any work",
+            f"{PREFECT_OUTAGES}::test_a_server_that_lets_no_run_begin_is_named_before_any_work",
         ),
         case(
             "`dvc repro` dies in the middle",
@@ -442,6 +457,13 @@ OPERATIONS = Group(
             "tests/flows/test_tracking.py::test_sending_twice_doubles_nothing",
         ),
         case(
+            "the network to MLflow fails in the middle of a run, and is well again",
+            "a proxy that loses answers, resets, cuts, hangs, refuses, answers errors and other text, at each request",
+            "every point, parameter and tag arrives once, without anybody's doing; reporting does not wait",
+            f"{MLFLOW_OUTAGES}::test_a_run_arrives_once_whatever_happened_to_the_answers",
+            f"{MLFLOW_OUTAGES}::test_after_an_outage_a_run_arrives_by_itself",
+        ),
+        case(
             "two publishers race for the champion",
             "rounds of two that are killed, on one database and on two machines behind a server",
             "the champion never gets worse, the best ends on top, every promotion was of a better one",
@@ -459,9 +481,24 @@ OPERATIONS = Group(
         ),
         case(
             "an answer that was lost",
-            "the alias was set, the reply cut off",
-            "what is read back counts",
+            "the reply to an alias that was set, to every write of a publication, to all writes of one publisher",
+            "what is read back counts: no second version or run, who promoted is told so, the champion gets no worse",
             f"{PUBLISHING}::test_a_lost_answer_is_not_a_lost_race",
+            f"{MLFLOW_OUTAGES}::test_what_was_done_without_an_answer_is_not_done_twice",
+            f"{MLFLOW_OUTAGES}::test_two_publishers_of_whom_one_never_hears_an_answer",
+        ),
+        case(
+            "an answer that is not about what was asked",
+            "an empty one, one about another model, in the registry's name",
+            "refused in words; nobody is promoted, nothing of it is pulled",
+            f"{MLFLOW_OUTAGES}::test_an_answer_about_something_else_promotes_nobody",
+            f"{MLFLOW_OUTAGES}::test_a_cached_champion_is_served_whatever_the_network_says",
+        ),
+        case(
+            "a bundle pulled through a network that drops and lies",
+            "every fault of the proxy at every file's download",
+            "whole or not there; asked again where it was dropped once",
+            f"{MLFLOW_OUTAGES}::test_a_pulled_bundle_is_whole_or_not_there",
         ),
         case(
             "the champion's files are gone or altered",
@@ -495,9 +532,10 @@ OPERATIONS = Group(
         case(
             "there is no registry",
             "a port that nobody listens on; a database that cannot be read",
-            "refused by address within seconds; nothing is created",
+            "refused by address and with the remedy within seconds, before hours of work; nothing is created",
             f"{PUBLISHING}::test_publishing_without_a_registry_fails_clearly_and_in_time",
             f"{PREFLIGHT}::test_a_registry_that_cannot_be_read_is_named_before_hours_of_work",
+            f"{MLFLOW_OUTAGES}::test_a_registry_that_does_not_answer_is_named_before_any_work",
         ),
         case(
             "others reach what listens",

@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flows import prefect_server
-from flows.environment import ROOT
 from flows.processes import Process, send
+from tests.helpers.stages import begin, ended
 
 pytestmark = pytest.mark.slow
-
-STAGE = """
-import sys, time
-from pathlib import Path
-from flows import ending
-from flows.prefect_flow import flow, task
-from flows.ray_jobs import ray_session
-from flows.stage import stage_main
-from lesa.errors import LesaError
-
-ending.NOTE_SECONDS = 3.0
-
-def wait(folder):
-    print("working", flush=True)
-    while not (Path(folder) / "go").exists():
-        time.sleep(0.1)
-
-@task(name="work")
-def work(how):
-    kind, folder = how.split(":")
-    if kind == "ray":
-        with ray_session(1) as ray:
-            call = ray.remote(lambda: time.sleep(600)).remote()
-            print("working", flush=True)
-            ray.wait([call])
-    wait(folder)
-    if kind == "refused":
-        raise LesaError("not like this")
-    return {"sum": 3}
-
-@flow(name="tiny")
-def tiny(workload: str | None = None) -> dict:
-    "A tiny stage."
-    return work(workload)
-
-if __name__ == "__main__":
-    raise SystemExit(stage_main(tiny, check=lambda name: None))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,35 +28,6 @@ def home(shared_home: Path) -> Iterator[Path]:
     server = prefect_server.read(shared_home)
     if server is not None:  # it may be stopped, and hear nothing else
         send(Process(server.pid, server.start), signal.SIGKILL)
-
-
-def begin(folder: Path, kind: str, home: Path) -> subprocess.Popen[str]:
-    """The stage, at work."""
-    script = folder / "tiny.py"
-    script.write_text(STAGE)
-    process = subprocess.Popen(
-        [sys.executable, str(script), "--workload", f"{kind}:{folder}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # As a terminal's: tests in the background may have been told to ignore it, and so would the stage.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line == "working\n":
-            return process
-    raise AssertionError(process.communicate()[1])
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors of a stage that has to end by itself, in good time also on a busy machine."""
-    try:
-        output, errors = process.communicate(timeout=150)
-    finally:
-        process.kill()
-    return process.returncode, output, errors
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from flows.environment import ROOT
 from flows.registry.registry import CHAMPION, Registry
 from flows.tracking.client import connect
 from lesa.atomic import sha256_file
+from tests.helpers.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.slow
 FINGERPRINT = "sha256:" + "a" * 64
@@ -81,33 +80,6 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
-@contextlib.contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """A real MLflow server on loopback, with a database and artifacts in `folder`; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    folder.mkdir()
-    arguments = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    arguments += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    arguments += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *arguments], stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 @pytest.mark.parametrize("where", ["one database", "a server and two machines"])
 def test_racing_publishers_that_get_killed_leave_the_best_as_champion(where, tmp_path, monkeypatch):
     """The champion's score never falls, whoever dies where, and the best candidate ends on top.
@@ -117,7 +89,7 @@ def test_racing_publishers_that_get_killed_leave_the_best_as_champion(where, tmp
     with contextlib.ExitStack() as stack:
         roots = [tmp_path / "root"] * 2
         if where != "one database":
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", stack.enter_context(mlflow_server(tmp_path / "server")))
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", stack.enter_context(mlflow_server(tmp_path / "server"))[0])
             roots = [tmp_path / "root", tmp_path / "other"]
         for root in set(roots):
             root.mkdir()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import stat
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from lesa.bundle import load_bundle
 from lesa.errors import redacted
 from lesa.pull import PullError, pull
 from tests.helpers.bundles import make_bundle
+from tests.helpers.mlflow_server import mlflow_server
 from tests.helpers.tiny import tiny_flux
 
 
@@ -166,30 +164,10 @@ def test_a_cache_that_others_can_write_is_refused(registry, tmp_path):
 @pytest.fixture
 def served(registry, tmp_path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A registry over http, and the process that serves it."""
-    pytest.importorskip("mlflow")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    database = tmp_path / "served.db"
-    shutil.copyfile(registry[0].removeprefix("sqlite:///"), database)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--default-artifact-root", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen([*command, "--workers", "1"], stdout=quiet, stderr=quiet, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=5):
-                break
-        except OSError:
-            assert time.monotonic() < deadline and process.poll() is None, "the server does not come up"
-            time.sleep(0.2)
-    yield uri, process
-    for number in (signal.SIGCONT, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-    process.wait()
+    (tmp_path / "served").mkdir()
+    shutil.copyfile(registry[0].removeprefix("sqlite:///"), tmp_path / "served" / "mlflow.db")
+    with mlflow_server(tmp_path / "served", "--default-artifact-root", str(tmp_path / "artifacts")) as served:
+        yield served
 
 
 @pytest.mark.slow
