@@ -22,7 +22,7 @@ from flows.stage import experiment_name, metrics_folder, read_workload, stage_ma
 from flows.tracking.client import tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
-from lesa.atomic import new_dir, write_json
+from lesa.atomic import make_dirs, new_dir, sweep_partials, write_json
 from lesa.bundle import Bundle
 from lesa.errors import LesaError, redacted
 from lesa.locks import file_lock
@@ -63,6 +63,8 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
         mlflow.exceptions.MlflowException: the registry cannot be reached; run it again to go on from there.
     """
     with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"):
+        make_dirs(workload.paths.bundle.parent)
+        sweep_partials(workload.paths.bundle.parent)  # of publishers that died while they wrote a bundle
         bundle = build_bundle(workload, log, root)
         release_memory()  # gigabytes of a real model; the gate's jobs load what they need
         outcome, obstacle = register_and_judge(workload, bundle, log, root)

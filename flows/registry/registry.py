@@ -93,8 +93,8 @@ class Registry:
             )  # fmt: skip
             self.client.log_artifacts(run_id, str(bundle), artifact_path="bundle")
             source = f"{self.client.get_run(run_id).info.artifact_uri}/bundle"
+            self.client.set_terminated(run_id)  # the version comes last: what is found by it is whole
             made = self.client.create_model_version(self.name, source=source, run_id=run_id, tags=tags)
-            self.client.set_terminated(run_id)
             return self._version(made)
 
     def find(self, digest: str) -> Version | None:
