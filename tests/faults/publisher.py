@@ -148,7 +148,7 @@ def child(root: str, psnr: float, kill_at: int | None, started: Any = None, regi
 
 
 def end_state(root: Path) -> dict[str, Any]:
-    """All that a publisher leaves, without times, MLflow's own names of runs, and what MLflow itself leaves half sent."""
+    """All that a publisher leaves, without times, names of runs, and what MLflow itself leaves half sent."""
     registry = Registry(NAME, root)
     client = registry.client
     versions = {}
