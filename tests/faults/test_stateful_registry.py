@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,24 @@ class Publishing(RuleBasedStateMachine):
 
     # What happens.
 
-    @rule(quality=st.sampled_from(QUALITIES))
-    def published(self, quality: float) -> None:
-        """Better, worse or undecided, new or known, the champion itself or one that was rolled back."""
+    @rule(data=st.data())
+    def published_better(self, data: st.DataObject) -> None:
+        self._publish(data, lambda quality, champion: publisher.better(quality, champion) is True)
+
+    @rule(data=st.data())
+    def published_worse_or_undecided(self, data: st.DataObject) -> None:
+        self._publish(data, lambda quality, champion: publisher.better(quality, champion) is not True)
+
+    @rule(data=st.data())
+    def published_again(self, data: st.DataObject) -> None:
+        """What is registered: the champion, one that was kept out, or one that a person took back."""
+        barred = {self.model.quality[number] for number in self.model.barred}
+        known = set(self.model.quality.values())
+        self._publish(data, lambda quality, champion: quality in (barred or known))
+
+    def _publish(self, data: st.DataObject, wanted: Callable[[float, float | None], bool]) -> None:
+        met = self.model.quality.get(self.model.champion)
+        quality = data.draw(st.sampled_from([each for each in QUALITIES if wanted(each, met)] or QUALITIES))
         self.no_cache()
         champion, told = self.model.champion, ""
         try:
@@ -238,11 +253,15 @@ class Publishing(RuleBasedStateMachine):
             self.model.alias = "loose"
         else:
             self.model.alias = "moved" if is_applied else "loose"
+            if data.draw(st.booleans()):  # before a person settles it
+                self._publish(data, lambda quality, champion: True)
 
     @precondition(lambda self: set(self.model.quality) - set(self.model.damaged))
     @rule(data=st.data(), name=st.sampled_from(FILES), how=st.sampled_from(("flip", "cut", "delete")))
     def damaged(self, data: st.DataObject, name: str, how: str) -> None:
-        number = data.draw(st.sampled_from([n for n in self.numbers() if n not in self.model.damaged]))
+        whole = [number for number in self.numbers() if number not in self.model.damaged]
+        is_first = self.model.champion in whole and data.draw(st.booleans())
+        number = self.model.champion if is_first else data.draw(st.sampled_from(whole))
         path = self.stored(number) / name
         content = path.read_bytes()
         self.model.damaged[number] = {name: content}
