@@ -273,6 +273,8 @@ class Publishing(RuleBasedStateMachine):
             path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
         if name == "README.md" and how != "delete":
             self.model.damaged.pop(number)  # it is for people: no digest covers it
+        if is_first and data.draw(st.booleans()):  # before anybody restores it
+            self._publish(data, lambda quality, champion: publisher.better(quality, champion) is True)
 
     @precondition(lambda self: self.model.damaged)
     @rule(data=st.data())
