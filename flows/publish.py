@@ -22,7 +22,7 @@ from flows.stage import experiment_name, metrics_folder, read_workload, stage_ma
 from flows.tracking.client import named_failures, tracking_uri
 from flows.tracking.revisions import revisions
 from flows.tracking.run import Reporter
-from lesa.atomic import new_dir, write_json
+from lesa.atomic import make_dirs, new_dir, sweep_partials, write_json
 from lesa.bundle import Bundle
 from lesa.errors import LesaError, redacted
 from lesa.locks import file_lock
@@ -66,6 +66,8 @@ def publish_bundle(workload: Workload, log: Any, root: Path = ROOT) -> dict[str,
     with file_lock(state_folder(root) / f"{experiment_name(workload)}.publish.lock"), named_failures(root):
         if tracking_uri(root).startswith(("http:", "https:")):  # before hours of work; a database would be made here
             Registry(experiment_name(workload), root).history.entries()
+        make_dirs(workload.paths.bundle.parent)
+        sweep_partials(workload.paths.bundle.parent)  # of publishers that died while they wrote a bundle
         with counted() as bill:
             bundle = build_bundle(workload, log, root)
             release_memory()  # gigabytes of a real model; the gate's jobs load what they need

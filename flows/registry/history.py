@@ -83,7 +83,8 @@ class PromotionHistory:
         return True
 
     def mark_applied(self, entry: Entry) -> None:
-        """Notes that the aliases follow the entry; a lost answer does no harm: what is read back counts."""
+        """Notes that the aliases follow the entry. Of publishers that do so at once a database lets one through, and an
+        answer may be lost: what is read back counts."""
         from mlflow.exceptions import MlflowException
 
         try:

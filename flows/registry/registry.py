@@ -93,15 +93,14 @@ class Registry:
             )  # fmt: skip
             self.client.log_artifacts(run_id, str(bundle), artifact_path="bundle")
             source = f"{self.client.get_run(run_id).info.artifact_uri}/bundle"
+            self.client.set_terminated(run_id)  # the version comes last: what is found by it is whole
 
             def make() -> Version:
                 return self._version(
                     self.client.create_model_version(self.name, source=source, run_id=run_id, tags=tags)
                 )
 
-            version = made_once(lambda: self.find(digest), make)
-            self.client.set_terminated(run_id)
-            return version
+            return made_once(lambda: self.find(digest), make)
 
     def find(self, digest: str) -> Version | None:
         """The version whose manifest has this SHA-256, the oldest if there are several."""

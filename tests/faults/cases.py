@@ -7,6 +7,7 @@ from dataclasses import dataclass
 RECORDING = "tests/faults/test_recording.py"
 TRAINING = "tests/faults/test_training.py"
 PUBLISHING = "tests/faults/test_publish.py"
+ANY_ORDER = "tests/faults/test_stateful_registry.py"
 TRACKING = "tests/faults/test_tracking.py"
 DVC = "tests/faults/test_dvc.py"
 POWER = "tests/faults/test_power_loss.py"
@@ -126,10 +127,11 @@ CRASHES = Group(
             f"{CHECKPOINT}::test_what_a_dead_process_left_is_swept",
         ),
         case(
-            "a publisher dies while it registers, or between the record and the aliases",
-            "SIGKILL at seeded moments; an exception at each alias",
-            "no second version; the next publisher sets the aliases after what was recorded",
-            f"{PUBLISHING}::test_a_publisher_killed_while_registering_leaves_no_second_version",
+            "a publisher dies while it writes the bundle, registers, or between the record and the aliases",
+            "SIGKILL at seeded moments of all that it does, before each of its writes; an exception at each alias",
+            "run again it ends as undisturbed: versions, aliases, history, bundle; nothing half written stays",
+            f"{PUBLISHING}::test_a_publisher_killed_at_any_moment_and_run_again_ends_as_undisturbed",
+            f"{PUBLISHING}::test_a_publisher_killed_before_any_of_its_writes_ends_as_undisturbed",
             f"{REGISTRY}::test_a_publisher_that_died_between_record_and_aliases_is_made_good",
         ),
         case(
@@ -200,9 +202,11 @@ CRASHES = Group(
         ),
         case(
             "`dvc repro` dies in the middle",
-            "SIGKILL of DVC and of the stage that it runs",
-            "the next one records what is missing; lock file and store are those of an undisturbed run",
+            "SIGKILL of DVC and of the stage that it runs, at seeded moments, of one stage and of the whole pipeline",
+            "the next one does what is missing; lock file, store and weights are those of an undisturbed run",
             f"{DVC}::test_killed_in_the_middle_it_goes_on",
+            f"{DVC}::test_killed_at_any_moment_it_goes_on",
+            f"{DVC}::test_the_whole_pipeline_killed_at_any_moment_goes_on",
         ),
         case(
             "who started a command dies, or the command does not hear",
@@ -469,6 +473,12 @@ OPERATIONS = Group(
             "the champion never gets worse, the best ends on top, every promotion was of a better one",
             f"{PUBLISHING}::test_racing_publishers_that_get_killed_leave_the_best_as_champion",
             f"{REGISTRY}::test_of_two_that_judged_against_the_same_champion_one_is_promoted",
+        ),
+        case(
+            "faults of a registry in any order",
+            "publish, kill, race, roll back, lift, move and delete aliases, damage files, pull, drawn at random",
+            "one champion, rightly promoted; the history only grows, aliases follow it; a pull is intact or refused",
+            f"{ANY_ORDER}::test_a_registry_under_faults_in_any_order",
         ),
         case(
             "a candidate that is worse, equal, or measured wrongly",

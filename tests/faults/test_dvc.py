@@ -16,18 +16,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lesa.atomic import sha256_file
 from lesa.recording.pruned import PrunedTrajectories
 from lesa.recording.store import TrajectoryStore
 from lesa.recording.store_format import StoreError
+from tests.faults import sweep
 from tests.faults.recording_server import ASK
-from tests.helpers.clone import ROOT, clone, commit
+from tests.helpers.clone import ROOT, clone, commit, environment
 from tests.helpers.digests import tree_digest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -151,6 +153,95 @@ def test_killed_in_the_middle_it_goes_on(fresh: Path, recorded: Path, tmp_path: 
     assert {key: (store.path / key / SHARD).stat().st_ino for key in before} == inodes, "DVC left them where they were"
     assert tree_digest(store.path) == tree_digest(recorded / STORE)
     assert locked(repository) == locked(recorded)
+
+
+def test_killed_at_any_moment_it_goes_on(
+    fresh: Path, recorded: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Kills of DVC and its stage from outside, over all of `dvc repro`: before, in and after the recording."""
+    killed, started = 0, time.monotonic()
+    timed = shutil.copytree(fresh, tmp_path / "timed", symlinks=True)
+    assert begun(timed, "record").wait() == 0
+    whole = time.monotonic() - started
+    for number, moment in enumerate(sweep.moments(whole, sweep.kills(1), seed=3)):
+        repository = shutil.copytree(fresh, tmp_path / str(number), symlinks=True)
+        killed += killed_after(begun(repository, "record"), moment)
+        with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):
+            os.kill(int((repository / "said.txt").read_text().split()[1]), signal.SIGKILL)
+        code, output = dvc(repository, "repro", "record")
+        assert code == 0, (moment, output)
+        assert store_of(repository).keys() == store_of(recorded).keys(), moment
+        assert tree_digest(repository / STORE) == tree_digest(recorded / STORE), moment
+        assert locked(repository) == locked(recorded), moment
+    record_property("kills", killed)
+    assert killed >= sweep.kills(1) // 2, "the sweep did hit DVC in the middle"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_the_whole_pipeline_killed_at_any_moment_goes_on(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The stages' own commands, with Prefect and Ray, as `dvc.yaml` has them."""
+    fresh = clone(tmp_path / "fresh")
+    undisturbed = shutil.copytree(fresh, tmp_path / "undisturbed", symlinks=True)
+    started = time.monotonic()
+    whole_run(undisturbed)
+    whole = time.monotonic() - started
+    expected = result_of(undisturbed)
+    killed = 0
+    for number, moment in enumerate(sweep.moments(whole, sweep.kills(1), seed=5)):
+        repository = shutil.copytree(fresh, tmp_path / str(number), symlinks=True)
+        process = begun(repository, env=environment())
+        killed += killed_after(process, moment)
+        whole_run(repository)
+        assert result_of(repository) == expected, moment
+    record_property("kills", killed)
+    assert killed >= sweep.kills(1) // 2, "the sweep did hit DVC in the middle"
+
+
+def begun(repository: Path, *targets: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """`dvc repro` as a process group of its own."""
+    with (repository.parent / f"{repository.name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dvc", "repro", *targets],
+            cwd=repository, env=env, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def killed_after(process: subprocess.Popen[bytes], moment: float) -> bool:
+    """SIGKILL of the whole group after so many seconds; False where it had ended before."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def whole_run(repository: Path) -> None:
+    process = begun(repository, env=environment())
+    assert process.wait() == 0, (repository.parent / f"{repository.name}.log").read_text()[-4000:]
+
+
+def result_of(repository: Path) -> dict[str, Any]:
+    """What a run is to end with. Reports hold seconds, and what is published names reports: no bytes of these."""
+    document = yaml.safe_load((repository / "dvc.lock").read_text())
+    timed = {"data/reports/tiny", "data/bundles/tiny", "data/metrics/tiny/decision.json"}
+    weights = sorted((repository / "data").glob("checkpoints/tiny/*/*.safetensors"))
+    assert len(weights) >= 2
+    return {
+        "store": tree_digest(repository / STORE),
+        "keys": store_of(repository).keys(),
+        "weights": {str(path.relative_to(repository)): sha256_file(path) for path in weights},
+        "published": sha256_file(repository / "data/bundles/tiny/weights.safetensors"),
+        "lock": {
+            name: {
+                kind: [entry if entry["path"] not in timed else entry["path"] for entry in stage.get(kind, [])]
+                for kind in ("deps", "outs")
+            }
+            for name, stage in document["stages"].items()
+        },
+    }
 
 
 def test_a_damaged_trajectory_does_not_get_into_the_lock_file(repository: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,14 +12,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from flows.environment import ROOT
 from flows.registry.registry import CHAMPION, Registry
 from flows.tracking.client import connect
-from lesa.atomic import sha256_file
+from tests.faults import publisher, sweep
 from tests.helpers.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.slow
@@ -45,16 +49,8 @@ while True:
         print(candidate.tags["score"], flush=True)
 """
 
-# Registers one bundle again and again, as long as it lives.
-REGISTRAR = """
-import sys
-from pathlib import Path
-from flows.registry.registry import Registry
-registry = Registry(sys.argv[1], Path(sys.argv[2]))
-print("ready", flush=True)
-for folder in sys.argv[3:]:
-    registry.register(Path(folder), tags={"fingerprint": "x"}, run_tags={})
-"""
+SECONDS = 240  # far more than any publisher needs
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +129,96 @@ def race(registry: Registry, roots: list[Path]) -> None:
     assert scores == sorted(set(scores)), "every promotion was of a better one"
 
 
-def test_a_publisher_killed_while_registering_leaves_no_second_version(root, tmp_path):
-    folders = [bundle(tmp_path, f"b{index}") for index in range(6)]
-    registry = Registry("lesa-killed", root)
-    dice = random.Random(1)
-    for _ in range(3):
-        publisher = start(REGISTRAR, registry.name, root, *folders)
-        time.sleep(dice.uniform(0.01, 0.3))
-        publisher.kill()
-        publisher.wait()
-    versions = [registry.register(folder, tags={"fingerprint": "x"}, run_tags={}) for folder in folders]
-    found = registry.client.search_model_versions(f"name = '{registry.name}'")
-    assert len(found) == len(folders)
-    assert registry.alias(CHAMPION) is None, "registering moves nothing"
-    for folder, version in zip(folders, versions, strict=True):
-        assert version.digest == sha256_file(folder / "manifest.json")
-        run_id = registry.client.get_model_version(registry.name, version.number).run_id
-        names = sorted(Path(file.path).name for file in registry.client.list_artifacts(run_id, "bundle"))
-        assert names == ["README.md", "manifest.json", "weights.safetensors"]
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A repository whose registry has a champion; children come from a fork server that has imported everything."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = publisher.make_root(tmp_path_factory.mktemp("before") / "repository")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        CONTEXT.set_forkserver_preload(["mlflow", "tests.faults.publisher"])
+        yield made
+    torch.set_num_threads(threads)
+
+
+def published(root: Path, psnr: float, kill_at: int | None = None) -> int | None:
+    process = CONTEXT.Process(target=publisher.child, args=(str(root), psnr, kill_at))
+    process.start()
+    process.join(SECONDS)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def champion(before: Path) -> Path:
+    assert published(before, 20.0) == 0
+    return before
+
+
+@pytest.fixture(scope="module")
+def undisturbed(champion: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """What a better candidate leaves where nobody disturbs it, and the seconds of its work."""
+    own = publisher.copy_root(champion, tmp_path_factory.mktemp("undisturbed"))
+    process = begun(own)
+    since = time.monotonic()
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    state = publisher.end_state(own)
+    assert state["aliases"]["champion"] == "2" and [entry[0] for entry in state["history"]] == [1, 2]
+    return state, time.monotonic() - since
+
+
+def begun(own: Path) -> Any:
+    """A publisher that has come up and is about to work."""
+    started = CONTEXT.Event()
+    process = CONTEXT.Process(target=publisher.child, args=(str(own), 30.0, None, started))
+    process.start()
+    assert started.wait(SECONDS)
+    return process
+
+
+def test_a_publisher_killed_at_any_moment_and_run_again_ends_as_undisturbed(
+    champion: Path,
+    undisturbed: tuple[dict[str, Any], float],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Over all that it does: the bundle's folder, registering, the history's entry, aliases, tags, the decision."""
+    expected, whole = undisturbed
+    killed = 0
+    for number, moment in enumerate(sweep.moments(whole, sweep.kills(2), seed=7)):
+        own = publisher.copy_root(champion, tmp_path / str(number))
+        process = begun(own)
+        process.join(moment)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert published(own, 30.0) == 0, moment
+        assert publisher.end_state(own) == expected, moment
+    record_property("kills", killed)
+    assert killed >= sweep.kills(2) // 2, "the sweep did hit publishers in the middle"
+
+
+@pytest.mark.long
+def test_a_publisher_killed_before_any_of_its_writes_ends_as_undisturbed(
+    champion: Path,
+    undisturbed: tuple[dict[str, Any], float],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Whatever a machine's speed: before the first write, the second, and so on until none is left to be killed at."""
+    killed = 0
+    while True:
+        own = publisher.copy_root(champion, tmp_path / str(killed))
+        code = published(own, 30.0, killed + 1)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+        assert published(own, 30.0) == 0, killed
+        assert publisher.end_state(own) == undisturbed[0], killed
+    record_property("kills", killed)
+    assert killed > 15, "registering, recording and the aliases are more writes than that"
 
 
 def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):

@@ -186,6 +186,30 @@ def test_a_publisher_that_died_between_record_and_aliases_is_made_good(registry,
     assert registry.history.entries()[-1].is_applied
 
 
+def test_two_that_note_at_once_that_the_aliases_follow_are_both_content(registry, tmp_path, monkeypatch):
+    """The database lets one of them through: it is noted, whoever did it."""
+    from mlflow.exceptions import MlflowException
+
+    one = register(registry, tmp_path, "one")
+    real = registry.client.set_registered_model_tag
+
+    def late(*arguments):
+        real(*arguments)
+        raise MlflowException("UNIQUE constraint failed")
+
+    monkeypatch.setattr(registry.client, "set_registered_model_tag", late)
+    assert registry.promote(one, lambda champion: one) == (one, None)
+    assert registry.history.entries()[-1].is_applied
+
+    def refused(*arguments):
+        raise MlflowException("server error")
+
+    monkeypatch.setattr(registry.client, "set_registered_model_tag", refused)
+    two = register(registry, tmp_path, "two")
+    with pytest.raises(MlflowException, match="server error"):
+        registry.promote(two, lambda champion: two)
+
+
 def test_who_comes_late_puts_the_alias_right(registry, tmp_path, monkeypatch):
     """It recorded its promotion, slept, and set the alias when another was champion already."""
     one, two = register(registry, tmp_path, "one"), register(registry, tmp_path, "two")
