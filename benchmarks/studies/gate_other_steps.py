@@ -1,6 +1,6 @@
 """The gate on two candidates whose full steps are not the champion's, made of the champion of a workload that was run:
 
-moved        the champion's own bundle with one full step of the default budget moved
+moved        the champion's own weights with one full step of the default budget moved
 closed form  step weights in closed form on even steps, no training in the loop
 
 Both are worse by construction. Champion and candidate are cut down to the default budget, which decides.
@@ -11,6 +11,7 @@ python -m benchmarks.studies.gate_other_steps [--workload NAME]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,16 @@ def candidate(champion: Bundle, predictor: Predictor, full_steps: Sequence[int],
     ((name, budget),) = data["budgets"].items()
     budget = budget | {"full_steps": list(full_steps), "interval": None, "error_bounds": [None] * len(full_steps)}
     return write_bundle(folder, {**data, "budgets": {name: budget}}, predictor)
+
+
+def on_steps(predictor: Predictor, budget: str, full_steps: Sequence[int]) -> Predictor:
+    """The predictor with a budget's weights as those of other full steps."""
+    spec = predictor.spec
+    variants = tuple(
+        dataclasses.replace(variant, full_steps=tuple(full_steps)) if variant.name == budget else variant
+        for variant in spec.variants
+    )
+    return Predictor(dataclasses.replace(spec, variants=variants), predictor.tensors)
 
 
 def closed_form(workload: Workload, budget: str, full_steps: Sequence[int]) -> Predictor:
@@ -108,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         steps = champion.manifest.budgets[budget].schedule.full_steps
         even = even_schedule(workload.call.num_inference_steps, len(steps), 2).full_steps
         candidates = {
-            "moved": candidate(champion, champion.predictor, moved(steps), folder / "moved"),
+            "moved": candidate(
+                champion, on_steps(champion.predictor, budget, moved(steps)), moved(steps), folder / "moved"
+            ),
             "closed form": candidate(champion, closed_form(workload, budget, even), even, folder / "closed_form"),
         }
         found = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies.gate_other_steps import candidate, moved, page, row
+from benchmarks.studies.gate_other_steps import candidate, moved, on_steps, page, row
 from lesa.publishing.build import with_budgets
 from lesa.publishing.gate import Decision
 from tests.helpers.bundles import make_bundle
@@ -26,7 +26,9 @@ def test_a_candidate_is_the_champion_but_for_its_steps(tmp_path: Path) -> None:
     budget = whole.manifest.default_budget
     champion = with_budgets(whole, [budget], {}, tmp_path / "champion")
     steps = champion.manifest.budgets[budget].schedule.full_steps
-    made = candidate(champion, champion.predictor, moved(steps), tmp_path / "made")
+    predictor = on_steps(champion.predictor, budget, moved(steps))
+    assert [v.full_steps for v in predictor.spec.variants if v.name == budget] == [moved(steps)]
+    made = candidate(champion, predictor, moved(steps), tmp_path / "made")
     (name,) = made.manifest.budgets
     assert name == budget and made.manifest.budgets[name].schedule.full_steps == moved(steps) != steps
     assert made.manifest.call == champion.manifest.call and made.digest != champion.digest
