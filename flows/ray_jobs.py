@@ -192,6 +192,8 @@ def _watched_job(
     signs: Path,
 ) -> tuple[Any, Bill]:
     """`_job` in a process of Ray's, which logs what is raised; its result, and what it computed."""
+    import lesa.models.pipelines  # noqa: F401 - takes seconds, which are none of the job's
+
     with signs_of_life(signs, reporter.report) as report, counted() as bill:
         return confidential(_job, work, workload, job, threads, report, folder), bill
 

@@ -40,32 +40,32 @@ def _one_thread_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def searches(patch: pytest.MonkeyPatch, noted: Noted, workload: Workload) -> None:
     found = Schedule.explicit(STEPS, (0, 1, 2, 5))
-    patch.setattr(search, "cheapest_starts", noted([SearchJob("2x", (found,))]))
-    patch.setattr(search, "run_search_job", noted((found, {})))
+    patch.setattr("lesa.search.jobs.cheapest_starts", noted([SearchJob("2x", (found,))]))
+    patch.setattr("lesa.search.jobs.run_search_job", noted((found, {})))
     search.find.fn(workload, RUN)
 
 
 def trains_on_true_histories(patch: pytest.MonkeyPatch, noted: Noted, workload: Workload) -> None:
-    patch.setattr(train_stage1, "list_ground_truth_jobs", lambda workload: [SimpleNamespace(budget="2x")])
-    patch.setattr(train_stage1, "run_ground_truth_job", noted(TRAINED))
-    patch.setattr(train_stage1, "finish", lambda *arguments: None)
+    patch.setattr("lesa.training.jobs.list_ground_truth_jobs", lambda workload: [SimpleNamespace(budget="2x")])
+    patch.setattr("lesa.training.jobs.run_ground_truth_job", noted(TRAINED))
+    patch.setattr("lesa.training.jobs.finish", lambda *arguments: None)
     train_stage1.train.fn(workload, RUN)
 
 
 def trains_in_the_closed_loop(patch: pytest.MonkeyPatch, noted: Noted, workload: Workload) -> None:
-    patch.setattr(train_stage2, "run_closed_loop_job", noted(TRAINED))
-    patch.setattr(train_stage2, "finish", lambda *arguments: None)
+    patch.setattr("lesa.training.jobs.run_closed_loop_job", noted(TRAINED))
+    patch.setattr("lesa.training.jobs.finish", lambda *arguments: None)
     train_stage2.train.fn(workload, RUN)
 
 
 def evaluates(patch: pytest.MonkeyPatch, noted: Noted, workload: Workload) -> None:
-    def evaluated(workload: Workload, predictors: Any, training: Any, run: Any) -> Any:
+    def evaluated(workload: Workload, predictors: Any, training: Any, run: Any, bills: Any) -> Any:
         run(noted(None), workload, {"samples": None})
         return SimpleNamespace(metrics=dict)
 
-    patch.setattr(evaluate, "load_predictor", lambda folder: None)
-    patch.setattr(evaluate, "format_table", lambda results: "")
-    patch.setattr(evaluate, "evaluate_workload", evaluated)
+    patch.setattr("lesa.training.jobs.load_predictor", lambda folder: None)
+    patch.setattr("lesa.evaluation.table.format_table", lambda results: "")
+    patch.setattr("lesa.evaluation.compare.evaluate_workload", evaluated)
     workload.paths.report.mkdir(parents=True)
     evaluate.judge.fn(workload, RUN)
 
