@@ -69,7 +69,8 @@ def metrics_folder(workload: Workload) -> Path:
 def billed(stage: str, workload: Workload) -> Iterator[None]:
     """Counts the passes through the model within the block, in whichever process, into the stage's bill.
 
-    What a process had computed before it died is not on it.
+    What a process had computed before it died is not on it. A stage that goes on from what is there has a smaller bill,
+    so DVC does not know of it: nothing that depends on the stage's result is to run again for that.
     """
     with counted() as bill:
         yield

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from flows.stage import billed
 from lesa.models.pipelines import load_pipeline
 from lesa.params_file import load_params
 from lesa.recording.drive import LocalRecorder, drive
@@ -63,8 +62,7 @@ def record(folder: str) -> str:
     workload = load_params("params.yaml")
     store = TrajectoryStore.create(workload.paths.trajectories)
     recorder = LocalRecorder(load_pipeline(workload.model, workload.resources.device), workload.recording, store)
-    with billed("record", workload):
-        return json.dumps(drive(workload.recording, store, contextlib.closing(recorder), logging.getLogger("record")))
+    return json.dumps(drive(workload.recording, store, contextlib.closing(recorder), logging.getLogger("record")))
 
 
 def serve(client: socket.socket) -> None:

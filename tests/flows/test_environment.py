@@ -18,15 +18,15 @@ from lesa.locks import process_alive
 
 STAGE = """
 import sys
-from prefect import flow, task
+from flows.prefect_flow import flow, task
 from flows.stage import stage_main
 from lesa.errors import LesaError
 
-@task
+@task(name="add")
 def add(a, b):
     return a + b
 
-@flow
+@flow(name="tiny")
 def tiny(workload: str | None = None) -> dict:
     "A tiny stage."
     if workload == "bad":
