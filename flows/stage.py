@@ -78,13 +78,17 @@ def billed(stage: str, workload: Workload) -> Iterator[None]:
 
 
 def read_bills(workload: Workload) -> dict[str, dict[str, float]]:
-    """The bills of the stages that make a predictor, by stage; `ValueError` for a file that is none."""
-    bills = {}
+    """The bills of the stages that make a predictor, by stage; `LesaError` for a file that is none."""
+    bills: dict[str, dict[str, float]] = {}
     for stage in ("record", "search", "train_stage2"):
         path = metrics_folder(workload) / f"{stage}_bill.json"
-        if path.is_file():
+        if not path.is_file():
+            continue
+        try:
             bill = parse(path.read_bytes(), max_bytes=1 << 12)
             bills[stage] = {name: float(bill[name]) for name in ("forwards", "backwards")}
+        except (ValueError, KeyError, TypeError):
+            raise LesaError(f"{path}: not a stage's bill; remove it, the report does without") from None
     return bills
 
 

@@ -25,7 +25,7 @@ from lesa.bundle import load_bundle
 from lesa.errors import LesaError
 from lesa.pull import PullError, pull
 from tests.helpers import mlflow_server as servers
-from tests.helpers.bundles import make_bundle
+from tests.helpers.bundles import make_bundle, placeholder_bundle
 from tests.helpers.tcp_proxy import DROPPED, HANGING, HTML, LOST, Fault, Proxy, answer, lying
 from tests.helpers.tiny import tiny_flux
 
@@ -76,17 +76,9 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         yield between
 
 
-def bundle(folder: Path, content: str) -> Path:
-    folder = folder / content
-    folder.mkdir()
-    for name in ("manifest.json", "weights.safetensors", "README.md"):
-        (folder / name).write_text(json.dumps({"content": content}))
-    return folder
-
-
 def register(registry: Registry, folder: Path, content: str, score: int) -> Version:
     tags = {"fingerprint": "sha256:" + "a" * 64, "score": str(score)}
-    return registry.register(bundle(folder, content), tags=tags, run_tags={})
+    return registry.register(placeholder_bundle(folder, content), tags=tags, run_tags={})
 
 
 def test_a_run_arrives_once_whatever_happened_to_the_answers(

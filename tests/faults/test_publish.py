@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ from flows.environment import ROOT
 from flows.registry.registry import CHAMPION, Registry
 from flows.tracking.client import connect
 from tests.faults import publisher, sweep
+from tests.helpers.bundles import placeholder_bundle
 from tests.helpers.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.slow
@@ -60,14 +60,6 @@ def root(tmp_path_factory) -> Path:
     return folder
 
 
-def bundle(folder: Path, content: str) -> Path:
-    folder = folder / content
-    folder.mkdir()
-    for name in ("manifest.json", "weights.safetensors", "README.md"):
-        (folder / name).write_text(json.dumps({"content": content}))
-    return folder
-
-
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -93,7 +85,7 @@ def test_racing_publishers_that_get_killed_leave_the_best_as_champion(where, tmp
         registry = Registry("lesa-race", roots[0])
         for score in range(NUM_CANDIDATES):
             tags = {"fingerprint": FINGERPRINT, "score": str(score)}
-            registry.register(bundle(tmp_path, f"b{score}"), tags=tags, run_tags={})
+            registry.register(placeholder_bundle(tmp_path, f"b{score}"), tags=tags, run_tags={})
         race(registry, roots)
 
 
@@ -227,7 +219,7 @@ def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):
 
     registry = Registry("lesa-lost", root)
     tags = {"fingerprint": FINGERPRINT, "score": "1"}
-    version = registry.register(bundle(tmp_path, "b"), tags=tags, run_tags={})
+    version = registry.register(placeholder_bundle(tmp_path, "b"), tags=tags, run_tags={})
     real = registry.client.set_registered_model_alias
 
     def cut_off(*arguments: object) -> None:
@@ -242,7 +234,7 @@ def test_a_lost_answer_is_not_a_lost_race(root, tmp_path, monkeypatch):
         raise MlflowException("server error")
 
     monkeypatch.setattr(registry.client, "set_registered_model_alias", refused)
-    other = registry.register(bundle(tmp_path, "c"), tags=tags, run_tags={})
+    other = registry.register(placeholder_bundle(tmp_path, "c"), tags=tags, run_tags={})
     with pytest.raises(MlflowException, match="server error"):
         registry.promote(other, lambda champion: other)
     assert registry.alias(CHAMPION) == version
@@ -256,7 +248,7 @@ def test_publishing_without_a_registry_fails_clearly_and_in_time(tmp_path, monke
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    folder = bundle(tmp_path, "b")
+    folder = placeholder_bundle(tmp_path, "b")
     begin = time.monotonic()
     with pytest.raises(Exception, match=str(port)):
         Registry("lesa-x", tmp_path).register(folder, tags={}, run_tags={})

@@ -13,8 +13,12 @@ import pytest
 
 from flows import prefect_server as server
 from flows.environment import ROOT, quiet_environment
-from flows.stage import run_flow, stage_main
+from flows.stage import billed, metrics_folder, read_bills, run_flow, stage_main
+from lesa.errors import LesaError
 from lesa.locks import process_alive
+from lesa.models.bill import Bill, charge
+from lesa.params_file import load_params
+from tests.helpers.tiny import tiny_repository
 
 STAGE = """
 import sys
@@ -193,3 +197,14 @@ def wait_until(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.1)
+
+
+def test_a_bill_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_repository(tmp_path))
+    workload = load_params()
+    with billed("record", workload):
+        charge(Bill(forwards=3.0, backwards=1.0))
+    assert read_bills(workload) == {"record": {"forwards": 3.0, "backwards": 1.0}}
+    (metrics_folder(workload) / "search_bill.json").write_text('{"forwards": 1.0}')
+    with pytest.raises(LesaError, match="search_bill.json: not a stage's bill"):
+        read_bills(workload)

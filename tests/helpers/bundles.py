@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,12 @@ def make_bundle(
     schedule = Schedule.uniform(len(levels) - 1, BUDGETS["1.67x"])
     predictor = extrapolating(pipe.transformer.norm_out.linear.in_features, levels, schedule)
     return write_bundle(folder, manifest_for(pipe, levels, call, branches), predictor)
+
+
+def placeholder_bundle(folder: Path, content: str) -> Path:
+    """A folder with a bundle's file names, for a registry that does not look inside."""
+    folder = folder / content
+    folder.mkdir()
+    for name in ("manifest.json", "weights.safetensors", "README.md"):
+        (folder / name).write_text(json.dumps({"content": content}))
+    return folder

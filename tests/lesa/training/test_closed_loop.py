@@ -419,16 +419,7 @@ def test_no_step_to_predict_is_nothing_to_train(place: Place, tmp_path: Path) ->
 def test_a_first_step_of_other_settings_is_refused(place: Place, tmp_path: Path) -> None:
     workload = small(place.workload, predictor={"projection": "dense"})
     with pytest.raises(ValueError, match="has other settings; run train_stage1"):
-        train(
-            workload,
-            "2x",
-            place.start,
-            place.pipe,
-            place.train,
-            place.validation,
-            work_dir=tmp_path,
-            report=lambda *_: None,
-        )
+        train_at(place, workload, tmp_path)
 
 
 def test_what_was_judged_is_what_is_trained_further(place: Place) -> None:
